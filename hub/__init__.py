@@ -1,0 +1,1 @@
+"""The versioned adapter registry. Imports no torch."""

@@ -1,0 +1,1 @@
+"""Serve one quantized base model with many LoRA adapters over gRPC."""

@@ -1,0 +1,1 @@
+"""Adapters on their way from the hub into the batch."""

@@ -1,0 +1,1 @@
+"""gRPC in front of the engine: wire to nouns and back, nothing else."""

@@ -1,0 +1,62 @@
+"""The server's settings: frozen, built once at the edge, every limit a named field with its unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Quantization = Literal["nf4", "int8", "none"]
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which base is loaded and how."""
+
+    base: str = "smollm2-135m"  # built-in name, local directory, or hub id "org/name[@revision]"
+    quantization: Quantization = "nf4"
+    dtype: str = "bfloat16"  # "bfloat16", "float32" or "float16": activations and unquantized weights
+    device: str = "cpu"  # "cpu" or "cuda[:n]"
+    threads: int = 0  # CPU threads for torch; 0 = all cores
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What the engine may hold at once."""
+
+    max_sequences: int = 64  # sequences in one step
+    max_batch_tokens: int = 512  # tokens in one step, prompts and decodes together
+    max_waiting: int = 1024  # requests queued for admission
+    kv_memory_bytes: int = 512 * MIB
+    page_tokens: int = 16  # tokens in one KV page
+    adapter_memory_bytes: int = 512 * MIB  # arena rows on the device
+    host_adapter_memory_bytes: int = 2048 * MIB  # parsed adapters in host memory
+    max_adapter_rank: int = 256
+    max_adapters_per_request: int = 8
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What one request may ask for."""
+
+    default_max_new_tokens: int = 256
+    max_stop_strings: int = 16
+    max_stop_string_chars: int = 128
+    max_stop_token_ids: int = 64
+    max_logprobs: int = 20
+    max_logit_bias: int = 300
+    max_message_bytes: int = 4 * MIB
+    max_metadata_bytes: int = 16 * 1024
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything `hub serve` was told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineLimits = field(default_factory=EngineLimits)
+    requests: RequestLimits = field(default_factory=RequestLimits)
+    hub: str | None = None  # hub URL; None = LORAPLEX_HUB or the local default
+    listen: str = "127.0.0.1:50051"
+    metrics_port: int = 9400  # 0 = any free port; negative = off
+    drain_seconds: float = 30.0  # time for running requests after SIGTERM

@@ -1,0 +1,121 @@
+"""The server's error tree: one class a cause, each with a stable `reason` that clients may match on.
+
+Messages are for callers: they name what the caller sent and the limit it broke, never a path of this machine.
+`server/api/interceptors.py` holds the one table from these classes (and the hub's) to gRPC statuses.
+"""
+
+from __future__ import annotations
+
+
+class ServerError(Exception):
+    """Base of everything the server raises on purpose."""
+
+    reason = "SERVER_ERROR"
+
+
+class InvalidRequest(ServerError):
+    """A field of the request is outside what the message says it may hold."""
+
+    reason = "INVALID_REQUEST"
+
+
+class PromptEmpty(InvalidRequest):
+    """The prompt has no tokens."""
+
+    reason = "PROMPT_EMPTY"
+
+
+class ContextExceeded(InvalidRequest):
+    """prompt tokens + max_new_tokens do not fit the model's context."""
+
+    reason = "CONTEXT_EXCEEDED"
+
+
+class AdapterUnservable(ServerError):
+    """The adapter is sound, but this server's base or settings cannot serve it; the message names what."""
+
+    reason = "ADAPTER_UNSERVABLE"
+
+
+class BaseMismatch(AdapterUnservable):
+    """The adapter was made for another base model."""
+
+    reason = "BASE_MISMATCH"
+
+
+class RankTooLarge(AdapterUnservable):
+    """A module's rank is above the server's cap."""
+
+    reason = "RANK_TOO_LARGE"
+
+
+class UnsupportedAdapter(AdapterUnservable):
+    """The adapter uses a feature this server does not serve; the message names it."""
+
+    reason = "ADAPTER_FEATURE_UNSUPPORTED"
+
+
+class TensorUnbound(AdapterUnservable):
+    """A tensor of the adapter belongs to no module of the base, or has the wrong shape."""
+
+    reason = "ADAPTER_DOES_NOT_BIND"
+
+
+class AdapterInUse(ServerError):
+    """The adapter cannot change while requests use it."""
+
+    reason = "ADAPTER_IN_USE"
+
+
+class QueueFull(ServerError):
+    """As many requests wait as the server may hold; try again later."""
+
+    reason = "QUEUE_FULL"
+
+
+class RequestTooLarge(ServerError):
+    """The request alone needs more memory pages or adapter rows than the server has in all."""
+
+    reason = "REQUEST_TOO_LARGE"
+
+
+class NonFiniteLogits(ServerError):
+    """The model's output for this request was NaN or infinite; its neighbours are not affected."""
+
+    reason = "NON_FINITE_OUTPUT"
+
+
+class Draining(ServerError):
+    """The server is shutting down."""
+
+    reason = "DRAINING"
+
+
+class Cancelled(ServerError):
+    """The caller went away."""
+
+    reason = "CANCELLED"
+
+
+class EngineFailed(ServerError):
+    """A step of the engine failed for a reason of its own; the request may be sent again."""
+
+    reason = "ENGINE_FAILED"
+
+
+class BaseUnavailable(ServerError):
+    """The base model cannot be loaded; the message says what to do."""
+
+    reason = "BASE_UNAVAILABLE"
+
+
+class UnsupportedArchitecture(ServerError):
+    """The base model's architecture cannot be served; the message says why."""
+
+    reason = "ARCHITECTURE_UNSUPPORTED"
+
+
+class MergeNotEquivalent(ServerError):
+    """A merged model does not answer as base + adapter does."""
+
+    reason = "MERGE_NOT_EQUIVALENT"

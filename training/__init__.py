@@ -1,0 +1,1 @@
+"""Data to adapters: training, evaluation, continual adaptation."""
