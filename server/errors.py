@@ -119,3 +119,9 @@ class MergeNotEquivalent(ServerError):
     """A merged model does not answer as base + adapter does."""
 
     reason = "MERGE_NOT_EQUIVALENT"
+
+
+class AddressUnavailable(ServerError):
+    """The server cannot listen where it was told to."""
+
+    reason = "ADDRESS_UNAVAILABLE"

@@ -1,0 +1,1 @@
+"""Loraplex beside its peers: the same work, one run, engines in turn."""

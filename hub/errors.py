@@ -1,0 +1,217 @@
+"""The hub's error tree: one class a cause, each with a stable `reason` that callers may match on.
+
+Messages name what the caller gave and what is wrong with it. They never show a path inside the store; a path that
+the user typed may be repeated.
+"""
+
+from __future__ import annotations
+
+
+class HubError(Exception):
+    """Base of everything the hub raises on purpose."""
+
+    reason = "HUB_ERROR"
+
+
+class RefInvalid(HubError):
+    """A reference or digest is not written as the grammar says (see `hub.refs`)."""
+
+    reason = "REF_INVALID"
+
+
+class NotFound(HubError):
+    """What was named is not in the hub."""
+
+    reason = "NOT_FOUND"
+
+
+class AdapterNotFound(NotFound):
+    """No adapter of this name, or no version with this digest."""
+
+    reason = "ADAPTER_NOT_FOUND"
+
+
+class VersionNotFound(AdapterNotFound):
+    """The adapter exists, this version of it does not."""
+
+    reason = "VERSION_NOT_FOUND"
+
+
+class AliasNotFound(AdapterNotFound):
+    """The adapter exists, this alias of it does not."""
+
+    reason = "ALIAS_NOT_FOUND"
+
+
+class FileNotInVersion(NotFound):
+    """The version has no file of this name."""
+
+    reason = "FILE_NOT_IN_VERSION"
+
+
+class BlobNotFound(NotFound):
+    """The store has no bytes with this digest."""
+
+    reason = "BLOB_NOT_FOUND"
+
+
+class AliasMoved(HubError):
+    """A compare-and-swap was lost: the alias does not hold the version the caller expected."""
+
+    reason = "ALIAS_MOVED"
+
+
+class BlobCorrupt(HubError):
+    """Stored bytes are missing or do not have the digest they are stored under."""
+
+    reason = "BLOB_CORRUPT"
+
+
+class HubUnavailable(HubError):
+    """The hub cannot be opened, read or written just now: the message says which, and what to do."""
+
+    reason = "HUB_UNAVAILABLE"
+
+
+class TargetNotEmpty(HubError):
+    """`pull` was given a directory that already holds something."""
+
+    reason = "TARGET_NOT_EMPTY"
+
+
+class BaseError(HubError):
+    """Base of what can be wrong with a base model."""
+
+    reason = "BASE_ERROR"
+
+
+class BaseNotFound(BaseError):
+    """The base model is no built-in name, no directory and no model that can be downloaded."""
+
+    reason = "BASE_NOT_FOUND"
+
+
+class BaseMalformed(BaseError):
+    """The base model's directory lacks its config or its weights, or they cannot be read."""
+
+    reason = "BASE_MALFORMED"
+
+
+class AdapterRejected(HubError):
+    """Base of the reasons for which a directory is not taken as an adapter."""
+
+    reason = "ADAPTER_REJECTED"
+
+
+class AdapterFileMissing(AdapterRejected):
+    """The directory is not there, or lacks adapter_config.json or adapter_model.safetensors."""
+
+    reason = "ADAPTER_FILE_MISSING"
+
+
+class UnexpectedFile(AdapterRejected):
+    """The directory holds something that is no part of an adapter: another file, a folder, a link, an archive."""
+
+    reason = "UNEXPECTED_FILE"
+
+
+class PickleRefused(AdapterRejected):
+    """The directory holds a pickle (.bin, .pt, …), which runs code when loaded."""
+
+    reason = "PICKLE_REFUSED"
+
+
+class AdapterTooLarge(AdapterRejected):
+    """A file is above the hub's size limit for it."""
+
+    reason = "ADAPTER_TOO_LARGE"
+
+
+class AdapterChanged(AdapterRejected):
+    """A file changed between being checked and being stored."""
+
+    reason = "ADAPTER_CHANGED"
+
+
+class SafetensorsMalformed(AdapterRejected):
+    """The weights file breaks a rule of the safetensors format."""
+
+    reason = "SAFETENSORS_MALFORMED"
+
+
+class DtypeUnsupported(AdapterRejected):
+    """A tensor's element type is none of F64, F32, F16, BF16."""
+
+    reason = "DTYPE_UNSUPPORTED"
+
+
+class ConfigMalformed(AdapterRejected):
+    """adapter_config.json is no JSON object, or a value in it has the wrong type or range."""
+
+    reason = "CONFIG_MALFORMED"
+
+
+class ConfigKeyRefused(AdapterRejected):
+    """adapter_config.json has a key that is unknown, runs code, or asks for a method the hub does not take."""
+
+    reason = "CONFIG_KEY_REFUSED"
+
+
+class PeftTypeUnsupported(AdapterRejected):
+    """The adapter is of a PEFT method other than LoRA."""
+
+    reason = "PEFT_TYPE_UNSUPPORTED"
+
+
+class BaseChangedInit(AdapterRejected):
+    """The adapter's initialization changed the base weights, so it does not belong to the base it names."""
+
+    reason = "BASE_CHANGED_INIT"
+
+
+class RankInvalid(AdapterRejected):
+    """A rank is outside 1…4096, in the config, in a pattern or in a tensor."""
+
+    reason = "RANK_INVALID"
+
+
+class TensorUnknown(AdapterRejected):
+    """A tensor has a name that PEFT does not write, or binds to no module of the base."""
+
+    reason = "TENSOR_UNKNOWN"
+
+
+class TensorMissing(AdapterRejected):
+    """A tensor that the config or its partner calls for is not in the file."""
+
+    reason = "TENSOR_MISSING"
+
+
+class ShapeMismatch(AdapterRejected):
+    """A tensor's shape fits neither its partner, the config's rank, nor the base."""
+
+    reason = "SHAPE_MISMATCH"
+
+
+class NonFinite(AdapterRejected):
+    """A tensor holds NaN or an infinity."""
+
+    reason = "NON_FINITE"
+
+
+class NormAbsurd(AdapterRejected):
+    """A tensor's values are so large that only damage or malice explains them."""
+
+    reason = "NORM_ABSURD"
+
+
+class FactsMalformed(AdapterRejected):
+    """loraplex.json is not as docs/FORMAT.md says."""
+
+    reason = "FACTS_MALFORMED"
+
+
+class BaseMismatch(AdapterRejected):
+    """The adapter's own record names another base than the one it is pushed for."""
+
+    reason = "BASE_MISMATCH"

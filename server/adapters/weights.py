@@ -1,0 +1,138 @@
+"""An adapter's files turned into weights that fit this server's base, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hub.base import BaseIdentity
+from hub.lora_config import LoraConfig, parse_tensor_name
+from server.errors import AdapterUnservable, BaseMismatch, RankTooLarge, TensorUnbound, UnsupportedAdapter
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+# Of `LoraConfig.features`; a plain LoRA needs none of them.
+_SERVED_FEATURES = frozenset({"rslora", "rank_pattern", "alpha_pattern"})
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as the hub hands it over, verified."""
+
+    digest: str
+    config: bytes
+    weights: bytes
+    base_name: str | None
+    base_fingerprint: str | None  # None: unverified, only names and shapes are checked
+
+
+AdapterFetch = Callable[[str], AdapterFiles]
+"""From a digest to its files; raises the hub's errors."""
+
+
+@dataclass(frozen=True)
+class SiteWeights:
+    """One module's update: x -> (x @ a^T) @ b with the adapter's scaling inside b."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [r, out]
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """A parsed adapter in host memory, ready to be copied into the arena."""
+
+    digest: str
+    rank: int  # the largest over its sites: rows it needs in the arena
+    sites: Mapping[str, SiteWeights]
+    warnings: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Host memory held."""
+        return sum(t.numel() * t.itemsize for site in self.sites.values() for t in (site.a, site.b))
+
+
+def parse_adapter(
+    files: AdapterFiles,
+    shapes: Mapping[str, tuple[int, int]],
+    base: BaseIdentity,
+    dtype: torch.dtype,
+    max_rank: int,
+) -> LoraWeights:
+    """Bind every tensor of the adapter to a module of the base.
+
+    `shapes` maps a module path to (out, in). Raises `BaseMismatch`, `RankTooLarge`, `UnsupportedAdapter`,
+    `TensorUnbound` or the hub's `AdapterRejected`, each naming what it is about.
+    """
+    if files.base_fingerprint and base.fingerprint and files.base_fingerprint != base.fingerprint:
+        raise BaseMismatch(
+            f"the adapter was trained on {files.base_name or 'another base'} (fingerprint "
+            f"{files.base_fingerprint[:19]}…), this server holds {base.name} ({base.fingerprint[:19]}…)"
+        )
+    config = LoraConfig.parse(files.config)
+    _refuse_unsupported(config)
+    try:
+        tensors = safetensors.torch.load(files.weights)
+    except SafetensorError as error:
+        raise AdapterUnservable(f"the weights file cannot be read: {error}") from error
+
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        site = parse_tensor_name(key)
+        if site.kind not in ("lora_A", "lora_B"):
+            raise UnsupportedAdapter(f"tensor {key} ({site.kind}) is not served yet")
+        if site.module not in shapes:
+            raise TensorUnbound(f"tensor {key} belongs to no linear layer of {base.name}")
+        if not torch.isfinite(tensor).all():
+            raise AdapterUnservable(f"tensor {key} holds NaN or infinite values")
+        halves.setdefault(site.module, {})[site.kind] = tensor
+    if not halves:
+        raise TensorUnbound("the adapter holds no tensors")
+
+    sites = {}
+    for module, pair in halves.items():
+        if len(pair) != 2:
+            raise TensorUnbound(f"module {module} has {next(iter(pair))} without its other half")
+        sites[module] = _site(module, pair["lora_A"], pair["lora_B"], shapes[module], config, dtype, max_rank)
+    rank = max(site.a.shape[0] for site in sites.values())
+    warnings = ()
+    if not any(bool(site.b.any()) and bool(site.a.any()) for site in sites.values()):
+        warnings = ("the adapter changes nothing: its delta is zero everywhere",)
+    return LoraWeights(files.digest, rank, sites, warnings)
+
+
+def _site(
+    module: str,
+    a: Tensor,
+    b: Tensor,
+    shape: tuple[int, int],
+    config: LoraConfig,
+    dtype: torch.dtype,
+    max_rank: int,
+) -> SiteWeights:
+    out_features, in_features = shape
+    rank = a.shape[0]
+    if a.shape != (rank, in_features) or b.shape != (out_features, rank):
+        raise TensorUnbound(
+            f"module {module} is {out_features}x{in_features}, but lora_A is {list(a.shape)} and lora_B {list(b.shape)}"
+        )
+    if rank > max_rank:
+        raise RankTooLarge(f"module {module} has rank {rank}, this server serves up to {max_rank}")
+    scaled = b.float() * config.scaling(module, rank)
+    return SiteWeights(a=a.to(dtype).contiguous(), b=scaled.T.to(dtype).contiguous())
+
+
+def _refuse_unsupported(config: LoraConfig) -> None:
+    """Name what the format knows and this server does not serve yet: better than a wrong answer."""
+    unserved = [feature for feature in config.features if feature not in _SERVED_FEATURES]
+    if config.fan_in_fan_out:
+        unserved.append("fan_in_fan_out")
+    if unserved:
+        raise UnsupportedAdapter(f"adapters with {', '.join(unserved)} are not served yet")

@@ -1,0 +1,135 @@
+"""From a message to a `Request` the engine can run: parsed, its adapters resolved, its prompt tokenized.
+
+The slow parts (asking the hub about an unknown name, tokenizing a long text) run on threads of their own, so that
+one caller's megabyte never delays another's next token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol, TypeVar
+
+from protos.loraplex.v1 import inference_pb2 as wire
+from server.adapters.directory import AdapterDirectory
+from server.api.parse import AskedAdapter, ChatPrompt, Prompt, RequestParser, TextPrompt, TokenPrompt
+from server.engine.request import AdapterUse, Request
+from server.errors import PromptEmpty, QueueFull
+
+# Tokenizing this much takes about a millisecond; more is done off the event loop.
+INLINE_CHARS = 2048
+INLINE_MESSAGES = 32
+
+T = TypeVar("T")
+
+
+class Tokenizer(Protocol):
+    """The part of `server.model.text.Text` that admission uses."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text."""
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation."""
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token's text."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A request ready to submit."""
+
+    caller_id: str  # what the answer echoes
+    request: Request  # its id is unique in this server, whatever ids callers choose
+
+
+class Admission:
+    """Turns messages into requests. Used on the event loop; `close` ends its threads."""
+
+    def __init__(
+        self, parser: RequestParser, directory: AdapterDirectory, tokenizer: Tokenizer, *, max_pending: int
+    ) -> None:
+        """`max_pending`: calls that may wait for the hub or the tokenizer; more are refused with `QueueFull`."""
+        self._parser = parser
+        self._directory = directory
+        self._tokenizer = tokenizer
+        self._max_pending = max_pending
+        self._pending = 0
+        self._serial = itertools.count(1)
+        self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="loraplex-tokenize")
+        self._resolving = ThreadPoolExecutor(8, thread_name_prefix="loraplex-resolve")
+
+    async def admit(self, message: wire.GenerateRequest) -> Admitted:
+        """The request a message asks for.
+
+        Raises `InvalidRequest`s, the hub's `RefInvalid`, `AdapterNotFound` and `HubUnavailable`, and `QueueFull`.
+        """
+        parsed = self._parser.generate(message)
+        adapters = await self.resolve(parsed.adapters)
+        prompt = await self.tokenize(parsed.prompt)
+        self._parser.check_fits(len(prompt), parsed.stopping.max_new_tokens)
+        request = Request(
+            # Two callers may choose one id, and cancelling by id must end only one of them.
+            id=f"{parsed.id}#{next(self._serial)}",
+            prompt=tuple(prompt),
+            stopping=parsed.stopping,
+            sampling=parsed.sampling,
+            adapters=adapters,
+            logprobs=parsed.logprobs,
+        )
+        return Admitted(parsed.id, request)
+
+    async def tokenize(self, prompt: Prompt) -> Sequence[int]:
+        """The prompt's token ids, at least one."""
+        match prompt:
+            case TokenPrompt(ids):
+                return ids
+            case TextPrompt(text):
+                encode = partial(self._tokenizer.encode, text)
+                ids = encode() if len(text) <= INLINE_CHARS else await self._off_loop(self._tokenizing, encode)
+            case ChatPrompt(messages):
+                turns = [{"role": role, "content": content} for role, content in messages]
+                render = partial(self._tokenizer.render_chat, turns)
+                short = prompt.chars <= INLINE_CHARS and len(messages) <= INLINE_MESSAGES
+                ids = render() if short else await self._off_loop(self._tokenizing, render)
+        if not ids:
+            raise PromptEmpty("the prompt has no tokens")
+        return ids
+
+    async def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token's text on its own."""
+        pieces = partial(self._tokenizer.pieces, ids)
+        return pieces() if len(ids) <= INLINE_CHARS // 4 else await self._off_loop(self._tokenizing, pieces)
+
+    async def resolve(self, asked: Sequence[AskedAdapter]) -> tuple[AdapterUse, ...]:
+        """The versions that answer, each digest once: weights of names for the same version are summed."""
+        uses: dict[str, AdapterUse] = {}
+        for each in asked:
+            found = self._directory.cached(each.ref)
+            if found is None:
+                found = await self._off_loop(self._resolving, partial(self._directory.resolve, each.ref))
+            known = uses.get(found.digest)
+            if known is None:
+                uses[found.digest] = AdapterUse(found.digest, found.version, each.weight)
+            else:
+                uses[found.digest] = replace(known, weight=known.weight + each.weight)
+        return tuple(uses.values())
+
+    def close(self) -> None:
+        """End the threads; what they are doing is finished for nobody."""
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._resolving.shutdown(wait=False, cancel_futures=True)
+
+    async def _off_loop(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        if self._pending >= self._max_pending:
+            raise QueueFull(f"{self._pending} calls are already waiting to be admitted")
+        self._pending += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
+        finally:
+            self._pending -= 1

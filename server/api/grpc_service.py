@@ -1,0 +1,168 @@
+"""The services `loraplex.v1.Inference` and `loraplex.v1.Adapters`: messages ⇄ nouns, nothing else.
+
+Handlers raise; `interceptors.py` answers. Whatever ends a call early (the client cancels or dies, its deadline
+passes, a write fails, the server stops) arrives here as an exception in the frame that reads the outbox, and the
+engine is told in `finally`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+
+from hub.refs import AdapterRef
+from protos.loraplex.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from server.adapters.directory import AdapterDirectory, ResolvedAdapter
+from server.api import encode
+from server.api.admission import Admission, Admitted
+from server.api.parse import RequestParser
+from server.engine.outbox import AsyncOutbox
+from server.engine.request import Delta
+
+if TYPE_CHECKING:
+    from server.adapters.residency import AdapterStatus
+    from server.engine.engine import Engine
+
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_TIERS = {
+    "loading": adapters_pb2.TIER_LOADING,
+    "host": adapters_pb2.TIER_HOST,
+    "device": adapters_pb2.TIER_DEVICE,
+}
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """Generation and what goes with it."""
+
+    def __init__(
+        self, engine: Engine, admission: Admission, parser: RequestParser, model_info: inference_pb2.ModelInfo
+    ) -> None:
+        self._engine = engine
+        self._admission = admission
+        self._parser = parser
+        self._model_info = model_info
+
+    async def Generate(  # noqa: N802
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> inference_pb2.GenerateResponse:
+        """Answer when generation ended."""
+        admitted = await self._admission.admit(request)
+        deltas: list[Delta] = []
+        with self._running(admitted) as answer:
+            async for delta in answer:
+                _raise_error(delta)
+                deltas.append(delta)
+        return encode.response(admitted.caller_id, admitted.request.adapters, deltas)
+
+    async def GenerateStream(self, request: inference_pb2.GenerateRequest, context: Context) -> None:  # noqa: N802
+        """Send tokens as they come.
+
+        Written through the context rather than yielded: a failed or cancelled write is then raised in this frame,
+        while an abandoned generator would be closed whenever the garbage collector finds it.
+        """
+        admitted = await self._admission.admit(request)
+        caller_id, adapters = admitted.caller_id, admitted.request.adapters
+        with self._running(admitted) as answer:
+            await context.write(encode.first_chunk(caller_id, adapters))
+            async for delta in answer:
+                _raise_error(delta)
+                await context.write(encode.chunk(caller_id, adapters, delta))
+
+    async def Tokenize(  # noqa: N802
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        """The token ids of a text or a conversation, as Generate would see them."""
+        ids = await self._admission.tokenize(self._parser.prompt(request))
+        return inference_pb2.TokenizeResponse(token_ids=ids, tokens=await self._admission.pieces(ids))
+
+    async def GetModelInfo(  # noqa: N802
+        self, request: inference_pb2.GetModelInfoRequest, context: Context
+    ) -> inference_pb2.ModelInfo:
+        """What is served and the limits of a request."""
+        return self._model_info
+
+    @contextmanager
+    def _running(self, admitted: Admitted) -> Iterator[AsyncOutbox]:
+        """Submit; whatever happens inside, the engine holds nothing of the request afterwards."""
+        outbox = AsyncOutbox()
+        self._engine.submit(admitted.request, outbox)
+        try:
+            yield outbox
+        finally:
+            self._engine.cancel(admitted.request.id)
+
+
+class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
+    """Administration of what the server holds. `close` ends its threads."""
+
+    def __init__(self, engine: Engine, directory: AdapterDirectory) -> None:
+        self._adapters = engine.adapters
+        self._directory = directory
+        # Loads wait for the loader, hence threads of their own: generation's admission must not queue behind them.
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="loraplex-admin")
+
+    async def List(  # noqa: N802
+        self, request: adapters_pb2.ListAdaptersRequest, context: Context
+    ) -> adapters_pb2.ListAdaptersResponse:
+        """Every adapter that holds memory or is on its way, nearest to the batch first."""
+        statuses = await self._in_thread(self._adapters.list)
+        messages = [self._status(status) for status in statuses]
+        messages.sort(key=lambda message: (-message.tier, message.version))
+        return adapters_pb2.ListAdaptersResponse(adapters=messages)
+
+    async def Load(  # noqa: N802
+        self, request: adapters_pb2.LoadAdapterRequest, context: Context
+    ) -> adapters_pb2.LoadAdapterResponse:
+        """Bring a version onto the device and answer when it is there."""
+        started = time.monotonic()
+        found = await self._resolve(request.ref)
+        status = await self._in_thread(partial(self._adapters.load, found.digest, found.version))
+        return adapters_pb2.LoadAdapterResponse(
+            adapter=self._status(status), seconds=time.monotonic() - started, warnings=status.warnings
+        )
+
+    async def Unload(  # noqa: N802
+        self, request: adapters_pb2.UnloadAdapterRequest, context: Context
+    ) -> adapters_pb2.UnloadAdapterResponse:
+        """Free a version, now or when its last request ends."""
+        found = await self._resolve(request.ref)
+        return adapters_pb2.UnloadAdapterResponse(
+            freed=await self._in_thread(partial(self._adapters.unload, found.digest))
+        )
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _resolve(self, text: str) -> ResolvedAdapter:
+        ref = AdapterRef.parse(text)
+        return self._directory.cached(ref) or await self._in_thread(partial(self._directory.resolve, ref))
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _status(self, status: AdapterStatus) -> adapters_pb2.AdapterStatus:
+        return adapters_pb2.AdapterStatus(
+            version=status.version or self._directory.version_of(status.digest) or "",
+            digest=status.digest,
+            tier=_TIERS[status.tier.value],
+            rank=status.rank,
+            host_bytes=status.host_bytes,
+            device_bytes=status.device_bytes,
+            requests_in_flight=status.requests_in_flight,
+            draining=status.draining,
+        )
+
+
+def _raise_error(delta: Delta) -> None:
+    if delta.error is not None:
+        raise delta.error

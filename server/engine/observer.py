@@ -1,0 +1,64 @@
+"""What the engine tells about itself while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from server.engine.request import Finish, Request
+
+
+@dataclass(frozen=True)
+class EngineSnapshot:
+    """The engine's state between two steps."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_pages_used: int = 0
+    kv_pages_total: int = 0
+    running_adapters: frozenset[str] = frozenset()  # versions, "team/sentiment@3"
+    waiting_adapters: frozenset[str] = frozenset()
+
+
+class EngineObserver(Protocol):
+    """Called on the engine's threads; must not block and must not raise."""
+
+    def step(self, *, seconds: float, sequences: int, adapters: int, tokens: int) -> None:
+        """A step ran: distinct adapters and all tokens computed in it."""
+
+    def admitted(self, request: Request, queue_seconds: float) -> None:
+        """A request got its pages and joins the next step."""
+
+    def first_token(self, request: Request, seconds: float) -> None:
+        """Seconds since arrival."""
+
+    def tokens(self, request: Request, count: int, seconds: float) -> None:
+        """`count` more tokens, `seconds` after the last."""
+
+    def finished(self, request: Request, finish: Finish | None, error: Exception | None) -> None:
+        """A request ended, well or not."""
+
+    def adapter_loaded(self, tier: str, seconds: float) -> None:
+        """An adapter reached "host" or "device"."""
+
+
+class Unobserved:
+    """An observer that looks away."""
+
+    def step(self, *, seconds: float, sequences: int, adapters: int, tokens: int) -> None:
+        """Nothing."""
+
+    def admitted(self, request: Request, queue_seconds: float) -> None:
+        """Nothing."""
+
+    def first_token(self, request: Request, seconds: float) -> None:
+        """Nothing."""
+
+    def tokens(self, request: Request, count: int, seconds: float) -> None:
+        """Nothing."""
+
+    def finished(self, request: Request, finish: Finish | None, error: Exception | None) -> None:
+        """Nothing."""
+
+    def adapter_loaded(self, tier: str, seconds: float) -> None:
+        """Nothing."""

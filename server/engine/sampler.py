@@ -1,0 +1,138 @@
+"""From logits to the next token, row by row: a row's draw depends on its own logits and its own seed alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from server.engine.request import Sampling, TokenLogprobs
+
+
+@dataclass
+class SamplerState:
+    """What sampling one answer needs to remember."""
+
+    sampling: Sampling
+    logprobs: int | None
+    prompt: frozenset[int]
+    forbidden: tuple[int, ...]  # token ids that may not come before min_new_tokens
+    min_new_tokens: int
+    produced: list[int] = field(default_factory=list)
+    generator: torch.Generator | None = None
+
+    @classmethod
+    def begin(
+        cls,
+        sampling: Sampling,
+        logprobs: int | None,
+        prompt: Sequence[int],
+        stop_ids: frozenset[int],
+        min_new_tokens: int,
+    ) -> SamplerState:
+        """State before the first token; the random draws come from `sampling.seed` alone."""
+        generator = None
+        if sampling.temperature > 0:
+            generator = torch.Generator()
+            # torch takes 64 bits as signed or unsigned; any one-to-one mapping will do.
+            generator.manual_seed(sampling.seed % 2**63)
+        return cls(sampling, logprobs, frozenset(prompt), tuple(sorted(stop_ids)), min_new_tokens, [], generator)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether this row's logits must be changed before the choice."""
+        s = self.sampling
+        return bool(
+            s.repetition_penalty != 1.0
+            or s.presence_penalty
+            or s.frequency_penalty
+            or s.logit_bias
+            or (self.forbidden and len(self.produced) < self.min_new_tokens)
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row's next token; `token_id` None means that the logits were not finite."""
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None
+
+
+def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Choice]:
+    """Choose the next token of every row; logits: [S, vocabulary] float32, one state a row, changed in place."""
+    for row, state in enumerate(states):
+        if state.adjusts:
+            adjust(logits[row], state)
+    best, ids = logits.max(-1)
+    # A NaN anywhere makes max NaN; +inf shows as inf. Only -inf is legitimate (forbidden tokens).
+    healthy = torch.isfinite(best).tolist()
+    greedy = ids.tolist()
+    choices = []
+    for row, state in enumerate(states):
+        if not healthy[row]:
+            choices.append(Choice(None, None))
+            continue
+        token = greedy[row] if state.generator is None else draw(logits[row], state)
+        state.produced.append(token)
+        choices.append(Choice(token, None if state.logprobs is None else _logprobs(logits[row], token, state.logprobs)))
+    return choices
+
+
+def adjust(logits: Tensor, state: SamplerState) -> None:
+    """Apply penalties, bias and min_new_tokens to one row [vocabulary] in place."""
+    sampling = state.sampling
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(state.prompt.union(state.produced)))
+        values = logits[seen]
+        logits[seen] = torch.where(
+            values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
+        )
+    if (sampling.presence_penalty or sampling.frequency_penalty) and state.produced:
+        counts = Counter(state.produced)
+        times = torch.tensor(list(counts.values()), dtype=torch.float32)
+        logits[torch.tensor(list(counts))] -= sampling.presence_penalty + sampling.frequency_penalty * times
+    if sampling.logit_bias:
+        ids, values_ = zip(*sampling.logit_bias, strict=True)
+        logits[torch.tensor(ids)] += torch.tensor(values_, dtype=torch.float32)
+    if state.forbidden and len(state.produced) < state.min_new_tokens:
+        logits[torch.tensor(state.forbidden)] = float("-inf")
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(probabilities, token ids), best first, after temperature, top_k, top_p and min_p; probabilities sum to 1.
+
+    top_p keeps the smallest set whose probability reaches top_p; min_p drops what is below min_p times the best.
+    """
+    # Shifted before the division: a tiny temperature must sharpen, not overflow.
+    shifted = (logits.double() - logits.max()) / sampling.temperature
+    values, ids = shifted.sort(descending=True, stable=True)
+    if sampling.top_k:
+        values, ids = values[: sampling.top_k], ids[: sampling.top_k]
+    probabilities = values.softmax(-1)
+    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    if sampling.top_p < 1.0:
+        keep &= probabilities.cumsum(-1) - probabilities < sampling.top_p
+    if sampling.min_p > 0.0:
+        keep &= probabilities >= sampling.min_p * probabilities[0]
+    keep[0] = True
+    probabilities, ids = probabilities[keep], ids[keep]
+    return probabilities / probabilities.sum(), ids
+
+
+def draw(logits: Tensor, state: SamplerState) -> int:
+    """One token of one row [vocabulary], by inverting the cumulative distribution at one uniform number."""
+    probabilities, ids = distribution(logits, state.sampling)
+    point = torch.rand((), generator=state.generator, dtype=torch.float64)
+    index = int(torch.searchsorted(probabilities.cumsum(-1), point, right=True))
+    return int(ids[min(index, ids.numel() - 1)])
+
+
+def _logprobs(logits: Tensor, token: int, best: int) -> TokenLogprobs:
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(best) if best else (logprobs[:0], logprobs[:0])
+    top = tuple(zip((int(i) for i in ids), values.tolist(), strict=True))
+    return TokenLogprobs(token, float(logprobs[token]), top)

@@ -1,0 +1,87 @@
+"""A request while it runs: everything mutable about one answer. Owned by the engine thread alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from server.adapters.residency import Ticket
+from server.engine.outbox import Outbox
+from server.engine.request import Delta, Finish, FinishReason, Request, Timing, Usage
+from server.engine.sampler import Choice, SamplerState
+from server.model.text import Detokenizer, StopScanner
+
+
+@dataclass
+class Sequence:
+    """One answer in the making."""
+
+    request: Request
+    outbox: Outbox
+    ticket: Ticket
+    stop_ids: frozenset[int]
+    sampler: SamplerState
+    detokenizer: Detokenizer
+    scanner: StopScanner
+    tokens: list[int] = field(default_factory=list)  # the prompt, then what was produced
+    computed: int = 0  # leading tokens whose keys and values are in the cache
+    pages: list[int] = field(default_factory=list)
+    adapter_rows: tuple[tuple[int, int, float], ...] = ()  # (first row, one past the last, weight), while leased
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to be computed before the next one can be sampled."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def produced(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    def advance(self, choice: Choice) -> Delta:
+        """Take the next token in; the delta says what the reader sees of it and whether the answer ended."""
+        token = choice.token_id
+        if token is None:
+            raise AssertionError("a row without a token does not advance")
+        stopping = self.request.stopping
+        now = time.monotonic()
+        self.tokens.append(token)
+        self.first_token = self.first_token or now
+        self.last_token = now
+        delta = Delta(token_ids=[token], logprobs=[choice.logprobs] if choice.logprobs else [])
+        if self.produced == 1:
+            delta.warnings = list(self.ticket.warnings)
+
+        reason = None
+        if token in self.stop_ids:
+            reason = FinishReason.STOP
+        else:
+            text = self.detokenizer.push(token)
+            if self.produced < stopping.min_new_tokens:
+                delta.text = text
+            else:
+                delta.text, stopped = self.scanner.push(text)
+                if stopped:
+                    reason = FinishReason.STOP_STRING
+        if reason is None and self.produced >= stopping.max_new_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            if reason is not FinishReason.STOP_STRING:
+                delta.text += self.scanner.push(self.detokenizer.flush())[0] + self.scanner.flush()
+            delta.finish = self._finish(reason, now)
+        return delta
+
+    def _finish(self, reason: FinishReason, now: float) -> Finish:
+        arrival = self.request.arrival
+        return Finish(
+            reason,
+            Usage(len(self.request.prompt), self.produced),
+            Timing(
+                queue=(self.started or now) - arrival,
+                first_token=(self.first_token or now) - arrival,
+                total=now - arrival,
+            ),
+        )

@@ -1,0 +1,151 @@
+"""Attention over our own KV pages, plugged into transformers' models by name.
+
+transformers calls the function registered here instead of its own attention. What it needs beyond q, k, v arrives
+as the keyword `paged`, which `Runner` hands to `model.forward` and the model passes down to every layer. The name
+is absent from transformers' mask interface, so no mask is ever built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from server.errors import UnsupportedArchitecture
+from server.kernels import cpu
+
+ATTENTION_NAME = "loraplex_paged"
+
+# What layers pass along that changes nothing here.
+_HARMLESS = frozenset(
+    {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Prompt tokens of one sequence in a packed batch."""
+
+    t0: int  # first and one past the last row of the batch
+    t1: int
+    slots: Tensor  # [L] int64: cache slots of the sequence's tokens so far, these included
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How the rows of one packed batch attend; built once a step, used by every layer.
+
+    Rows 0 … decodes - 1 are sequences with one new token each, the spans follow.
+    """
+
+    write_slots: Tensor  # [T] int64: where each row's key and value go
+    decodes: int
+    pages: Tensor  # [decodes * P] int64
+    lengths: Tensor  # [decodes] int64, new token included
+    masks: dict[int | None, Tensor]  # by window: [decodes, 1, P * page_tokens] float32, filled when first asked for
+    spans: Sequence[Span]
+
+
+class PagedKv:
+    """Keys and values of every layer: `k[layer]`, `v[layer]`: [Hkv, pages * page_tokens, D]."""
+
+    def __init__(
+        self, layers: int, kv_heads: int, width: int, pages: int, page_tokens: int, dtype: torch.dtype, device: str
+    ) -> None:
+        self.pages = pages
+        self.page_tokens = page_tokens
+        shape = (kv_heads, pages * page_tokens, width)
+        # Zeros, not empty: padding reads any page, and a NaN there would survive the mask.
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+
+    def scrub(self, pages: Sequence[int]) -> None:
+        """Zero pages that may hold NaN before somebody else gets them: a weight of zero does not silence a NaN."""
+        for cache in (*self.k, *self.v):
+            cache.view(cache.shape[0], self.pages, -1)[:, list(pages)] = 0
+
+    @staticmethod
+    def page_bytes(layers: int, kv_heads: int, width: int, page_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes one page takes over all layers."""
+        return 2 * layers * kv_heads * width * page_tokens * dtype.itemsize
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    paged: tuple[PagedKv, AttentionPlan],
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention contract: q [1, Hq, T, D], k and v [1, Hkv, T, D] after RoPE → ([1, T, Hq, D], None).
+
+    Raises `UnsupportedArchitecture` for arguments whose meaning this function does not know: a wrong answer is
+    worse than none.
+    """
+    unknown = [name for name, given in kwargs.items() if name not in _HARMLESS and given is not None]
+    if unknown or attention_mask is not None or dropout:
+        raise UnsupportedArchitecture(f"the model's attention asks for what is not served: {unknown or 'a mask'}")
+    kv, plan = paged
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    k, v = kv.k[layer], kv.v[layer]
+    k.index_copy_(1, plan.write_slots, key[0])
+    v.index_copy_(1, plan.write_slots, value[0])
+    q = query[0].transpose(0, 1)  # [T, Hq, D]
+    parts = []
+    if plan.decodes:
+        mask = plan.masks.get(sliding_window)
+        if mask is None:
+            mask = plan.masks[sliding_window] = decode_mask(plan, kv.page_tokens, sliding_window)
+        parts.append(
+            cpu.decode_attention(
+                q[: plan.decodes],
+                k,
+                v,
+                plan.pages,
+                mask,
+                page_tokens=kv.page_tokens,
+                scale=scaling,
+                softcap=softcap,
+            )
+        )
+    for span in plan.spans:
+        parts.append(
+            cpu.prefill_attention(
+                q[span.t0 : span.t1],
+                k.index_select(1, span.slots),
+                v.index_select(1, span.slots),
+                scale=scaling,
+                window=sliding_window,
+                softcap=softcap,
+            )
+        )
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out[None], None
+
+
+def decode_mask(plan: AttentionPlan, page_tokens: int, window: int | None) -> Tensor:
+    """[decodes, 1, P * page_tokens] float32: 0 where the new token looks, -inf elsewhere."""
+    columns = plan.pages.shape[0] // plan.decodes * page_tokens
+    position = torch.arange(columns, device=plan.lengths.device)[None, :]
+    seen = position < plan.lengths[:, None]
+    if window is not None:
+        seen &= position >= plan.lengths[:, None] - window
+    mask = torch.zeros(seen.shape, dtype=torch.float32, device=seen.device)
+    return mask.masked_fill_(~seen, float("-inf"))[:, None, :]
+
+
+def register() -> None:
+    """Make the function known to transformers; harmless when repeated."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, paged_attention)

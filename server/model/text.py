@@ -1,0 +1,117 @@
+"""Text in and out: the tokenizer, the base's own chat template, and detokenizing one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jinja2.exceptions import TemplateError
+from tokenizers.decoders import DecodeStream
+
+from server.errors import InvalidRequest
+from server.model.base import BaseModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Text:
+    """The base's tokenizer as the server uses it. Methods may be called from any thread."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._tokenizer: PreTrainedTokenizerBase = base.tokenizer
+        self._backend = base.tokenizer.backend_tokenizer
+        self.eos_ids = _eos_ids(base)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, with whatever the base puts in front of a text."""
+        return list(self._tokenizer(text).input_ids)
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation by the base's chat template, ready for the assistant to answer.
+
+        Raises `InvalidRequest` when the base has no template or the template refuses the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest("this base has no chat template; send text or token_ids")
+        try:
+            rendered = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise InvalidRequest(f"the base's chat template refuses these messages: {error}") from error
+        return list(self._tokenizer(rendered, add_special_tokens=False).input_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids` without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token's text on its own."""
+        return [str(self._tokenizer.decode([token])) for token in token_ids]
+
+    def stream(self) -> Detokenizer:
+        """A fresh detokenizer for one answer."""
+        return Detokenizer(self)
+
+
+class Detokenizer:
+    """Text of one answer, token by token; holds back bytes that do not yet make a character."""
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._emitted = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes, often one word, sometimes nothing."""
+        self._ids.append(token_id)
+        piece = self._stream.step(self._text._backend, token_id) or ""
+        self._emitted += len(piece)
+        return piece
+
+    def flush(self) -> str:
+        """What was held back, at the end: an unfinished character comes out as U+FFFD."""
+        return self._text.decode(self._ids)[self._emitted :]
+
+
+class StopScanner:
+    """Watches an answer's text for stop strings, also across tokens.
+
+    Text that could be the beginning of a stop string is held back until it is decided.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """(text that may be shown, whether a stop string was met; it and what follows are dropped)."""
+        if not self._stops:
+            return text, False
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            shown, self._held = self._held[: min(found)], ""
+            return shown, True
+        keep = max(
+            (n for stop in self._stops for n in range(1, min(len(stop), len(self._held) + 1)) if self._held.endswith(stop[:n])),
+            default=0,
+        )
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown, False
+
+    def flush(self) -> str:
+        """What was held back, when the answer ends for another reason."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _eos_ids(base: BaseModel) -> frozenset[int]:
+    ids: set[int] = set()
+    for given in (getattr(base.model.generation_config, "eos_token_id", None), base.tokenizer.eos_token_id):
+        if isinstance(given, int):
+            ids.add(given)
+        elif given is not None:
+            ids.update(given)
+    return frozenset(ids)
