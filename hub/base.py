@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from hub.base_identity import BaseIdentity
 from hub.errors import BaseMalformed, BaseNotFound
 from hub.fingerprint import BaseFingerprint, fingerprint_directory
+from hub.progress import Progress
 
 __all__ = ["BaseFingerprint", "BaseIdentity", "LocatedBase", "base_identity", "fingerprint_directory", "locate_base"]
 
@@ -28,16 +30,6 @@ class LocatedBase:
     name: str  # how others can name it: built-in name, Hugging Face id, or the directory's last component
     revision: str | None  # a commit of the Hugging Face repository
     directory: Path  # holds config.json and *.safetensors
-
-
-@dataclass(frozen=True)
-class BaseIdentity:
-    """Which base an adapter belongs to; a manifest holds one."""
-
-    name: str | None
-    revision: str | None = None
-    fingerprint: str | None = None  # "sha256:…"; None: nobody has checked, "unverified"
-    quantization: str | None = None  # what the base was loaded as while training: "nf4", "int8", "none"
 
 
 def locate_base(text: str) -> LocatedBase:
@@ -61,18 +53,19 @@ def locate_base(text: str) -> LocatedBase:
     return _checked(_downloaded(match[1], match[2]))
 
 
-def base_identity(text: str) -> tuple[BaseIdentity, BaseFingerprint]:
+def base_identity(text: str, *, progress: Progress | None = None) -> tuple[BaseIdentity, BaseFingerprint]:
     """The identity of the base that `text` names, weights read and hashed; raises what `locate_base` raises."""
     located = locate_base(text)
-    fingerprint = fingerprint_directory(located.directory)
+    fingerprint = fingerprint_directory(located.directory, progress=progress)
     return BaseIdentity(located.name, located.revision, fingerprint.fingerprint), fingerprint
 
 
 def _built_in(entry: EntryPoint) -> Path:
     try:
-        return Path(entry.load()())
+        directory_of = entry.load()
     except (ImportError, AttributeError) as error:
         raise BaseNotFound(f"the built-in base {entry.name!r} cannot be loaded here: {error}") from error
+    return Path(directory_of())
 
 
 def _downloaded(name: str, revision: str | None) -> LocatedBase:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import platformdirs
 
 from hub import json_text
 from hub.errors import BaseMalformed, SafetensorsMalformed
+from hub.progress import Progress
 from hub.refs import Digest
 from hub.safetensors_file import mapped
 
@@ -54,7 +54,7 @@ class BaseFingerprint:
     shapes: Mapping[str, tuple[int, ...]]  # by the tensor's name in the file: "model.layers.0.mlp.up_proj.weight"
 
 
-def fingerprint_directory(directory: Path) -> BaseFingerprint:
+def fingerprint_directory(directory: Path, *, progress: Progress | None = None) -> BaseFingerprint:
     """The fingerprint of the model in `directory` (config.json and *.safetensors); raises BaseMalformed.
 
     Weights are mapped, not loaded. The result is cached by the files' names, sizes and modification times.
@@ -68,7 +68,7 @@ def fingerprint_directory(directory: Path) -> BaseFingerprint:
     key = _stat_key(config, files)
     found = _cached(key)
     if found is None:
-        found = _computed(config, files)
+        found = _computed(config, files, progress or (lambda what, done, total: None))
         _remember(key, found)
         _remember(found.fingerprint.removeprefix("sha256:"), found)
     return found
@@ -97,8 +97,9 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _computed(config: dict[str, Any], files: list[Path]) -> BaseFingerprint:
+def _computed(config: dict[str, Any], files: list[Path], report: Progress) -> BaseFingerprint:
     tensors: dict[str, dict[str, Any]] = {}
+    done, total = 0, sum(file.stat().st_size for file in files)
     for file in files:
         try:
             with mapped(file) as opened:
@@ -108,6 +109,8 @@ def _computed(config: dict[str, Any], files: list[Path]) -> BaseFingerprint:
                     with opened.bytes_of(name) as data:
                         digest = hashlib.sha256(data).hexdigest()
                     tensors[name] = {"dtype": slot.dtype, "shape": list(slot.shape), "sha256": digest}
+                    done += slot.end - slot.begin
+                    report("hashing the base", done, total)
         except SafetensorsMalformed as error:
             raise BaseMalformed(f"the base's {error}") from error
     digest = json_text.digest_of({"config": _without_noise(config), "tensors": tensors})
@@ -151,6 +154,6 @@ def _remember(key: str, found: BaseFingerprint) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=directory, suffix=".tmp", delete=False) as file:
             file.write(text)
-        os.replace(file.name, directory / f"{key}.json")
+        Path(file.name).replace(directory / f"{key}.json")
     except OSError:
         pass  # a cache that cannot be written only costs time

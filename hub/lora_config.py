@@ -163,8 +163,8 @@ def _check_init(value: Any) -> None:
     if name.startswith(_BASE_CHANGING_INITS):
         raise BaseChangedInit(
             f"init_lora_weights is {_shown(value)}: this method changed the base weights, so the adapter does not fit "
-            "the base it names. Save it again with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…), "
-            "which turns it into a plain LoRA"
+            "the base it names. Save it again with path_initial_model_for_weight_conversion=… given to PEFT's "
+            "save_pretrained, which turns it into a plain LoRA"
         )
     if name not in _SOUND_INITS:
         raise ConfigMalformed(f"init_lora_weights is {_shown(value)}, a method this hub does not know")

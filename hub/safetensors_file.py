@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,20 +50,21 @@ class MappedTensors:
     data: memoryview  # the whole file
 
     def bytes_of(self, name: str) -> memoryview:
-        """The raw bytes of one tensor; the caller releases the view or lets it go before the mapping ends."""
+        """The raw bytes of one tensor."""
         slot = self.slots[name]
         return self.data[slot.begin : slot.end]
 
 
 @contextmanager
 def mapped(path: Path) -> Iterator[MappedTensors]:
-    """`path` mapped and its header checked; raises SafetensorsMalformed, or OSError where it cannot be read."""
+    """`path` mapped and its header checked; raises SafetensorsMalformed, or OSError if it cannot be read."""
     with path.open("rb") as file:
-        size = path.stat().st_size
+        size = os.fstat(file.fileno()).st_size
         if size < 8:
             raise SafetensorsMalformed(f"{path.name} has {size} bytes, a safetensors file has at least 8")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as view:
-            yield MappedTensors(read_header(view, path.name), view)
+        # Closed by the collector, not here: an error on its way out may still hold a view of the data.
+        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        yield MappedTensors(read_header(view, path.name), view)
 
 
 def read_header(data: memoryview, name: str) -> dict[str, TensorSlot]:

@@ -36,6 +36,7 @@ class MergePart:
     name: str  # "team/sentiment@3", for messages
     directory: Path
     weight: float = 1.0  # finite; factor on the adapter's delta
+    digest: str | None = None  # of its manifest; None: it comes from no hub
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ def _with_magnitude(module: nn.Module, path: str, updated: Tensor, magnitude: Te
     if isinstance(module, nn.Embedding) or _stores_inputs_first(module):
         raise UnsupportedAdapter(f"{adapter.part.name} uses DoRA on {path}, which merge supports on linear layers only")
     norms = updated.norm(dim=1)
-    return updated * (_fitting(magnitude.double().flatten(), norms.shape, path, adapter) / norms).unsqueeze(1)
+    factor: Tensor = _fitting(magnitude.double().flatten(), norms.shape, path, adapter) / norms
+    return updated * factor.unsqueeze(1)
 
 
 def _replace(module: nn.Module, path: str, parameter: str, tensor: Tensor, adapter: _Parsed) -> None:

@@ -127,7 +127,10 @@ class Metrics:
         )
         self._errors = Counter("loraplex_errors", "Calls that failed, by reason.", ["reason"], registry=registry)
         self._info = Gauge(
-            "loraplex_server_info", "1; what this server serves.", ["base", "quantization", "version"], registry=registry
+            "loraplex_server_info",
+            "1; what this server serves.",
+            ["base", "quantization", "version"],
+            registry=registry,
         )
         self._snapshots = _SnapshotCollector(max_lora)
         registry.register(self._snapshots)
@@ -201,7 +204,7 @@ def _name(request: Request) -> str | None:
     return "+".join(sorted(use.name for use in request.adapters)) or None
 
 
-class _SnapshotCollector(Collector):
+class _SnapshotCollector(Collector):  # type: ignore[misc]  # prometheus_client is untyped here
     """Gauges read from the engine at scrape time; nothing before the engine is there."""
 
     def __init__(self, max_lora: int) -> None:

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transformers directory: Llama, 2 layers, hidden 64, GQA 4/2, 300 tokens, byte tokenizer with a chat template."""
+    """A transformers directory: 2 Llama layers, hidden 64, GQA 4/2, 300 tokens, byte tokenizer, chat template."""
     directory = tmp_path_factory.mktemp("bases") / "tiny"
     write_tiny_llama(directory)
     write_byte_tokenizer(directory)
@@ -109,3 +109,86 @@ def make_adapter() -> Callable[..., Path]:
         return target
 
     return make
+
+
+@pytest.fixture(scope="session")
+def directory_fetch() -> Callable[[dict[str, Path]], Any]:
+    """directory_fetch({digest: PEFT directory}) → what the engine takes as `fetch`, without a hub."""
+
+    def build(directories: dict[str, Path]) -> Any:
+        from server.adapters.weights import AdapterFiles
+
+        def fetch(digest: str) -> AdapterFiles:
+            directory = directories[digest]
+            return AdapterFiles(
+                digest=digest,
+                config=(directory / "adapter_config.json").read_bytes(),
+                weights=(directory / "adapter_model.safetensors").read_bytes(),
+                base_name=None,
+                base_fingerprint=None,
+            )
+
+        return fetch
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M-Instruct (converted once into the user's cache)."""
+    from server.model.builtin import smollm2_135m
+
+    return smollm2_135m()
+
+
+def write_random_adapter(base: Path, target: Path, *, rank: int, seed: int, b_std: float = 0.02) -> Path:
+    """A PEFT directory over all seven linears, alpha 2r, A as PEFT draws it, B normal; no model is loaded for it."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((base / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
+    queries = config["num_attention_heads"] * config["head_dim"]
+    shapes = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, (out_features, in_features) in shapes.items():
+            key = f"base_model.model.model.layers.{layer}.{module}"
+            bound = in_features**-0.5
+            a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound
+            tensors[f"{key}.lora_A.weight"] = a
+            tensors[f"{key}.lora_B.weight"] = torch.randn(out_features, rank, generator=generator) * b_std
+    target.mkdir(parents=True)
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": ALL_LINEARS,
+        "base_model_name_or_path": "smollm2-135m",
+    }
+    (target / "adapter_config.json").write_text(json.dumps(settings))
+    return target
+
+
+REAL_RANKS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+
+
+@pytest.fixture(scope="session")
+def real_adapters(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Twelve random adapters of ranks 4 to 64 on the real base, by the digest that tests call them."""
+    root = tmp_path_factory.mktemp("real-adapters")
+    return {f"r{rank}": write_random_adapter(smollm2, root / f"r{rank}", rank=rank, seed=rank) for rank in REAL_RANKS}

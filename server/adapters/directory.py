@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from hub.errors import AdapterNotFound, HubError, HubUnavailable
+from hub.errors import AdapterNotFound, HubError
 from hub.refs import AdapterRef, Alias
 
 if TYPE_CHECKING:
-    from hub.manifest import Manifest
-    from server.adapters.weights import AdapterFetch, AdapterFiles
+    from hub.hub import Hub
+    from server.adapters.weights import AdapterFetch
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class HubEvent(Protocol):
 
     @property
     def kind(self) -> str:
-        """"push", "tag", "untag", …"""
+        """ "push", "tag", "untag", …"""
 
     @property
     def full_name(self) -> str:
@@ -191,26 +191,17 @@ class AdapterDirectory:
                 self._remember(ref, found)
 
 
-class HubFiles(Protocol):
-    """The part of `hub.hub.Hub` that fetching uses."""
-
-    def manifest(self, digest: str) -> Manifest:
-        """The manifest with this digest."""
-
-    def read_file(self, digest: str, filename: str) -> bytes:
-        """A verified file of the version with this digest."""
-
-
-def hub_fetch(hub: HubFiles) -> AdapterFetch:
+def hub_fetch(hub: Hub) -> AdapterFetch:
     """The engine's way to an adapter's files; raises the hub's errors."""
     from server.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 
     def fetch(digest: str) -> AdapterFiles:
-        base = hub.manifest(digest).base
+        version = hub.get(digest)
+        base = version.manifest.base
         return AdapterFiles(
             digest=digest,
-            config=hub.read_file(digest, CONFIG_FILE),
-            weights=hub.read_file(digest, WEIGHTS_FILE),
+            config=hub.read_file(version, CONFIG_FILE),
+            weights=hub.read_file(version, WEIGHTS_FILE),
             base_name=base.name,
             base_fingerprint=base.fingerprint,
         )

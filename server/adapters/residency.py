@@ -190,6 +190,11 @@ class Residency:
             if any(resident.leases < 0 for resident in self._device.values()):
                 raise AssertionError("an adapter was released more often than leased")
 
+    @property
+    def rows_total(self) -> int:
+        """Rows of the arena."""
+        return self._arena.rows
+
     def leases(self) -> int:
         """Leases given out and not yet returned."""
         with self._changed:

@@ -102,7 +102,7 @@ def parse_adapter(
             raise TensorUnbound(f"module {module} has {next(iter(pair))} without its other half")
         sites[module] = _site(module, pair["lora_A"], pair["lora_B"], shapes[module], config, dtype, max_rank)
     rank = max(site.a.shape[0] for site in sites.values())
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if not any(bool(site.b.any()) and bool(site.a.any()) for site in sites.values()):
         warnings = ("the adapter changes nothing: its delta is zero everywhere",)
     return LoraWeights(files.digest, rank, sites, warnings)

@@ -86,15 +86,16 @@ class Admission:
 
     async def tokenize(self, prompt: Prompt) -> Sequence[int]:
         """The prompt's token ids, at least one."""
+        ids: Sequence[int]
         match prompt:
-            case TokenPrompt(ids):
-                return ids
+            case TokenPrompt():
+                return prompt.ids
             case TextPrompt(text):
-                encode = partial(self._tokenizer.encode, text)
+                encode: Callable[[], Sequence[int]] = partial(self._tokenizer.encode, text)
                 ids = encode() if len(text) <= INLINE_CHARS else await self._off_loop(self._tokenizing, encode)
             case ChatPrompt(messages):
                 turns = [{"role": role, "content": content} for role, content in messages]
-                render = partial(self._tokenizer.render_chat, turns)
+                render: Callable[[], Sequence[int]] = partial(self._tokenizer.render_chat, turns)
                 short = prompt.chars <= INLINE_CHARS and len(messages) <= INLINE_MESSAGES
                 ids = render() if short else await self._off_loop(self._tokenizing, render)
         if not ids:

@@ -145,7 +145,8 @@ class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
 
     async def _resolve(self, text: str) -> ResolvedAdapter:
         ref = AdapterRef.parse(text)
-        return self._directory.cached(ref) or await self._in_thread(partial(self._directory.resolve, ref))
+        found = self._directory.cached(ref)
+        return found if found is not None else await self._in_thread(partial(self._directory.resolve, ref))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

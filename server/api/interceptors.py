@@ -76,7 +76,7 @@ def answer_for(error: Exception) -> tuple[grpc.StatusCode, str, str]:
     return grpc.StatusCode.INTERNAL, "internal error", INTERNAL_REASON
 
 
-class StatusInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class StatusInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no subscript at run time
     """Answers what handlers raise. `count_error` is told each failed call's reason.
 
     `admission` is asked before each call with the method's name and raises to refuse it (`Loading`, `Draining`).

@@ -8,6 +8,7 @@ and running ones get `drain_seconds` to end; a second signal ends them at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import threading
@@ -51,8 +52,6 @@ _GATED = tuple(f"/{name}/" for name in SERVICES)
 KEEPALIVE_SECONDS = 30
 KEEPALIVE_TIMEOUT_SECONDS = 10
 MAX_STREAMS_PER_CONNECTION = 1024
-# After the engine is empty, the last messages still have to reach slow readers.
-FLUSH_SECONDS = 2.0
 
 
 class Phase(enum.Enum):
@@ -73,10 +72,10 @@ class Server:
         self._metrics = metrics
         self._phase = Phase.LOADING
         self._engine: Engine | None = None
-        self._inference = _Late(inference_pb2_grpc.InferenceServicer())
-        self._adapters = _Late(adapters_pb2_grpc.AdaptersServicer())
+        self._inference = _Late()
+        self._adapters = _Late()
         self._closers: list[Callable[[], None]] = []
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in the stubs
         self._http: tuple[WSGIServer, threading.Thread] | None = None
         self.grpc_address = ""  # "127.0.0.1:50051" once bound
         self.metrics_url: str | None = None  # None: off
@@ -140,7 +139,7 @@ class Server:
         for close in self._closers:
             close()
         if self._http is not None:
-            http, thread = self._http
+            (http, thread), self._http = self._http, None
             http.shutdown()
             http.server_close()
             thread.join()
@@ -168,8 +167,7 @@ class Server:
 class _Late:
     """Stands in for a servicer that is set after registration; the interceptor lets nobody in before."""
 
-    def __init__(self, servicer: Any) -> None:
-        self.servicer = servicer
+    servicer: Any = None
 
     def __getattr__(self, name: str) -> Any:
         async def call(request: Any, context: Any) -> Any:
@@ -247,7 +245,7 @@ async def in_daemon_thread(work: Callable[..., T], *args: Any) -> T:
             result = work(*args)
         except BaseException as raised:
             error = raised
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, result, error)
 
     threading.Thread(target=run, daemon=True, name=f"loraplex-{getattr(work, '__name__', 'work')}").start()

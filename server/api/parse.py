@@ -156,18 +156,14 @@ class RequestParser:
             raise InvalidRequest("max_new_tokens must be at least 1")
         self.check_fits(1, max_new_tokens)
         if message.min_new_tokens > max_new_tokens:
-            raise InvalidRequest(
-                f"min_new_tokens {message.min_new_tokens} is above max_new_tokens {max_new_tokens}"
-            )
+            raise InvalidRequest(f"min_new_tokens {message.min_new_tokens} is above max_new_tokens {max_new_tokens}")
         if len(message.stop_strings) > limits.max_stop_strings:
             raise InvalidRequest(
                 f"{len(message.stop_strings)} stop_strings; at most {limits.max_stop_strings} are allowed"
             )
         for index, string in enumerate(message.stop_strings):
             if not 1 <= len(string) <= limits.max_stop_string_chars:
-                raise InvalidRequest(
-                    f"stop_strings[{index}] must have 1 to {limits.max_stop_string_chars} characters"
-                )
+                raise InvalidRequest(f"stop_strings[{index}] must have 1 to {limits.max_stop_string_chars} characters")
         if len(message.stop_token_ids) > limits.max_stop_token_ids:
             raise InvalidRequest(
                 f"{len(message.stop_token_ids)} stop_token_ids; at most {limits.max_stop_token_ids} are allowed"

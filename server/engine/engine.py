@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence as Seq
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +28,15 @@ from server.engine.request import Delta, FinishReason, Request
 from server.engine.sampler import SamplerState, sample
 from server.engine.scheduler import Scheduler, Share
 from server.engine.sequence import Sequence
-from server.errors import BaseUnavailable, Cancelled, Draining, EngineFailed, NonFiniteLogits, QueueFull, RequestTooLarge
+from server.errors import (
+    BaseUnavailable,
+    Cancelled,
+    Draining,
+    EngineFailed,
+    NonFiniteLogits,
+    QueueFull,
+    RequestTooLarge,
+)
 from server.kernels.cpu import LoraBlock, lora_blocks
 from server.model.attention import PagedKv
 from server.model.base import BaseModel, load_base
@@ -264,9 +273,7 @@ class Engine:
         """Wait for something to do, then take arrivals and cancellations in; False when it is time to stop."""
         with self._changed:
             self._changed.wait_for(
-                lambda: (
-                    self._closed or self._awake or self._arrivals or self._cancelled or self._scheduler.has_work()
-                )
+                lambda: self._closed or self._awake or self._arrivals or self._cancelled or self._scheduler.has_work()
             )
             self._awake = False
             arrivals, self._arrivals = self._arrivals, []

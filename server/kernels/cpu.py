@@ -46,7 +46,7 @@ def lora_blocks(
     for r0, r1 in _runs(sorted({(s[2], s[3]) for s in stacked})):
         inside = [s for s in stacked if r0 <= s[2] and s[3] <= r1]
         t0, t1 = min(s[0] for s in inside), max(s[1] for s in inside)
-        weight = torch.zeros(t1 - t0, r1 - r0)
+        weight = torch.zeros(t1 - t0, r1 - r0, dtype=torch.float64)
         owner = torch.zeros(t1 - t0, r1 - r0, dtype=torch.bool)
         for s0, s1, q0, q1, w in inside:
             owner[s0 - t0 : s1 - t0, q0 - r0 : q1 - r0] = True
@@ -126,20 +126,23 @@ def prefill_attention(
     q: [T, Hq, D], its last T tokens; k, v: [Hkv, L, D], its L >= T tokens in order.
     """
     tokens, length = q.shape[0], k.shape[1]
-    mask = None
-    if tokens != length or window is not None or softcap is not None:
-        last = torch.arange(length - tokens, length, device=q.device)[:, None]
-        position = torch.arange(length, device=q.device)[None, :]
-        mask = position <= last
-        if window is not None:
-            mask = mask & (position > last - window)
     if softcap is not None:
         group = q.shape[1] // k.shape[0]
         scores = (q.transpose(0, 1) @ k.repeat_interleave(group, 0).transpose(1, 2)).float() * scale
-        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
-        weights = scores.softmax(-1).to(q.dtype)
-        return (weights @ v.repeat_interleave(group, 0)).transpose(0, 1)
+        unseen = ~_seen(tokens, length, window, q.device)
+        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(unseen, float("-inf"))
+        return (scores.softmax(-1).to(q.dtype) @ v.repeat_interleave(group, 0)).transpose(0, 1)
+    # A whole prompt at once needs no mask, and torch has a faster path for it.
+    mask = None if tokens == length and window is None else _seen(tokens, length, window, q.device)
     out = functional.scaled_dot_product_attention(
         q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )
     return out[0].transpose(0, 1)
+
+
+def _seen(tokens: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """[tokens, length] bool: which positions each of the last `tokens` tokens looks at."""
+    last = torch.arange(length - tokens, length, device=device)[:, None]
+    position = torch.arange(length, device=device)[None, :]
+    seen = position <= last
+    return seen if window is None else seen & (position > last - window)

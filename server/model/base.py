@@ -79,6 +79,7 @@ def load_base(config: ModelConfig) -> BaseModel:
     fingerprint = fingerprint_directory(located.directory)
     dtype = _DTYPES[config.dtype]
     attention.register()
+    _quieten()
     try:
         described = AutoConfig.from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(
@@ -120,6 +121,15 @@ def load_base(config: ModelConfig) -> BaseModel:
 def bound_threads(threads: int) -> None:
     """Bound torch's CPU threads (0 = all cores): a spinning pool larger than the machine costs 10-50x."""
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+
+
+def _quieten() -> None:
+    """The front tells the user what is loading; the libraries' own bars and hints would only cut through it."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    # It warns of a package with optional kernels that no index we may use offers.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:

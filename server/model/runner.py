@@ -38,4 +38,5 @@ class Runner:
             logits_to_keep=batch.sample_rows,
             paged=(self.kv, batch.attention),
         )
-        return out.logits[0].float()
+        logits: Tensor = out.logits[0].float()
+        return logits

@@ -93,10 +93,7 @@ class StopScanner:
         if found:
             shown, self._held = self._held[: min(found)], ""
             return shown, True
-        keep = max(
-            (n for stop in self._stops for n in range(1, min(len(stop), len(self._held) + 1)) if self._held.endswith(stop[:n])),
-            default=0,
-        )
+        keep = max(_overlap(self._held, stop) for stop in self._stops)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, False
@@ -105,6 +102,11 @@ class StopScanner:
         """What was held back, when the answer ends for another reason."""
         shown, self._held = self._held, ""
         return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _eos_ids(base: BaseModel) -> frozenset[int]:

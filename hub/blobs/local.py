@@ -1,0 +1,134 @@
+"""Blobs as files: `<root>/sha256/<first two digits>/<64 hex digits>`, written next door in `<root>/staging`.
+
+Order of a put: unique temporary file → hash while writing → fsync → link to its name (never replacing) → fsync of the
+directory. A crash leaves at most a temporary file, which nobody reads.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from hub.blobs import BlobStore
+from hub.errors import BlobNotFound, HubUnavailable
+from hub.refs import Digest
+
+_CHUNK: Final = 1024 * 1024
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+Step = Callable[[str], None]  # called with the name of each step just before it; tests cut the run there
+
+
+def _no_step(name: str) -> None: ...
+
+
+class LocalBlobStore(BlobStore):
+    """Blobs under one directory of this machine, on one file system."""
+
+    def __init__(self, root: Path, *, step: Step = _no_step) -> None:
+        self._blobs = root / "sha256"
+        self._staging = root / "staging"
+        self._step = step
+        try:
+            for directory in (self._blobs, self._staging):
+                directory.mkdir(parents=True, exist_ok=True)
+            _sync_directory(root)
+        except OSError as error:
+            raise _unavailable(error) from error
+
+    def put(self, source: BinaryIO) -> tuple[Digest, int]:
+        """Store what is left of `source`; its digest and length in bytes."""
+        temporary = self._staging / uuid.uuid4().hex
+        try:
+            self._step("blob:create")
+            digest, size = self._write(temporary, source)
+            self._publish(temporary, self._path(digest), size)
+        except OSError as error:
+            raise _unavailable(error) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return digest, size
+
+    def open(self, digest: Digest) -> BinaryIO:
+        """The blob as a binary file for the caller to close; raises BlobNotFound."""
+        try:
+            return self._path(digest).open("rb")
+        except FileNotFoundError as error:
+            raise BlobNotFound(f"the store has no {digest}") from error
+        except OSError as error:
+            raise _unavailable(error) from error
+
+    def has(self, digest: Digest) -> bool:
+        """Whether the blob is there; says nothing of its health."""
+        return self._path(digest).is_file()
+
+    def digests(self) -> Iterator[Digest]:
+        """All blobs, in no particular order."""
+        for path in self._blobs.glob("??/*"):
+            if _HEX.fullmatch(path.name):
+                yield Digest.of_hex(path.name)
+
+    def _path(self, digest: Digest) -> Path:
+        hex_digits = Digest.parse(digest).hex  # parsed again: a path is made of it
+        return self._blobs / hex_digits[:2] / hex_digits
+
+    def _write(self, temporary: Path, source: BinaryIO) -> tuple[Digest, int]:
+        hasher, size = hashlib.sha256(), 0
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+        with os.fdopen(descriptor, "wb") as file:
+            self._step("blob:write")
+            while chunk := source.read(_CHUNK):
+                hasher.update(chunk)
+                size += file.write(chunk)
+            file.flush()
+            self._step("blob:sync")
+            os.fsync(file.fileno())
+        return Digest.of_hex(hasher.hexdigest()), size
+
+    def _publish(self, temporary: Path, final: Path, size: int) -> None:
+        final.parent.mkdir(exist_ok=True)
+        self._step("blob:link")
+        try:
+            os.link(temporary, final)
+        except FileExistsError:
+            if not _holds(final, size):
+                # The stored copy is damaged; these bytes have the right digest. Replacing is atomic.
+                temporary.replace(final)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+            # A file system without hard links. Whoever was first, the bytes are the same.
+            temporary.replace(final)
+        self._step("blob:sync-directory")
+        _sync_directory(final.parent)
+        _sync_directory(self._blobs)
+
+
+def _holds(path: Path, size: int) -> bool:
+    """Whether the file still has the digest in its name; `size` spares reading one that cannot."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size != size:
+            return False
+        return hashlib.file_digest(file, "sha256").hexdigest() == path.name
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unavailable(error: OSError) -> HubUnavailable:
+    what = os.strerror(error.errno) if error.errno else type(error).__name__
+    advice = " - free some space and try again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return HubUnavailable(f"the hub's storage cannot be used: {what}{advice}")

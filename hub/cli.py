@@ -1,0 +1,115 @@
+"""The `hub` command: a group of verbs that several packages declare and that are imported only when run."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache, cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+
+import click
+
+from hub.commands import Command
+
+_SECTIONS = ("Versions", "Training", "Serving")
+
+
+class VerbGroup(click.Group):
+    """Lists verbs by section from their one-line tables; loads a verb's module when the verb is used."""
+
+    @cached_property
+    def _table(self) -> dict[str, Command]:
+        return {command.name: command for table in _tables().values() for command in table}
+
+    def _warn_of_missing(self) -> None:
+        """One package that cannot be imported must not take the others' verbs away, but is not passed over."""
+        for name, table in _tables().items():
+            if not table:
+                click.echo(f"warning: the verbs of the package {name!r} cannot be loaded here", err=True)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all verbs."""
+        return list(self._table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb of this name, imported now."""
+        command = self._table.get(cmd_name)
+        if command is None:
+            return None
+        module, _, attribute = command.target.partition(":")
+        loaded = getattr(import_module(module), attribute)
+        assert isinstance(loaded, click.Command)
+        return loaded
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the verbs, one section after the other."""
+        self._warn_of_missing()
+        by_section: dict[str, list[tuple[str, str]]] = {section: [] for section in _SECTIONS}
+        for command in self._table.values():
+            by_section.setdefault(command.section, []).append((command.name, command.summary))
+        width = max((len(name) for name in self._table), default=0)
+        for section, rows in by_section.items():
+            if rows:
+                with formatter.section(section):
+                    formatter.write_dl([(name.ljust(width), summary) for name, summary in rows])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb; an unknown one is answered with the nearest names."""
+        name = args[0] if args else ""
+        if name and name not in self._table and not name.startswith("-"):
+            from difflib import get_close_matches
+
+            self._warn_of_missing()
+            near = get_close_matches(name, self._table, n=2)
+            hint = f" Did you mean {' or '.join(near)}?" if near else " `hub --help` lists the verbs."
+            ctx.fail(f"There is no verb {name!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+@cache
+def _tables() -> dict[str, tuple[Command, ...]]:
+    """Every package's verbs, the hub's own first; empty for a package that cannot be imported."""
+    tables: dict[str, tuple[Command, ...]] = {}
+    for entry in sorted(entry_points(group="hub.commands"), key=lambda entry: entry.name != "hub"):
+        try:
+            tables[entry.name] = entry.load()
+        except (ImportError, AttributeError):
+            tables[entry.name] = ()
+    return tables
+
+
+@click.group(
+    cls=VerbGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="A reference is [namespace/]name, then @3 (a version), @sha256:… (a digest) or :alias; bare means :latest. "
+    "The hub is LORAPLEX_HUB or, by default, a directory of yours; every verb takes --hub. `hub VERB --help` has "
+    "examples.",
+)
+@click.version_option(package_name="loraplex", message="loraplex %(version)s")
+def group() -> None:
+    """Train LoRA adapters, keep them as versions, serve them over one base model."""
+
+
+def main() -> None:
+    """Run the command line; exits 0 when done, 1 when refused, 2 on wrong usage."""
+    try:
+        status = group.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) left.
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        reason = getattr(error, "reason", None)
+        if not isinstance(reason, str) or not reason.isupper():
+            raise  # a fault of ours: the trace is what helps
+        click.echo(f"error: {error} ({reason})", err=True)
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)

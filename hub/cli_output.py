@@ -1,0 +1,118 @@
+"""How the hub's verbs write: JSON for programs, text and tables for people, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from hub.base_identity import BaseIdentity
+from hub.progress import Progress
+from hub.versions import Version
+
+
+def print_json(value: Any) -> None:
+    """`value` as indented JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout, as wide as its contents where that is not a terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(240, console.width))
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(_escaped(cell) for cell in row))
+    console.print(table)
+
+
+def print_pairs(pairs: Mapping[str, str]) -> None:
+    """Name and value, one pair a line, aligned; pairs without a value are left out."""
+    width = max(map(len, pairs))
+    for name, value in pairs.items():
+        if value:
+            click.echo(f"  {name.ljust(width)}  {value}")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A callback that draws one bar a task on stderr while inside; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def version_json(version: Version, aliases: Sequence[str] = ()) -> dict[str, Any]:
+    """One version for `--json`."""
+    return {
+        "version": version.text,
+        "name": version.full_name,
+        "number": version.number,
+        "digest": version.digest,
+        "created": version.created,
+        "aliases": list(aliases),
+        "manifest": version.manifest.to_json(),
+    }
+
+
+def lora_text(version: Version) -> str:
+    """What the weights are, in one line: "rank 8, alpha 16, 12 modules (q_proj, v_proj), 460,800 parameters"."""
+    lora = version.manifest.lora
+    features = f", {', '.join(lora.features)}" if lora.features else ""
+    targets = ", ".join(lora.targets[:8]) + (", …" if len(lora.targets) > 8 else "")
+    modules = f"{lora.modules} module{'' if lora.modules == 1 else 's'}"
+    return (
+        f"rank {rank_text(version)}, alpha {lora.alpha:g}, {modules} ({targets}), "
+        f"{lora.parameters:,} parameters{features}"
+    )
+
+
+def rank_text(version: Version) -> str:
+    """The rank, or the span of ranks: "8", "4-64"."""
+    ranks = sorted(map(int, version.manifest.lora.ranks))
+    if not ranks:
+        return "-"
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+
+
+def base_text(base: BaseIdentity) -> str:
+    """The base and how well it is known: "smollm2-135m (sha256:1234567890ab, trained in nf4)"."""
+    name = f"{base.name or 'unknown'}{f'@{base.revision}' if base.revision else ''}"
+    known = base.fingerprint[:19] if base.fingerprint else "unverified"
+    return f"{name} ({known}{f', trained in {base.quantization}' if base.quantization else ''})"
+
+
+def size_text(count: int) -> str:
+    """A number of bytes for people: "1.9 MB"."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,79 @@
+"""`hub push`."""
+
+from __future__ import annotations
+
+import getpass
+
+import click
+
+from hub.cli_options import examples, hub_option, json_option
+from hub.cli_output import base_text, lora_text, print_json, print_pairs, progress_bar, size_text, version_json
+from hub.hub import Hub
+
+
+@click.command(
+    epilog=examples(
+        """
+hub push out/sentiment team/sentiment --base smollm2-135m
+hub push out/sentiment team/sentiment --alias prod --alias canary
+hub push out/sentiment team/sentiment --parent team/sentiment@1
+"""
+    )
+)
+@click.argument("directory", type=click.Path(exists=True, file_okay=False))
+@click.argument("ref")
+@click.option("--base", metavar="NAME|DIR", help="The base it was trained on; every tensor is checked against it.")
+@click.option("--alias", "aliases", multiple=True, metavar="ALIAS", help="Also point this alias at it; repeatable.")
+@click.option("--parent", "parents", multiple=True, metavar="REF", help="A version it was made from; repeatable.")
+@hub_option
+@json_option
+def push(
+    directory: str,
+    ref: str,
+    base: str | None,
+    aliases: tuple[str, ...],
+    parents: tuple[str, ...],
+    hub_url: str | None,
+    as_json: bool,
+) -> None:
+    """Store the LoRA in DIRECTORY, as PEFT saved it, as the next version of REF.
+
+    REF is [namespace/]name. The version gets the next number, :latest and every --alias. Pushing what is there already
+    creates nothing. The directory may hold adapter_config.json, adapter_model.safetensors, README.md and loraplex.json
+    (what `hub train` recorded); anything else is refused by name, and so are weights that are damaged, not finite or
+    do not fit the base.
+
+    Without --base the base is what loraplex.json or the config says, "unverified" where nobody has hashed it.
+    """
+    with Hub.open(hub_url) as hub:
+        with progress_bar() as progress:
+            result = hub.push(
+                directory, ref, base=base, aliases=aliases, parents=parents, creator=_user(), progress=progress
+            )
+        version = result.version
+        held = [alias for alias, state in hub.aliases(version.full_name).items() if state.version == version.number]
+    if as_json:
+        print_json({**version_json(version, held), "created_now": result.created, "warnings": list(result.warnings)})
+        return
+    if result.created:
+        click.secho(f"pushed {version.text}", bold=True)
+    else:
+        click.secho(f"{version.text} is this content already; nothing new was stored", bold=True)
+    print_pairs(
+        {
+            "digest": version.digest,
+            "lora": lora_text(version),
+            "base": base_text(version.manifest.base),
+            "size": size_text(sum(entry.bytes for entry in version.manifest.files.values())),
+            "aliases": " ".join(f":{alias}" for alias in held),
+        }
+    )
+    for warning in result.warnings:
+        click.secho(f"warning: {warning}", fg="yellow", err=True)
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return None

@@ -1,0 +1,151 @@
+"""The manifest: everything a version is, frozen. Its canonical JSON's SHA-256 IS the version.
+
+docs/FORMAT.md describes the JSON key by key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from hub import json_text
+from hub.base_identity import BaseIdentity
+from hub.errors import BlobCorrupt
+from hub.refs import Digest
+
+if TYPE_CHECKING:
+    from hub.adapter_dir import ParsedAdapter
+
+SCHEMA: Final = "loraplex.manifest/1"
+MAX_MANIFEST_BYTES: Final = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a version: where its bytes are, and how many."""
+
+    sha256: Digest
+    bytes: int
+
+
+@dataclass(frozen=True)
+class LoraFacts:
+    """What the weights are, read from config and tensors."""
+
+    ranks: Mapping[str, int]  # rank (as text, JSON keys are text) → number of modules with it
+    alpha: float
+    targets: tuple[str, ...]  # last components of the module names, sorted: "q_proj"
+    modules: int
+    parameters: int
+    dtypes: tuple[str, ...]
+    features: tuple[str, ...]  # "rslora", "dora", "modules_to_save", … (LoraConfig.features)
+    changes_nothing: bool = False  # the delta is zero everywhere
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank, 0 where only token rows are trained."""
+        return max(map(int, self.ranks), default=0)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One version of one adapter."""
+
+    name: str  # "team/sentiment"
+    files: Mapping[str, FileEntry]
+    tensors: Digest  # over every tensor's name, dtype, shape and bytes
+    base: BaseIdentity
+    lora: LoraFacts
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    datasets: Mapping[str, Any] | Sequence[Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Mapping[str, Any] = field(default_factory=dict)
+    parents: tuple[Digest, ...] = ()  # digests of the versions it was made from
+    creator: str | None = None
+    created: str = ""  # RFC 3339, UTC, "2026-01-31T12:00:00Z"
+
+    @classmethod
+    def of(
+        cls, adapter: ParsedAdapter, *, name: str, base: BaseIdentity, parents: Sequence[Digest], creator: str | None,
+        created: str,
+    ) -> Self:  # fmt: skip
+        """The manifest of a parsed adapter published as `name`."""
+        return cls(
+            name=name,
+            files={file.name: FileEntry(file.sha256, file.bytes) for file in adapter.files.values()},
+            tensors=adapter.tensors_digest,
+            base=base,
+            lora=_lora_facts(adapter),
+            recipe=adapter.facts.recipe,
+            datasets=adapter.facts.datasets,
+            metrics=adapter.facts.metrics,
+            seeds=adapter.facts.seeds,
+            parents=tuple(parents),
+            creator=creator,
+            created=created,
+        )
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """The manifest in `data`, canonical JSON of this schema; raises BlobCorrupt on anything else."""
+        try:
+            value = json_text.parse_object(data, max_bytes=MAX_MANIFEST_BYTES)
+            if value.pop("schema") != SCHEMA:
+                raise ValueError("has a schema this release does not read")
+            files = value.pop("files")
+            manifest = cls(
+                files={name: FileEntry(Digest.parse(e["sha256"]), int(e["bytes"])) for name, e in files.items()},
+                tensors=Digest.parse(value.pop("tensors")),
+                base=BaseIdentity(**value.pop("base")),
+                lora=_parse_lora(value.pop("lora")),
+                parents=tuple(map(Digest.parse, value.pop("parents"))),
+                **value,
+            )
+            if manifest.canonical() != data:
+                raise ValueError("is not canonical")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BlobCorrupt(f"a manifest {error}") from error
+        return manifest
+
+    def canonical(self) -> bytes:
+        """The bytes that are stored and hashed."""
+        return json_text.canonical(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, `schema` included."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @property
+    def digest(self) -> Digest:
+        """The version's identity."""
+        return json_text.digest_of(self.to_json())
+
+    @property
+    def content(self) -> Digest:
+        """What makes two pushes of one name the same: all but who, when and from which parents."""
+        value = self.to_json()
+        for key in ("parents", "creator", "created"):
+            del value[key]
+        return json_text.digest_of(value)
+
+
+def _lora_facts(adapter: ParsedAdapter) -> LoraFacts:
+    counts: dict[str, int] = {}
+    for rank in sorted(adapter.ranks.values()):
+        counts[str(rank)] = counts.get(str(rank), 0) + 1
+    return LoraFacts(
+        ranks=counts,
+        alpha=adapter.config.lora_alpha,
+        targets=tuple(sorted({module.rpartition(".")[2] for module in adapter.ranks})),
+        modules=len(adapter.ranks),
+        parameters=adapter.parameters,
+        dtypes=tuple(sorted({tensor.dtype for tensor in adapter.tensors.values()})),
+        features=adapter.config.features,
+        changes_nothing=adapter.changes_nothing,
+    )
+
+
+def _parse_lora(value: dict[str, Any]) -> LoraFacts:
+    tuples: dict[str, Any] = {key: tuple(value.pop(key)) for key in ("targets", "dtypes", "features")}
+    return LoraFacts(**tuples, **value)

@@ -1,0 +1,44 @@
+"""Sizes as people write them: 512MiB, 2GiB, 1.5GB, 4096."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}ib": 1024 ** (power + 1) for power, prefix in enumerate("kmgt")}
+_UNITS |= {f"{prefix}b": 1000 ** (power + 1) for power, prefix in enumerate("kmgt")}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", re.ASCII)
+
+
+class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic only in new releases
+    """A command-line option that is a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes; fails with wrong usage."""
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(str(value).lower())
+        if match is None or match[2] not in _UNITS:
+            self.fail(f"{value!r} is no size: write 512MiB, 2GiB or a number of bytes", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+def as_option(size: int) -> str:
+    """A size as its option is written, exact: "512MiB"."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size % (1 << power) == 0:
+            return f"{size >> power}{unit}"
+    return str(size)
+
+
+def as_text(size: int) -> str:
+    """A size with the largest binary unit that keeps it at 1 or more: "3.4 MiB"."""
+    if size < 1024:
+        return f"{size} B"
+    power = min((size.bit_length() - 1) // 10, 4)
+    return f"{size / 1024**power:.1f} {'KMGT'[power - 1]}iB"

@@ -1,0 +1,202 @@
+"""`hub serve`. Imports torch only after the threads are bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from server.byte_size import ByteSize, as_option
+from server.config import EngineLimits, ModelConfig, Quantization, ServerConfig
+
+if TYPE_CHECKING:
+    from hub.hub import Hub
+    from server.adapters.directory import AdapterDirectory
+    from server.engine.engine import Engine
+    from server.metrics import Metrics
+
+_MODEL, _LIMITS, _SERVER = ModelConfig(), EngineLimits(), ServerConfig()
+_POSITIVE = click.IntRange(min=1)
+
+
+def _size(default: int) -> dict[str, Any]:
+    return {"type": ByteSize(), "default": as_option(default), "show_default": True, "metavar": "SIZE"}
+
+
+class ListenAddress(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic only in new releases
+    """host:port; port 0 is any free one."""
+
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The address as it is; fails with wrong usage."""
+        host, colon, port = str(value).rpartition(":")
+        if not (colon and host and port.isdecimal() and int(port) <= 65535):
+            self.fail(f"{value!r} is no address: write host:port, such as 127.0.0.1:50051", param, ctx)
+        return str(value)
+
+
+@click.command(epilog="Example: hub serve --listen 0.0.0.0:50051 --quantize nf4 --adapter-memory 1GiB")
+@click.option(
+    "--base",
+    default=_MODEL.base,
+    show_default=True,
+    metavar="NAME|DIR|ORG/NAME[@REV]",
+    help="The one base model: a built-in name, a local directory, or a Hugging Face id.",
+)
+@click.option(
+    "--hub",
+    envvar="LORAPLEX_HUB",
+    metavar="URL",
+    show_envvar=True,
+    help="Where adapters come from. Default: your own hub, a directory.",
+)
+@click.option(
+    "--listen",
+    type=ListenAddress(),
+    default=_SERVER.listen,
+    show_default=True,
+    metavar="HOST:PORT",
+    help="gRPC address; port 0 takes any free port.",
+)
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(-1, 65535),
+    default=_SERVER.metrics_port,
+    show_default=True,
+    help="Port of the Prometheus page on the same host; 0 takes any free port, -1 turns it off.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(get_args(Quantization)),
+    default=_MODEL.quantization,
+    show_default=True,
+    help="How the base's weights are kept.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32", "float16"]),
+    default=_MODEL.dtype,
+    show_default=True,
+    help="Activations, and weights that are not quantized.",
+)
+@click.option(
+    "--device", default=_MODEL.device, show_default=True, metavar="cpu|cuda[:N]", help="Where the model lives."
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    default=_MODEL.threads,
+    show_default=True,
+    help="CPU threads for the model; 0: all cores this process may use.",
+)
+@click.option(
+    "--max-sequences", type=_POSITIVE, default=_LIMITS.max_sequences, show_default=True, help="Requests in one step."
+)
+@click.option(
+    "--max-batch-tokens",
+    type=_POSITIVE,
+    default=_LIMITS.max_batch_tokens,
+    show_default=True,
+    help="Tokens in one step, prompts and answers together.",
+)
+@click.option("--kv-memory", **_size(_LIMITS.kv_memory_bytes), help="Memory for attention keys and values.")
+@click.option(
+    "--adapter-memory",
+    **_size(_LIMITS.adapter_memory_bytes),
+    help="Memory for adapters ready to run, on the model's device.",
+)
+@click.option(
+    "--host-adapter-memory",
+    **_size(_LIMITS.host_adapter_memory_bytes),
+    help="Memory for adapters kept near, in the host's memory.",
+)
+@click.option(
+    "--drain-seconds",
+    type=click.FloatRange(min=0),
+    default=_SERVER.drain_seconds,
+    show_default=True,
+    help="Time that running requests get after SIGTERM.",
+)
+def serve(hub: str | None, **options: Any) -> int:
+    """Serve one base model with any mix of adapters, over gRPC.
+
+    Prints one line that begins with "ready" on stdout once it answers; everything else goes to stderr. Every request
+    names its own adapters; an alias moved in the hub is seen at once. SIGTERM or Ctrl-C lets running requests end, a
+    second one stops at once.
+    """
+    config = ServerConfig(
+        model=ModelConfig(
+            options["base"], options["quantize"], options["dtype"], options["device"], options["threads"]
+        ),
+        engine=EngineLimits(
+            max_sequences=options["max_sequences"],
+            max_batch_tokens=options["max_batch_tokens"],
+            kv_memory_bytes=options["kv_memory"],
+            adapter_memory_bytes=options["adapter_memory"],
+            host_adapter_memory_bytes=options["host_adapter_memory"],
+        ),
+        hub=hub,
+        listen=options["listen"],
+        metrics_port=options["metrics_port"],
+        drain_seconds=options["drain_seconds"],
+    )
+    bound_openmp(config.model.threads)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("server").setLevel(logging.INFO)
+    return _serve(config)
+
+
+def _serve(config: ServerConfig) -> int:
+    from hub.base import locate_base
+    from hub.hub import Hub
+    from server.api.serving import Outcome, Parts
+    from server.api.serving import serve as run
+
+    # What a typing error breaks is found out before anything is bound or loaded.
+    locate_base(config.model.base)
+    with Hub.open(config.hub) as opened:
+        parts = Parts(lambda: _directory(opened), lambda metrics: _engine(config, opened, metrics))
+        outcome = asyncio.run(run(config, parts, announce=_announce, progress=_progress))
+    if outcome is Outcome.ABANDONED:
+        # A thread is still inside the model library; the interpreter's own end would pull the floor from under it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    return 0 if outcome is Outcome.DRAINED else 1
+
+
+def bound_openmp(threads: int) -> None:
+    """Make OpenMP's threads few and let idle ones sleep; only works before torch is imported.
+
+    By default they spin while they wait, which on a shared machine makes decoding ten times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads or len(os.sched_getaffinity(0))))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _directory(hub: Hub) -> AdapterDirectory:
+    from server.adapters.directory import AdapterDirectory
+
+    return AdapterDirectory(hub)
+
+
+def _engine(config: ServerConfig, hub: Hub, metrics: Metrics) -> Engine:
+    from server.adapters.directory import hub_fetch
+    from server.engine.engine import Engine
+
+    return Engine.build(config.model, config.engine, hub_fetch(hub), metrics)
+
+
+def _announce(line: str) -> None:
+    print(line, flush=True)
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,309 @@
+"""What the client's calls take and return, and how that travels: plain Python ⇄ messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from protos.loraplex.v1 import adapters_pb2, inference_pb2
+
+if TYPE_CHECKING:
+    import grpc
+
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+"""Text to continue, or chat messages `{"role": …, "content": …}`, or token ids."""
+
+Adapters = str | Sequence[str | tuple[str, float]] | None
+"""One ref, or several, each alone or with its weight; None: the base model."""
+
+FinishReason = Literal["stop", "length", "stop_string"]
+
+_REASON_KEY = "loraplex-reason"
+
+
+class Options(TypedDict, total=False):
+    """What `generate` and `stream` take beside prompt and adapters; what is left out has the server's default."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float  # 0, the default, is greedy
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: int  # n: the log-probability of every token and of the n best at its place
+    request_id: str
+    timeout: float  # seconds; the server gives up too
+
+
+class GenerationError(Exception):
+    """A call that the server refused or that did not reach it."""
+
+    def __init__(self, status: str, reason: str, message: str) -> None:
+        """`status`: gRPC's name, "NOT_FOUND"; `reason`: stable, to match on, "ADAPTER_NOT_FOUND"."""
+        super().__init__(message)
+        self.add_note(f"status {status}, reason {reason}")
+        self.status = status
+        self.reason = reason
+        self.message = message
+
+
+@dataclass(frozen=True)
+class AnsweringAdapter:
+    """A version that answered."""
+
+    version: str  # "team/sentiment@3"
+    digest: str  # "sha256:…"
+    weight: float
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural log-probabilities at one position."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # best first
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds on the server since it received the request."""
+
+    queue: float
+    first_token: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is new of an answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer."""
+
+    text: str
+    adapters: tuple[AnsweringAdapter, ...]  # empty: the base answered
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    timing: Timing
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...]
+    warnings: tuple[str, ...]
+    request_id: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed, the first token's wait not counted; 0 for answers of one token."""
+        seconds = self.timing.total - self.timing.first_token
+        return (self.completion_tokens - 1) / seconds if self.completion_tokens > 1 and seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a server serves and the limits of a request."""
+
+    base: str
+    revision: str
+    fingerprint: str
+    architecture: str
+    quantization: str
+    dtype: str
+    vocabulary_size: int
+    context_tokens: int
+    default_max_new_tokens: int
+    max_logprobs: int
+    max_adapter_rank: int
+    max_adapters_per_request: int
+    server_version: str
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a text."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class HeldAdapter:
+    """An adapter the server holds."""
+
+    version: str
+    digest: str
+    tier: Literal["loading", "host", "device"]
+    rank: int
+    host_bytes: int
+    device_bytes: int
+    requests_in_flight: int
+    draining: bool
+
+
+def generate_request(prompt: Prompt, adapters: Adapters, options: Options) -> inference_pb2.GenerateRequest:
+    """The message of a call; raises ValueError or TypeError for values no message can hold."""
+    sampling = inference_pb2.Sampling()
+    for name in (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    ):
+        if name in options:
+            setattr(sampling, name, options[name])
+    sampling.logit_bias.update(options.get("logit_bias", {}))
+    message = inference_pb2.GenerateRequest(
+        request_id=options.get("request_id", ""),
+        adapters=_selections(adapters),
+        sampling=sampling,
+        min_new_tokens=options.get("min_new_tokens", 0),
+        ignore_eos=options.get("ignore_eos", False),
+        stop_strings=options.get("stop", ()),
+        stop_token_ids=options.get("stop_token_ids", ()),
+    )
+    if "max_new_tokens" in options:
+        message.max_new_tokens = options["max_new_tokens"]
+    if "logprobs" in options:
+        message.logprobs = options["logprobs"]
+    if isinstance(prompt, str):
+        message.text = prompt
+    elif prompt and not isinstance(prompt[0], Mapping):
+        message.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
+    else:
+        message.chat.messages.extend(_chat(prompt))  # type: ignore[arg-type]
+    return message
+
+
+def tokenize_request(prompt: str | Sequence[Mapping[str, str]]) -> inference_pb2.TokenizeRequest:
+    """The message of a call."""
+    if isinstance(prompt, str):
+        return inference_pb2.TokenizeRequest(text=prompt)
+    return inference_pb2.TokenizeRequest(chat=inference_pb2.Chat(messages=_chat(prompt)))
+
+
+class AnswerSoFar:
+    """Joins a stream's chunks into an answer."""
+
+    def __init__(self) -> None:
+        self._whole = inference_pb2.GenerateResponse()
+        self._texts: list[str] = []
+        self.answer: Answer | None = None  # set by the last chunk
+
+    @property
+    def adapters(self) -> tuple[AnsweringAdapter, ...]:
+        """The versions that answer, known from the first chunk on."""
+        return _answering(self._whole.adapters)
+
+    def add(self, message: inference_pb2.GenerateChunk) -> Chunk:
+        """Take one chunk in and return it for the caller."""
+        whole = self._whole
+        whole.request_id = message.request_id
+        if message.adapters:
+            del whole.adapters[:]
+            whole.adapters.extend(message.adapters)
+        self._texts.append(message.text)
+        whole.token_ids.extend(message.token_ids)
+        whole.logprobs.extend(message.logprobs)
+        whole.warnings.extend(message.warnings)
+        if message.finish_reason:
+            whole.finish_reason = message.finish_reason
+            whole.usage.CopyFrom(message.usage)
+            whole.timing.CopyFrom(message.timing)
+            whole.text = "".join(self._texts)
+            self.answer = answer(whole)
+        return Chunk(message.text, tuple(message.token_ids), _logprobs(message.logprobs))
+
+
+def answer(message: inference_pb2.GenerateResponse) -> Answer:
+    """The answer a message holds."""
+    reason = inference_pb2.FinishReason.Name(message.finish_reason).removeprefix("FINISH_REASON_").lower()
+    return Answer(
+        text=message.text,
+        adapters=_answering(message.adapters),
+        finish_reason=reason,  # type: ignore[arg-type]
+        prompt_tokens=message.usage.prompt_tokens,
+        completion_tokens=message.usage.completion_tokens,
+        timing=Timing(
+            message.timing.queue_seconds, message.timing.time_to_first_token_seconds, message.timing.total_seconds
+        ),
+        token_ids=tuple(message.token_ids),
+        logprobs=_logprobs(message.logprobs),
+        warnings=tuple(message.warnings),
+        request_id=message.request_id,
+    )
+
+
+def model_info(message: inference_pb2.ModelInfo) -> ModelInfo:
+    """What a message says of the server."""
+    return ModelInfo(**{field: getattr(message, field) for field in ModelInfo.__dataclass_fields__})
+
+
+def held_adapter(message: adapters_pb2.AdapterStatus) -> HeldAdapter:
+    """The adapter a message describes."""
+    fields = {field: getattr(message, field) for field in HeldAdapter.__dataclass_fields__ if field != "tier"}
+    tier = adapters_pb2.Tier.Name(message.tier).removeprefix("TIER_").lower()
+    return HeldAdapter(tier=tier, **fields)  # type: ignore[arg-type]
+
+
+def error(raised: grpc.RpcError, address: str) -> GenerationError:
+    """What a failed call means to its caller."""
+    # Both kinds of channel raise errors that are calls too; the stubs know that of one.
+    call: Any = raised
+    status: str = call.code().name
+    message: str = call.details() or ""
+    reason = dict(call.trailing_metadata() or ()).get(_REASON_KEY)
+    if reason is None:
+        # Not said by a handler of ours: gRPC itself, or no server at all.
+        reason = status
+        if status == "UNAVAILABLE" and "connect" in message:
+            message = f"no server answers at {address} (start one with `hub serve`)"
+        elif status == "DEADLINE_EXCEEDED":
+            message = "the answer was not complete within the timeout"
+    return GenerationError(status, str(reason), message)
+
+
+def _selections(adapters: Adapters) -> list[inference_pb2.AdapterSelection]:
+    if adapters is None:
+        return []
+    if isinstance(adapters, str):
+        adapters = [adapters]
+    return [
+        inference_pb2.AdapterSelection(ref=each)
+        if isinstance(each, str)
+        else inference_pb2.AdapterSelection(ref=each[0], weight=each[1])
+        for each in adapters
+    ]
+
+
+def _chat(messages: Iterable[Mapping[str, str]]) -> list[inference_pb2.ChatMessage]:
+    return [inference_pb2.ChatMessage(role=each["role"], content=each["content"]) for each in messages]
+
+
+def _answering(messages: Iterable[inference_pb2.ResolvedAdapter]) -> tuple[AnsweringAdapter, ...]:
+    return tuple(AnsweringAdapter(each.version, each.digest, each.weight) for each in messages)
+
+
+def _logprobs(messages: Iterable[inference_pb2.PositionLogprobs]) -> tuple[Logprobs, ...]:
+    return tuple(
+        Logprobs(each.chosen.token_id, each.chosen.logprob, tuple((top.token_id, top.logprob) for top in each.top))
+        for each in messages
+    )

@@ -1,0 +1,66 @@
+"""The table from exceptions to statuses."""
+
+import inspect
+
+import grpc
+import pytest
+
+import hub.errors
+import server.errors
+from server.api.interceptors import MAX_MESSAGE_CHARS, STATUSES, answer_for
+
+Code = grpc.StatusCode
+ERRORS = [
+    error
+    for module in (hub.errors, server.errors)
+    for _, error in inspect.getmembers(module, inspect.isclass)
+    if issubclass(error, Exception) and error.__module__ == module.__name__
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{error.__module__}.{error.__name__}")
+def test_every_error_of_ours_keeps_its_reason_and_message(error: type[Exception]) -> None:
+    _, message, reason = answer_for(error("what is wrong"))
+    assert (message, reason) == ("what is wrong", error.reason)  # type: ignore[attr-defined]
+
+
+def test_only_roots_and_our_own_failures_are_internal() -> None:
+    internal = {error for error in ERRORS if answer_for(error("x"))[0] is Code.INTERNAL}
+    assert {error for error in internal if error in STATUSES} >= {
+        hub.errors.HubError,
+        server.errors.ServerError,
+        server.errors.NonFiniteLogits,
+    }
+    callers_fault = (server.errors.InvalidRequest, hub.errors.NotFound, hub.errors.AdapterRejected)
+    assert not any(issubclass(error, callers_fault) for error in internal)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (server.errors.ContextExceeded, Code.INVALID_ARGUMENT),
+        (server.errors.TensorUnbound, Code.FAILED_PRECONDITION),
+        (server.errors.QueueFull, Code.RESOURCE_EXHAUSTED),
+        (server.errors.RequestTooLarge, Code.FAILED_PRECONDITION),
+        (server.errors.Draining, Code.UNAVAILABLE),
+        (hub.errors.RefInvalid, Code.INVALID_ARGUMENT),
+        (hub.errors.VersionNotFound, Code.NOT_FOUND),
+        (hub.errors.BlobCorrupt, Code.DATA_LOSS),
+        (hub.errors.HubUnavailable, Code.UNAVAILABLE),
+        (hub.errors.ShapeMismatch, Code.FAILED_PRECONDITION),
+    ],
+)
+def test_statuses(error: type[Exception], status: grpc.StatusCode) -> None:
+    assert answer_for(error("x"))[0] is status
+
+
+def test_foreign_exceptions_are_not_quoted() -> None:
+    class Sneaky(ValueError):
+        reason = "SNEAKY"
+
+    assert answer_for(Sneaky("/etc/passwd")) == (Code.INTERNAL, "internal error", "INTERNAL")
+
+
+def test_messages_fit_into_metadata() -> None:
+    _, message, _ = answer_for(server.errors.InvalidRequest("x" * 100_000))
+    assert len(message) == MAX_MESSAGE_CHARS

@@ -1,0 +1,55 @@
+"""Where an unfinished run keeps its state: `<out>.checkpoints/`, never inside the adapter it will become."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import OutputExists, ResumeMismatch
+
+_RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run. They hold optimizer and random state besides the weights."""
+
+    directory: Path
+    identity: Mapping[str, Any]  # what a run must have in common with its checkpoints
+
+    @classmethod
+    def beside(cls, out: Path, identity: Mapping[str, Any]) -> Checkpoints:
+        """Those of the run that writes `out`."""
+        return cls(out.with_name(out.name + ".checkpoints"), identity)
+
+    def open(self, *, resume: bool) -> None:
+        """Make ready to be written, or check that they are this run's.
+
+        Raises `OutputExists` when a run that is not to be resumed would overwrite checkpoints, `ResumeMismatch` when
+        there is nothing to resume or it belongs to another run; the message names what differs.
+        """
+        if not resume:
+            if self.latest() is not None:
+                raise OutputExists(f"{self.directory} holds an interrupted run: give --resume, or remove it")
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / _RUN_FILE).write_text(json.dumps(dict(self.identity), indent=1), "utf-8")
+            return
+        if self.latest() is None:
+            raise ResumeMismatch(f"there is no checkpoint in {self.directory}")
+        was = json.loads((self.directory / _RUN_FILE).read_text("utf-8"))
+        changed = sorted(key for key in self.identity if was.get(key) != self.identity[key])
+        if changed:
+            raise ResumeMismatch(f"the checkpoints in {self.directory} were made with other: {', '.join(changed)}")
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, if any."""
+        found = [path for path in self.directory.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    def discard(self) -> None:
+        """Remove them: the run is done."""
+        shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,0 +1,121 @@
+"""`hub train`. Torch is imported only when the run begins."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hub.cli_options import examples, hub_option, json_option
+from hub.cli_output import print_json
+from server.cli import bound_openmp
+from training.quiet import quiet_libraries
+from training.recipe import RECIPES, named_recipe
+
+_METHODS = ("lora", "qlora", "full")
+
+
+def _recipes() -> str:
+    lines = [f"{recipe.name}: {recipe.when}" for recipe in RECIPES.values()]
+    return "\b\nRecipes:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@click.command(
+    epilog=_recipes()
+    + "\n\n"
+    + examples(
+        """
+hub train data/sentiment/train.jsonl --out out/sentiment --recipe demo
+hub train mine.jsonl --base org/name@rev --method qlora --rank 32 --out out/mine --push team/mine
+hub train mine.jsonl --out out/mine --resume
+"""
+    )
+)
+@click.argument("data", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--base", default="smollm2-135m", show_default=True, metavar="NAME|DIR|ORG/NAME[@REV]")
+@click.option(
+    "--method",
+    type=click.Choice(_METHODS),
+    default="lora",
+    show_default=True,
+    help="An adapter; an adapter on the NF4 base; or every weight, which writes a whole model.",
+)
+@click.option("--recipe", type=click.Choice(list(RECIPES)), default="recommended", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write; must not exist.")
+@click.option("--push", "ref", metavar="REF", help="Push the adapter to the hub when done.")
+@click.option("--rank", type=int, help="Override the recipe; so do the options below.")
+@click.option("--alpha", type=int, help="Scale of the adapter is alpha / rank.")
+@click.option("--dropout", type=float)
+@click.option("--learning-rate", type=float)
+@click.option("--epochs", type=float)
+@click.option("--batch", type=int, help="Sequences in one forward.")
+@click.option("--accumulation", type=int, help="Forwards in one step.")
+@click.option("--max-length", type=int, help="Tokens; longer examples are left out.")
+@click.option("--hold-out", type=float, help="Fraction of the data kept for the validation loss.")
+@click.option("--seed", type=int)
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after this many steps.")
+@click.option("--checkpoint-steps", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option("--resume", is_flag=True, help="Go on from the checkpoints in OUT.checkpoints.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads.  [default: all cores]")
+@hub_option
+@json_option
+def train(
+    data: Path,
+    base: str,
+    method: Any,
+    recipe: str,
+    out: Path,
+    ref: str | None,
+    max_steps: int | None,
+    checkpoint_steps: int,
+    resume: bool,
+    threads: int,
+    hub_url: str | None,
+    as_json: bool,
+    **overrides: Any,
+) -> None:
+    """Train on DATA, chat JSONL: {"messages": [{"role": …, "content": …}, …]} a line, the last one the assistant's.
+
+    Only the assistant's tokens are trained. A part of the examples is held out first and used for the validation loss
+    before and after. OUT becomes a standard PEFT directory with loraplex.json, the facts of the run.
+    """
+    if ref is not None and method == "full":
+        raise click.UsageError("--push takes adapters; --method full writes a whole model")
+    chosen = named_recipe(recipe).but(**overrides)
+    bound_openmp(threads)
+    quiet_libraries()
+    from hub.base import base_identity, locate_base
+    from training.finetune import Plan
+    from training.finetune import train as run
+
+    located = locate_base(base)
+    identity, _ = base_identity(base)
+    outcome = run(
+        Plan(
+            data=data,
+            base=identity,
+            base_directory=located.directory,
+            recipe=chosen,
+            out=out,
+            method=method,
+            max_steps=max_steps,
+            resume=resume,
+            threads=threads or len(os.sched_getaffinity(0)),
+            checkpoint_steps=checkpoint_steps,
+        )
+    )
+    pushed = _push(out, ref, base, hub_url) if ref is not None else None
+    if as_json:
+        facts = outcome.facts
+        print_json({"out": str(out), "pushed": pushed, "metrics": facts.metrics, "datasets": facts.datasets})
+
+
+def _push(out: Path, ref: str, base: str, hub_url: str | None) -> str:
+    from hub.hub import Hub
+
+    with Hub.open(hub_url) as hub:
+        version = hub.push(out, ref, base=base).version
+    click.secho(f"pushed {version.text}", bold=True, err=True)
+    return version.text

@@ -1,0 +1,154 @@
+"""Chat JSONL: the one form in which examples travel.
+
+A line is `{"messages": [{"role": …, "content": …}, …]}`, the last message the assistant's. Lines for evaluation may
+carry `"gold": {…}`, whatever the task's scoring needs beyond the answer itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training.errors import DataInvalid, DataTooSmall
+
+ROLES = frozenset({"system", "user", "assistant"})
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The form chat templates read."""
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation that ends with the answer wanted."""
+
+    messages: tuple[Message, ...]  # >= 2; the last one the assistant's
+    gold: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """What the model is shown: everything but the answer."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """The text wanted."""
+        return self.messages[-1].content
+
+    @classmethod
+    def of(cls, *, user: str, answer: str, system: str | None = None, gold: Mapping[str, Any] | None = None) -> Example:
+        """A single question and its answer, with the instruction in the system message."""
+        head = (Message("system", system),) if system is not None else ()
+        return cls((*head, Message("user", user), Message("assistant", answer)), gold or {})
+
+    def as_line(self) -> str:
+        """The example as one line of JSON, keys in a fixed order, so that equal data has equal digests."""
+        row: dict[str, Any] = {"messages": [message.as_dict() for message in self.messages]}
+        if self.gold:
+            row["gold"] = dict(self.gold)
+        return json.dumps(row, ensure_ascii=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples and the SHA-256 of the file they came from."""
+
+    examples: tuple[Example, ...]
+    digest: str  # "sha256:<64 hex>" of the JSONL bytes
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def read_jsonl(path: Path) -> Dataset:
+    """Parse a chat JSONL file.
+
+    Raises `DataInvalid`, naming file and line, for anything that is not a conversation ending with an answer.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataInvalid(f"cannot read {path}: {error.strerror}") from error
+    try:
+        lines = data.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataInvalid(f"{path} is not UTF-8 (byte {error.start})") from error
+    examples = tuple(_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
+    if not examples:
+        raise DataInvalid(f"{path} holds no examples")
+    return Dataset(examples, digest_of(data))
+
+
+def write_jsonl(path: Path, examples: Iterable[Example]) -> str:
+    """Write the examples, one a line; returns the file's digest."""
+    data = "".join(example.as_line() + "\n" for example in examples).encode()
+    path.write_bytes(data)
+    return digest_of(data)
+
+
+def digest_of(data: bytes) -> str:
+    """`sha256:<hex>` of the bytes."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def hold_out(
+    examples: Sequence[Example], fraction: float, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Split into (training, validation) before anything else looks at the examples.
+
+    An example's side depends on the seed and its prompt alone, so the same question never lands on both sides,
+    however often it occurs. `fraction` 0 holds nothing out. Raises `DataTooSmall` when either side would be empty.
+    """
+    if fraction == 0:
+        return tuple(examples), ()
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        prompt = json.dumps([message.as_dict() for message in example.prompt])
+        groups.setdefault(hashlib.sha256(f"{seed}:{prompt}".encode()).hexdigest(), []).append(index)
+    wanted = max(1, round(len(examples) * fraction))
+    held: set[int] = set()
+    for _, indices in sorted(groups.items()):
+        if len(held) >= wanted:
+            break
+        held.update(indices)
+    if len(held) == len(examples):
+        raise DataTooSmall(f"{len(examples)} examples with one prompt cannot be split into training and validation")
+    training = tuple(example for index, example in enumerate(examples) if index not in held)
+    return training, tuple(examples[index] for index in sorted(held))
+
+
+def _parse(line: str, where: str) -> Example:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataInvalid(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        raise DataInvalid(f'{where}: not an object with a list "messages"')
+    messages = tuple(_parse_message(message, where) for message in row["messages"])
+    if len(messages) < 2 or messages[-1].role != "assistant":
+        raise DataInvalid(f"{where}: the conversation must end with an answer of the assistant")
+    if not messages[-1].content:
+        raise DataInvalid(f"{where}: the assistant's answer is empty")
+    gold = row.get("gold", {})
+    if not isinstance(gold, dict):
+        raise DataInvalid(f'{where}: "gold" is not an object')
+    return Example(messages, gold)
+
+
+def _parse_message(message: object, where: str) -> Message:
+    match message:
+        case {"role": str(role), "content": str(content)} if role in ROLES:
+            return Message(role, content)
+    raise DataInvalid(f'{where}: a message needs "role" ({", ".join(sorted(ROLES))}) and a text "content"')

@@ -1,0 +1,112 @@
+"""Evaluation through the server's own engine: what is scored is what will be served."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from hub.errors import HubError
+from hub.facts import FACTS_FILE, Facts
+from hub.hub import Hub
+from hub.refs import AdapterRef
+from server.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
+from server.engine.engine import Engine
+from server.engine.request import AdapterUse, Request, Stopping
+from server.errors import InvalidRequest
+from training.errors import GenerationFailed
+from training.evaluate import Prompt
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of an evaluation: by the name the caller used, and their files by digest."""
+
+    uses: Mapping[str, AdapterUse]
+    files: Mapping[str, AdapterFiles]
+
+    def fetch(self, digest: str) -> AdapterFiles:
+        """What the engine asks for."""
+        return self.files[digest]
+
+
+def find_adapters(names: Sequence[str], hub: Hub | None) -> Adapters:
+    """Each name as an adapter: a directory where there is one of that name, else a reference into `hub`.
+
+    Raises `hub.errors.HubError` for what is neither, or is no adapter.
+    """
+    uses: dict[str, AdapterUse] = {}
+    files: dict[str, AdapterFiles] = {}
+    for name in names:
+        directory = Path(name)
+        if (directory / CONFIG_FILE).is_file():
+            found = _from_directory(directory)
+            uses[name] = AdapterUse(found.digest, name)
+        else:
+            if hub is None:
+                raise HubError(f"{name} is no adapter directory, and no hub was given")
+            version = hub.resolve(AdapterRef.parse(name))
+            base = version.manifest.base
+            found = AdapterFiles(
+                digest=version.digest,
+                config=hub.read_file(version, CONFIG_FILE),
+                weights=hub.read_file(version, WEIGHTS_FILE),
+                base_name=base.name,
+                base_fingerprint=base.fingerprint,
+            )
+            uses[name] = AdapterUse(version.digest, version.text)
+        files[found.digest] = found
+    return Adapters(uses, files)
+
+
+class EngineGenerator:
+    """A `Generator` over an engine whose fetch is `adapters.fetch`."""
+
+    def __init__(self, engine: Engine, adapters: Mapping[str, AdapterUse]) -> None:
+        self._engine = engine
+        self._adapters = adapters
+        self._ids = count()
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Greedy answers; see `Generator`."""
+        answers = []
+        for prompt, done in zip(prompts, self._engine.generate(self._requests(prompts)), strict=True):
+            if done.error is not None:
+                raise GenerationFailed(f"{prompt.adapter or 'base'}: {done.error}") from done.error
+            answers.append(done.text)
+        return answers
+
+    def _requests(self, prompts: Sequence[Prompt]) -> Iterator[Request]:
+        for prompt in prompts:
+            try:
+                ids = self._engine.text.render_chat([message.as_dict() for message in prompt.messages])
+            except InvalidRequest as error:
+                raise GenerationFailed(str(error)) from error
+            if len(ids) + prompt.max_new_tokens > self._engine.base.context_tokens:
+                raise GenerationFailed(
+                    f"a prompt of {len(ids)} tokens and an answer of {prompt.max_new_tokens} do not fit the base's "
+                    f"context of {self._engine.base.context_tokens}"
+                )
+            use = self._adapters[prompt.adapter] if prompt.adapter is not None else None
+            yield Request(
+                id=f"eval-{next(self._ids)}",
+                prompt=tuple(ids),
+                stopping=Stopping(max_new_tokens=prompt.max_new_tokens),
+                adapters=(use,) if use is not None else (),
+            )
+
+
+def _from_directory(directory: Path) -> AdapterFiles:
+    config = (directory / CONFIG_FILE).read_bytes()
+    weights = (directory / WEIGHTS_FILE).read_bytes()
+    told = directory / FACTS_FILE
+    base = Facts.parse(told.read_bytes()).base if told.is_file() else None
+    return AdapterFiles(
+        digest="sha256:" + hashlib.sha256(config + weights).hexdigest(),
+        config=config,
+        weights=weights,
+        base_name=base.name if base else None,
+        base_fingerprint=base.fingerprint if base else None,
+    )

@@ -1,0 +1,99 @@
+"""What training and evaluation refuse, each cause its own class with a stable `reason`."""
+
+from __future__ import annotations
+
+
+class TrainingError(Exception):
+    """Base of everything this package raises on purpose; the message says what to do about it."""
+
+    reason = "TRAINING_ERROR"
+
+
+class DataInvalid(TrainingError):
+    """A data file is not the chat JSONL that training reads; the message names the file and line."""
+
+    reason = "DATA_INVALID"
+
+
+class DataTooSmall(TrainingError):
+    """Too few examples are left to train on."""
+
+    reason = "DATA_TOO_SMALL"
+
+
+class SourceUnavailable(TrainingError):
+    """A package that carries a task's data is missing, cannot be fetched or is not the pinned one."""
+
+    reason = "SOURCE_UNAVAILABLE"
+
+
+class UnknownTask(TrainingError):
+    """No task has this name."""
+
+    reason = "UNKNOWN_TASK"
+
+
+class UnknownRecipe(TrainingError):
+    """No recipe has this name."""
+
+    reason = "UNKNOWN_RECIPE"
+
+
+class RecipeInvalid(TrainingError):
+    """A value of the recipe is outside what it may be."""
+
+    reason = "RECIPE_INVALID"
+
+
+class TemplateUnsupported(TrainingError):
+    """The base's chat template has no known counterpart that marks the assistant's tokens."""
+
+    reason = "CHAT_TEMPLATE_UNSUPPORTED"
+
+
+class TemplateMismatch(TrainingError):
+    """The training template renders a conversation otherwise than the base's own."""
+
+    reason = "CHAT_TEMPLATE_MISMATCH"
+
+
+class MaskEmpty(TrainingError):
+    """The assistant mask of an example selects nothing, so it would train nothing."""
+
+    reason = "MASK_EMPTY"
+
+
+class StopTokenUntrained(TrainingError):
+    """The assistant mask leaves out the token that ends an answer, so the model would never learn to stop."""
+
+    reason = "STOP_TOKEN_UNTRAINED"
+
+
+class MethodUnsupported(TrainingError):
+    """The base cannot be trained in the way asked for."""
+
+    reason = "METHOD_UNSUPPORTED"
+
+
+class OutputExists(TrainingError):
+    """The output directory, or the checkpoints beside it, are there already."""
+
+    reason = "OUTPUT_EXISTS"
+
+
+class ResumeMismatch(TrainingError):
+    """The checkpoints belong to a run with other data, base or settings, or there are none."""
+
+    reason = "RESUME_MISMATCH"
+
+
+class TrainingDiverged(TrainingError):
+    """The loss stopped being a finite number."""
+
+    reason = "TRAINING_DIVERGED"
+
+
+class GenerationFailed(TrainingError):
+    """The engine refused or failed a prompt of an evaluation."""
+
+    reason = "GENERATION_FAILED"

@@ -1,0 +1,73 @@
+"""Scoring models on a task: the base and any number of adapters, all answering in one mixed batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from training.data import Example, Message
+from training.tasks import Task
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question for one model."""
+
+    messages: tuple[Message, ...]
+    adapter: str | None  # a name that the generator knows; None: the base
+    max_new_tokens: int
+
+
+class Generator(Protocol):
+    """Answers prompts greedily, in whatever batches it likes.
+
+    Returns one text for each prompt, in order. Raises `GenerationFailed` when any prompt gets none: a score over part
+    of the examples is no score.
+    """
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The answers."""
+        ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one model did."""
+
+    model: str  # "base" or the adapter's name
+    metrics: dict[str, float]
+    answers: tuple[str, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All models on the same examples."""
+
+    results: tuple[Result, ...]
+    examples: int
+    seconds: float  # of generation, all models together
+
+
+def evaluate(
+    task: Task, examples: Sequence[Example], adapters: Sequence[str | None], generator: Generator
+) -> Comparison:
+    """Ask every model every question, in one call of the generator, and score each.
+
+    `adapters` holds distinct names; None is the base. Raises what the generator raises.
+    """
+    prompts = [
+        Prompt(example.prompt, adapter, task.max_new_tokens)
+        # Question by question, so that the models share batches of prompts of about one length.
+        for example in examples
+        for adapter in adapters
+    ]
+    started = time.monotonic()
+    answers = generator.generate(prompts)
+    seconds = time.monotonic() - started
+    results = []
+    for index, adapter in enumerate(adapters):
+        own = tuple(answers[index :: len(adapters)])
+        results.append(Result(adapter or "base", task.score(examples, own), own))
+    return Comparison(tuple(results), len(examples), seconds)

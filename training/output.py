@@ -1,0 +1,93 @@
+"""What a run leaves behind: a standard PEFT directory with a model card and the facts, or a whole model."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hub.facts import Facts
+from training.errors import OutputExists
+
+
+def check_free(out: Path) -> None:
+    """Raise `OutputExists` when `out` holds something that a run would overwrite."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputExists(f"{out} is there already; choose another --out or remove it")
+
+
+def write_directory(out: Path, save: Callable[[Path], None]) -> None:
+    """Let `save` fill a directory beside `out`, then rename it into place, so that `out` is whole or absent."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        save(partial)
+        partial.chmod(0o755)
+        if out.is_dir():
+            out.rmdir()  # empty: check_free saw to that
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_adapter(model: Any, base: str, facts: Facts) -> Callable[[Path], None]:
+    """Fill a directory with exactly adapter_config.json, adapter_model.safetensors, README.md and loraplex.json."""
+
+    def save(directory: Path) -> None:
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = base
+            config.inference_mode = True
+        model.save_pretrained(str(directory), safe_serialization=True)
+        (directory / "README.md").write_text(model_card(base, facts), "utf-8")
+        facts.write(directory)
+
+    return save
+
+
+def save_model(model: Any, tokenizer: Any, base: str, facts: Facts) -> Callable[[Path], None]:
+    """Fill a directory with the whole model and its tokenizer, as transformers reads them."""
+
+    def save(directory: Path) -> None:
+        model.save_pretrained(str(directory), safe_serialization=True)
+        tokenizer.save_pretrained(str(directory))
+        (directory / "README.md").write_text(model_card(base, facts), "utf-8")
+        facts.write(directory)
+
+    return save
+
+
+def model_card(base: str, facts: Facts) -> str:
+    """A short README: what was trained on what, and how well it fits data it has not seen."""
+    recipe, metrics = facts.recipe, facts.metrics
+    datasets = facts.datasets if isinstance(facts.datasets, dict) else {}
+    method = recipe.get("method", "lora")
+    lines = [
+        "---",
+        "library_name: " + ("transformers" if method == "full" else "peft"),
+        f"base_model: {base}",
+        "tags: [" + ("full" if method == "full" else "lora") + ", loraplex]",
+        "---",
+        "",
+        f"# {'Fine-tune' if method == 'full' else 'Adapter'} of {base}",
+        "",
+        f"Trained with Loraplex, recipe `{recipe.get('name')}`, method {method}"
+        + ("" if method == "full" else f", rank {recipe.get('rank')}, alpha {recipe.get('alpha')}")
+        + f", learning rate {recipe.get('learning_rate'):g}, {metrics.get('steps')} steps.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| training examples | {datasets.get('train_examples')} |",
+        f"| data | `{datasets.get('digest')}` |",
+        f"| validation loss before → after | {_number(metrics.get('validation_loss_before'))} → "
+        f"{_number(metrics.get('validation_loss'))} ({datasets.get('validation_examples')} held-out examples) |",
+        f"| tokens a second | {metrics.get('tokens_per_second')} on {metrics.get('device')} |",
+    ]
+    if datasets.get("task"):
+        lines += ["", f"Task: {datasets['task']}. {datasets.get('provenance', '')}".rstrip()]
+    return "\n".join([*lines, ""])
+
+
+def _number(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else "–"

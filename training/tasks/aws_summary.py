@@ -1,0 +1,143 @@
+"""AWS documentation to one line: what an API operation's documentation says, in the words of its IAM description.
+
+The documentation is botocore's, the line is the action's description in the list that parliament ships; they are
+joined on service and operation. All operations of a service are on one side of the split.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from training.data import Example
+from training.tasks import Built
+from training.tasks.iam_definition import actions
+from training.tasks.packages import installed_directory
+from training.tasks.split import split_by_group
+
+INSTRUCTION: Final = "Say in one short phrase what this AWS operation does."
+_CHARS: Final = (300, 2500)  # of documentation
+_MIN_WORDS: Final = 6  # of summary
+_HARD_BELOW: Final = 0.6  # ROUGE-L of the first sentence: above it, copying that sentence is nearly the answer
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation with its documentation and its one-line description."""
+
+    service: str  # "transcribe"
+    name: str  # "CreateVocabulary"
+    documentation: str  # plain text
+    summary: str
+
+
+class AwsSummary:
+    """Documentation → one line."""
+
+    name = "aws_summary"
+    title = "documentation of an AWS operation → one line"
+    max_new_tokens = 40
+    headline = "rouge_l"
+
+    def build(self, train: int, evaluation: int, seed: int) -> Built:
+        """See `Task.build`."""
+        found = list(operations())
+        chosen = split_by_group(
+            found,
+            group=lambda operation: operation.service,
+            identity=lambda operation: f"{operation.service}:{operation.name}",
+            train=train,
+            evaluation=evaluation,
+            seed=seed,
+        )
+        training, held = (tuple(_example(operation) for operation in side) for side in chosen)
+        _, botocore_version = installed_directory("botocore", "botocore")
+        _, parliament_version = actions()
+        return Built(
+            training,
+            held,
+            provenance=f"operation documentation of botocore {botocore_version} joined to the one-line IAM action "
+            f"descriptions shipped in parliament {parliament_version}",
+            licence="Apache-2.0 (botocore), BSD-3-Clause (parliament)",
+        )
+
+    def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
+        """ROUGE-L beside that of the first sentence ("lead"), over all and over those where the lead is no answer."""
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer(["rougeL"], use_stemmer=True)
+
+        def rouge(wanted: str, given: str) -> float:
+            return float(scorer.score(wanted, given)["rougeL"].fmeasure)
+
+        own = [rouge(example.answer, answer) for example, answer in zip(examples, answers, strict=True)]
+        lead = [rouge(example.answer, first_sentence(example.prompt[-1].content)) for example in examples]
+        hard = [index for index, score in enumerate(lead) if score < _HARD_BELOW]
+        return {
+            "rouge_l": _mean(own),
+            "rouge_l_lead": _mean(lead),
+            "rouge_l_hard": _mean([own[index] for index in hard]),
+            "rouge_l_lead_hard": _mean([lead[index] for index in hard]),
+            "words_count": _mean([len(answer.split()) for answer in answers]),
+        }
+
+
+TASK = AwsSummary()
+
+
+def operations() -> Iterator[Operation]:
+    """Every operation that has both texts, in bounds, each summary once. Raises `SourceUnavailable`."""
+    described, _ = actions()
+    summaries = {(action.prefix, action.name.lower()): action.phrase for action in described}
+    seen: set[str] = set()
+    directory, _ = installed_directory("botocore", "botocore")
+    for file in _newest_models(directory / "data"):
+        model = _load(file)
+        service = str(model["metadata"].get("signingName") or model["metadata"]["endpointPrefix"]).lower()
+        for name, operation in model["operations"].items():
+            summary = summaries.get((service, name.lower()))
+            text = plain_text(operation.get("documentation", ""))
+            if summary is None or not _CHARS[0] <= len(text) <= _CHARS[1]:
+                continue
+            if len(summary.split()) >= _MIN_WORDS and summary.lower() not in seen:
+                seen.add(summary.lower())
+                yield Operation(service, name, text, summary[0].upper() + summary[1:])
+
+
+def plain_text(markup: str) -> str:
+    """HTML documentation as one paragraph."""
+    text = html.unescape(re.sub(r"<[^>]+>", " ", markup))
+    return re.sub(r" ([.,;:)])", r"\1", " ".join(text.split()))
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop that ends a sentence."""
+    return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
+
+
+def _newest_models(data: Path) -> Iterator[Path]:
+    for service in sorted(path for path in data.iterdir() if path.is_dir()):
+        found = sorted(service.glob("*/service-2.json*"))
+        if found:
+            yield found[-1]
+
+
+def _load(file: Path) -> dict[str, Any]:
+    data = file.read_bytes()
+    model: dict[str, Any] = json.loads(gzip.decompress(data) if file.suffix == ".gz" else data)
+    return model
+
+
+def _example(operation: Operation) -> Example:
+    gold = {"operation": f"{operation.service}:{operation.name}"}
+    return Example.of(system=INSTRUCTION, user=operation.documentation, answer=operation.summary, gold=gold)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,71 @@
+"""TRL's SFTTrainer with our batches and our loss.
+
+The data arrives tokenized and masked (see `training.encode`), so of the trainer's own preparation nothing is used;
+what is used is its optimizer loop, checkpoints and resuming.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from trl import SFTTrainer
+
+from training.batches import LengthGroupedOrder
+from training.errors import TrainingDiverged
+from training.loss import label_loss
+
+
+class LabelTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped
+    """Trains on `input_ids` and `labels` columns with logits only at labels and rows grouped by length.
+
+    `losses` holds the mean loss of every forward since the trainer was made; `tokens` and `padding` count what went
+    through the model.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.losses: list[float] = []
+        self.tokens = 0  # real ones
+        self.padding = 0
+
+    @property
+    def padding_share(self) -> float:
+        """Fraction of all positions that held padding."""
+        return self.padding / max(1, self.tokens + self.padding)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The mean over the labelled tokens of the optimizer step (`num_items_in_batch`), else of this batch.
+
+        Raises `TrainingDiverged` when it is not finite.
+        """
+        assert not return_outputs  # only asked for by metrics on logits, which we never configure
+        mask = inputs["attention_mask"]
+        # The forward that accelerate wraps in autocast is not the one called here.
+        with self.accelerator.autocast():
+            loss = label_loss(_causal_model(model), inputs["input_ids"], mask, inputs["labels"])
+        seen = float(loss.total.detach()) / max(1, loss.tokens)
+        if seen != seen or seen in (float("inf"), float("-inf")):
+            raise TrainingDiverged(f"the loss became {seen} at step {self.state.global_step}; lower the learning rate")
+        self.losses.append(seen)
+        real = int(mask.sum())
+        self.tokens += real
+        self.padding += mask.numel() - real
+        items = loss.tokens if num_items_in_batch is None else num_items_in_batch
+        return loss.total / torch.as_tensor(items).clamp(min=1)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        return LengthGroupedOrder(lengths, self.args.train_batch_size, self.args.seed)
+
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """Nothing: checkpoints are ours to resume from, not to publish."""
+
+
+def _causal_model(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
