@@ -110,19 +110,18 @@ def _packed(weight: Shape, length: int) -> bool:
 
 
 def _check_listed(config: LoraConfig, site: TensorSite) -> None:
-    name = f"{site.module}.{site.parameter}"
-    inside = any(f"{module}." in f"{name}." and _ends_or_holds(name, module) for module in config.modules_to_save)
-    if inside or (config.bias == "all" and site.parameter == "bias"):
+    parts = site.module.split(".")
+    # PEFT's rule: a module is saved whole, all inside it included, when its name ends with the listed text.
+    above = (".".join(parts[: count + 1]) for count in range(len(parts)))
+    if any(module.endswith(config.modules_to_save) for module in above) or (
+        config.bias == "all" and site.parameter == "bias"
+    ):
         return
     # PEFT saves resized embeddings without listing them.
     if site.module.rpartition(".")[2] in (*_EMBEDDINGS, *_HEADS):
         return
+    name = f"{site.module}.{site.parameter}"
     raise TensorUnknown(f"{name} is a full weight, but modules_to_save does not list its module")
-
-
-def _ends_or_holds(name: str, module: str) -> bool:
-    """PEFT's rule: a module is saved whole when its name ends with the listed text."""
-    return any(name[: end + 1].endswith(module) for end in range(len(name)) if name[end + 1 : end + 2] == ".")
 
 
 def _check_trainable_tokens(config: LoraConfig, name: str, shape: Shape) -> None:

@@ -36,10 +36,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_pairs(pairs: Mapping[str, str]) -> None:
     """Name and value, one pair a line, aligned; pairs without a value are left out."""
-    width = max(map(len, pairs))
-    for name, value in pairs.items():
-        if value:
-            click.echo(f"  {name.ljust(width)}  {value}")
+    shown = {name: value for name, value in pairs.items() if value}
+    width = max(map(len, shown), default=0)
+    for name, value in shown.items():
+        click.echo(f"  {name.ljust(width)}  {value}")
 
 
 @contextmanager

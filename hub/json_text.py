@@ -1,7 +1,8 @@
 """JSON at the hub's doors: strict in, canonical out.
 
 Canonical JSON is RFC 8785 (keys sorted, no blanks, UTF-8, numbers as ECMAScript prints them), so that any language
-computes the same digest. One widening: integers are written digit by digit up to 64 bits, because seeds need them.
+computes the same digest. One change, because seeds need 64 bits: integers are written digit by digit, and doubles from
+2^53 up with an exponent, so that neither is read back as the other.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _write(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    """`value` as ECMAScript's Number::toString writes it; Python's repr has the same shortest digits."""
+    """`value` as ECMAScript's Number::toString writes it below 2^53; Python's repr has the same shortest digits."""
     if not math.isfinite(value):
         raise ValueError("NaN and infinities are no JSON numbers")
     if value == 0:
@@ -84,7 +85,7 @@ def _number(value: float) -> str:
     # The value is 0.<digits> · 10^point.
     point = len(whole) + int(exponent or 0) - (len(whole + fraction) - len(digits))
     digits = digits.rstrip("0")
-    if 0 < point <= 21:
+    if 0 < point <= 21 and abs(value) < 2**53:
         if len(digits) <= point:
             return sign + digits.ljust(point, "0")
         return f"{sign}{digits[:point]}.{digits[point:]}"

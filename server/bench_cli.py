@@ -113,25 +113,15 @@ def _show(load: Load, measurement: Measurement, by_adapter: list[Line]) -> None:
 
     console = Console(highlight=False)
     if measurement.samples:
-        table = Table(box=box.SIMPLE_HEAD)
-        table.add_column("adapter", no_wrap=True)
-        for heading in (
-            "answered",
-            "failed",
-            "tokens",
-            "first token, ms\np50 / p95 / p99",
-            "next token, ms\np50 / p95 / p99",
-        ):
-            table.add_column(heading, justify="right")
+        table = Table(
+            box=box.SIMPLE_HEAD, title="milliseconds to the first token and between tokens", title_justify="left"
+        )
+        table.add_column("adapter", overflow="fold")
+        for heading in ("answered", "failed", "first p50", "p95", "p99", "next p50", "p95", "p99"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for line in by_adapter:
-            table.add_row(
-                line.adapter,
-                str(line.requests),
-                str(line.failed or "–"),
-                str(line.tokens),
-                _milliseconds(line.first_token),
-                _milliseconds(line.inter_token),
-            )
+            tally = [str(line.requests), str(line.failed or "–")]
+            table.add_row(line.adapter, *tally, *_milliseconds(line.first_token), *_milliseconds(line.inter_token))
         console.print(table)
         console.print(
             f"{measurement.tokens_per_second:.0f} tokens/s, {len(measurement.samples) / measurement.seconds:.2f} "
@@ -144,7 +134,7 @@ def _show(load: Load, measurement: Measurement, by_adapter: list[Line]) -> None:
         click.echo(f"{count} failed with {reason}: {measurement.messages[reason]}", err=True)
 
 
-def _milliseconds(latency: Percentiles | None) -> str:
+def _milliseconds(latency: Percentiles | None) -> list[str]:
     if latency is None:
-        return "–"
-    return " / ".join(f"{1000 * seconds:.0f}" for seconds in (latency.p50, latency.p95, latency.p99))
+        return ["–"] * 3
+    return [f"{1000 * seconds:.0f}" for seconds in (latency.p50, latency.p95, latency.p99)]

@@ -146,6 +146,8 @@ def serve(hub: str | None, **options: Any) -> int:
         drain_seconds=options["drain_seconds"],
     )
     bound_openmp(config.model.threads)
+    # gRPC's core would add its own lines of C++ to what we say about a taken port.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("server").setLevel(logging.INFO)
     return _serve(config)

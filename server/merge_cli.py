@@ -72,6 +72,9 @@ def merge(
     prompts = read_prompts(prompts_file) if prompts_file else None
 
     from hub.hub import Hub
+    from server.cli import bound_openmp
+
+    bound_openmp(threads)
     from server.merged_model import refuse_taken
 
     refuse_taken(out)
@@ -185,8 +188,8 @@ def _show(plan: MergePlan, merged: MergedModel) -> None:
     limits = SAVED[plan.dtype]
     exact, saved = merged.exact, merged.saved
     table = Table(box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("merged, against PEFT unmerged")
-    for heading in ("sum in float32", "may be", f"saved in {plan.dtype}", "may be"):
+    table.add_column("")
+    for heading in ("sum (float32)", "may be", f"saved ({plan.dtype})", "may be"):
         table.add_column(heading, justify="right")
     table.add_row(
         "max |Δlogit|",
@@ -205,9 +208,18 @@ def _show(plan: MergePlan, merged: MergedModel) -> None:
         f"{saved.greedy_agreement:.1%}",
         f"≥ {limits.greedy_agreement:.0%}",
     )
-    table.add_row("equal answers", f"{exact.equal_prompts} of {exact.prompts}", "", f"{saved.equal_prompts}", "")
+    table.add_row(
+        "equal answers",
+        f"{exact.equal_prompts} of {exact.prompts}",
+        "",
+        f"{saved.equal_prompts} of {saved.prompts}",
+        "",
+    )
     console = Console(highlight=False)
-    console.print(f"{plan.base_name} + {' + '.join(terms)}: {merged.modules} modules changed", soft_wrap=True)
+    console.print(
+        f"{plan.base_name} + {' + '.join(terms)}: {merged.modules} modules changed, compared with PEFT unmerged",
+        soft_wrap=True,
+    )
     console.print(table)
     console.print(
         f"{exact.prompts} prompts, logits at {exact.positions} positions, {exact.generated_tokens} greedy choices"

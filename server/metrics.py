@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -50,7 +50,9 @@ class AdapterLabels:
             uses = self._uses[name] = self._uses.get(name, 0) + 1
             demoted = self._admit(name, uses)
             if len(self._uses) > 10 * max(self._keep, 1):
-                self._uses = {each: n // 2 for each, n in self._uses.items() if n > 1 or each in self._labelled}
+                # A label keeps a count of at least 1, or names used a single time would take each other's place.
+                halved = {each: n // 2 for each, n in self._uses.items() if n > 1}
+                self._uses = dict.fromkeys(self._labelled, 1) | halved
             label = name if name in self._labelled else OTHER_LABEL
         if demoted is not None:
             self._forget(demoted)
@@ -80,6 +82,7 @@ class Metrics:
 
     def __init__(self, *, max_lora: int = 0, labelled_adapters: int = 100) -> None:
         """`max_lora` is how many adapters one step can hold; `labelled_adapters` bounds the label `adapter`."""
+        disable_created_metrics()  # a second series beside every count, which nobody reads
         self.registry = CollectorRegistry()
         registry = self.registry
         self._labels = AdapterLabels(labelled_adapters, self._forget_label)

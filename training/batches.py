@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Sampler
 
 # Batches sorted together. More pads less and makes the batches of an epoch less random.
-_BATCHES_IN_POOL = 16
+_BATCHES_IN_POOL = 50
 
 
 class LengthGroupedOrder(Sampler[int]):

@@ -109,7 +109,7 @@ def hold_out(
     """Split into (training, validation) before anything else looks at the examples.
 
     An example's side depends on the seed and its prompt alone, so the same question never lands on both sides,
-    however often it occurs. `fraction` 0 holds nothing out. Raises `DataTooSmall` when either side would be empty.
+    however often it occurs. `fraction` 0 holds nothing out. Raises `DataTooSmall` when all have one prompt.
     """
     if fraction == 0:
         return tuple(examples), ()
@@ -118,13 +118,13 @@ def hold_out(
         prompt = json.dumps([message.as_dict() for message in example.prompt])
         groups.setdefault(hashlib.sha256(f"{seed}:{prompt}".encode()).hexdigest(), []).append(index)
     wanted = max(1, round(len(examples) * fraction))
+    if len(groups) < 2:
+        raise DataTooSmall(f"{len(examples)} examples with one prompt cannot be split into training and validation")
     held: set[int] = set()
-    for _, indices in sorted(groups.items()):
+    for _, indices in sorted(groups.items())[:-1]:
         if len(held) >= wanted:
             break
         held.update(indices)
-    if len(held) == len(examples):
-        raise DataTooSmall(f"{len(examples)} examples with one prompt cannot be split into training and validation")
     training = tuple(example for index, example in enumerate(examples) if index not in held)
     return training, tuple(examples[index] for index in sorted(held))
 

@@ -97,3 +97,9 @@ class GenerationFailed(TrainingError):
     """The engine refused or failed a prompt of an evaluation."""
 
     reason = "GENERATION_FAILED"
+
+
+class DemoFailed(TrainingError):
+    """A step of `hub demo` did not show what it is there to show; the message says which."""
+
+    reason = "DEMO_FAILED"

@@ -80,7 +80,8 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
 
     tokenizer = AutoTokenizer.from_pretrained(str(plan.base_directory))
     template = training_template(tokenizer)
-    check_rendering(tokenizer, template, dataset.examples[:_RENDERING_SAMPLES])
+    if template is not None:
+        check_rendering(tokenizer, template, dataset.examples[:_RENDERING_SAMPLES])
     stops = _stop_ids(plan.base_directory, tokenizer)
     encoded = encode_all(tokenizer, template, training, stops, plan.recipe.max_length)
     held = encode_all(tokenizer, template, validation, stops, plan.recipe.max_length) if validation else None

@@ -34,11 +34,12 @@ _PROBES: tuple[list[dict[str, str]], ...] = (
 )
 
 
-def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The template that renders as the tokenizer's own and marks the assistant's tokens.
 
-    Taken in this order: the base's own where it has markers, one of ours, one that TRL ships. Raises
-    `TemplateUnsupported` where none renders the same text.
+    Taken in this order: the base's own where it has markers, one of ours, one that TRL ships. None where none of them
+    renders the same text; `encode` then finds the answers by rendering each conversation up to them. Raises
+    `TemplateUnsupported` for a base without a chat template.
     """
     own = tokenizer.chat_template
     if not isinstance(own, str):
@@ -46,10 +47,7 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
     for candidate in _candidates(tokenizer, own):
         if _MARKER.search(candidate) and all(_same(tokenizer, candidate, probe) for probe in _PROBES):
             return candidate
-    raise TemplateUnsupported(
-        "no training template renders what this base's chat template renders; add one to training/templates/ "
-        "with {% generation %} around each answer and its stop token"
-    )
+    return None
 
 
 def check_rendering(tokenizer: PreTrainedTokenizerBase, template: str, examples: Sequence[Example]) -> None:

@@ -107,14 +107,15 @@ class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
     def __init__(self, engine: Engine, directory: AdapterDirectory) -> None:
         self._adapters = engine.adapters
         self._directory = directory
-        # Loads wait for the loader, hence threads of their own: generation's admission must not queue behind them.
-        self._threads = ThreadPoolExecutor(4, thread_name_prefix="loraplex-admin")
+        # Loads may wait long for memory, hence threads of their own: an Unload must not queue behind them.
+        self._loads = ThreadPoolExecutor(4, thread_name_prefix="loraplex-load")
+        self._quick = ThreadPoolExecutor(2, thread_name_prefix="loraplex-admin")
 
     async def List(  # noqa: N802
         self, request: adapters_pb2.ListAdaptersRequest, context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
         """Every adapter that holds memory or is on its way, nearest to the batch first."""
-        statuses = await self._in_thread(self._adapters.list)
+        statuses = await _in(self._quick, self._adapters.list)
         messages = [self._status(status) for status in statuses]
         messages.sort(key=lambda message: (-message.tier, message.version))
         return adapters_pb2.ListAdaptersResponse(adapters=messages)
@@ -125,7 +126,7 @@ class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
         """Bring a version onto the device and answer when it is there."""
         started = time.monotonic()
         found = await self._resolve(request.ref)
-        status = await self._in_thread(partial(self._adapters.load, found.digest, found.version))
+        status = await _in(self._loads, partial(self._adapters.load, found.digest, found.version))
         return adapters_pb2.LoadAdapterResponse(
             adapter=self._status(status), seconds=time.monotonic() - started, warnings=status.warnings
         )
@@ -136,20 +137,18 @@ class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
         """Free a version, now or when its last request ends."""
         found = await self._resolve(request.ref)
         return adapters_pb2.UnloadAdapterResponse(
-            freed=await self._in_thread(partial(self._adapters.unload, found.digest))
+            freed=await _in(self._quick, partial(self._adapters.unload, found.digest))
         )
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._loads.shutdown(wait=False, cancel_futures=True)
+        self._quick.shutdown(wait=False, cancel_futures=True)
 
     async def _resolve(self, text: str) -> ResolvedAdapter:
         ref = AdapterRef.parse(text)
         found = self._directory.cached(ref)
-        return found if found is not None else await self._in_thread(partial(self._directory.resolve, ref))
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return found if found is not None else await _in(self._quick, partial(self._directory.resolve, ref))
 
     def _status(self, status: AdapterStatus) -> adapters_pb2.AdapterStatus:
         return adapters_pb2.AdapterStatus(
@@ -162,6 +161,10 @@ class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
             requests_in_flight=status.requests_in_flight,
             draining=status.draining,
         )
+
+
+async def _in(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
 def _raise_error(delta: Delta) -> None:

@@ -185,7 +185,7 @@ class RequestParser:
                 temperature,
                 MIN_TEMPERATURE,
                 MAX_TEMPERATURE,
-                f"0 (greedy) or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+                f"0 (greedy) or from {MIN_TEMPERATURE:.5f} to {MAX_TEMPERATURE:g}",
             )
         top_p = message.top_p if message.HasField("top_p") else 1.0
         if not 0 < top_p <= 1:

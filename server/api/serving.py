@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from server.engine.engine import Engine
 
 T = TypeVar("T")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # After the engine is empty, the last messages still have to reach slow readers.
 FLUSH_SECONDS = 2.0
 HURRIED_FLUSH_SECONDS = 0.2
@@ -42,18 +43,23 @@ class Parts:
 
 
 class Signals:
-    """SIGTERM or SIGINT once: `terminate`; twice: `hurry`. Made on a running loop."""
+    """SIGTERM or SIGINT once: `terminate`; twice: `hurry`; a third one ends the process. Made on a running loop."""
 
     def __init__(self) -> None:
         self.terminate = asyncio.Event()
         self.hurry = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.received)
+        self._loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            self._loop.add_signal_handler(number, self.received)
 
     def received(self) -> None:
         """One more signal."""
-        (self.hurry if self.terminate.is_set() else self.terminate).set()
+        if not self.terminate.is_set():
+            self.terminate.set()
+            return
+        self.hurry.set()
+        for number in _SIGNALS:
+            self._loop.remove_signal_handler(number)
 
 
 async def serve(

@@ -1,4 +1,4 @@
-"""Hostile calls (HOSTILE rows 1–12): each its status and reason, no word about this machine, and the server serves on."""
+"""Hostile calls: each gets its status and reason, no word about this machine, and the server serves on."""
 
 from __future__ import annotations
 

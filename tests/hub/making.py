@@ -67,7 +67,11 @@ def with_header(header: bytes, data: bytes = b"") -> bytes:
 
 
 def write_adapter(
-    directory: Path, *, config: dict[str, Any] | None = None, tensors: Tensors | None = None, weights: bytes | None = None
+    directory: Path,
+    *,
+    config: dict[str, Any] | None = None,
+    tensors: Tensors | None = None,
+    weights: bytes | None = None,
 ) -> Path:
     """A directory like PEFT's; `config` is laid over CONFIG, `weights` replaces the whole weights file."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,10 @@ from tests.hub.making import CONFIG
 MODULES = [f"model.layers.{layer}.{part}" for layer in (0, 1, 10) for part in ("self_attn.q_proj", "mlp.up_proj")]
 PATTERNS = st.sampled_from(
     [
-        "q_proj", "up_proj", "proj", "model.layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "layers.1", "0.self_attn.q_proj",
-        r"^model\.layers\.0\..*", r"layers\.[01]\.mlp\.up_proj", r"layers\.\d+\.self_attn\.q_proj", ".*_proj", "^layers",
+        "q_proj", "up_proj", "proj", "model.layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "layers.1",
+        "0.self_attn.q_proj",
+        r"^model\.layers\.0\..*", r"layers\.[01]\.mlp\.up_proj", r"layers\.\d+\.self_attn\.q_proj", ".*_proj",
+        "^layers",
         "self_attn.q_proj|mlp.up_proj", "(q|up)_proj", "model.layers.10.mlp.up_pro.", "Q_PROJ",
     ]
 )  # fmt: skip
@@ -59,6 +61,7 @@ def peft_answer(keys: dict[str, Any]) -> dict[str, tuple[int, float]]:
     return {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()}
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @settings(max_examples=60, deadline=None)
 @given(CONFIGS)
 def test_ranks_and_scalings_are_those_of_peft(keys: dict[str, Any]) -> None:
@@ -85,7 +88,9 @@ def test_the_fields_are_read() -> None:
     assert (config.base_model_name_or_path, config.revision) == ("tiny-base", "abc")
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|aa)+b", r"(q)\1", "a?" * 30 + "a" * 30, ".*.*.*.*x", "(q", "(a*){9}"])
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+b", "(a|aa)+b", r"(q)\1", "a?" * 30 + "a" * 30, ".*.*.*.*x", "(q", "(a*){9}"]
+)
 def test_patterns_that_could_stall_the_matcher_are_refused(pattern: str) -> None:
     with pytest.raises(ConfigMalformed, match="pattern"):
         parse(rank_pattern={pattern: 2})
@@ -94,7 +99,8 @@ def test_patterns_that_could_stall_the_matcher_are_refused(pattern: str) -> None
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"r": "8"}, "r is"), ({"r": True}, "r is"), ({"lora_alpha": "x"}, "lora_alpha"), ({"lora_alpha": 1e300}, "lora_alpha"),
+        ({"r": "8"}, "r is"), ({"r": True}, "r is"), ({"lora_alpha": "x"}, "lora_alpha"),
+        ({"lora_alpha": 1e300}, "lora_alpha"),
         ({"use_rslora": 1}, "use_rslora"), ({"bias": "some"}, "bias"), ({"target_modules": [1]}, "target_modules"),
         ({"modules_to_save": "lm_head"}, "modules_to_save"), ({"rank_pattern": [1]}, "rank_pattern"),
         ({"layers_to_transform": [-1]}, "layers_to_transform"), ({"init_lora_weights": "magic"}, "init_lora_weights"),
@@ -121,7 +127,10 @@ def test_a_refused_key_is_told_with_advice_where_there_is_some() -> None:
         ("lm_head.base_layer.weight", TensorSite("lm_head", "base")),
         ("lm_head.weight", TensorSite("lm_head", "saved")),
         ("model.norm.bias", TensorSite("model.norm", "saved", "bias")),
-        ("model.embed_tokens.token_adapter.trainable_tokens_delta", TensorSite("model.embed_tokens", "trainable_tokens")),
+        (
+            "model.embed_tokens.token_adapter.trainable_tokens_delta",
+            TensorSite("model.embed_tokens", "trainable_tokens"),
+        ),
     ],
 )
 def test_tensor_names(key: str, site: TensorSite) -> None:
@@ -129,7 +138,8 @@ def test_tensor_names(key: str, site: TensorSite) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["q.lora_A.weight", "base_model.model.q.lora_A.default.weight", "base_model.model..weight", "base_model.model.x",
+    "key", ["q.lora_A.weight", "base_model.model.q.lora_A.default.weight", "base_model.model..weight",
+    "base_model.model.x",
             "base_model.model.a/b.weight", "base_model.model.lora_A.weight", "base_model.model.q.lora_E", "x" * 999]
 )  # fmt: skip
 def test_names_that_peft_does_not_write_are_refused(key: str) -> None:

@@ -42,7 +42,8 @@ def test_parts_and_selectors() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x@0", "x@03", "x@-1", "x@1.0", "x@", "x:", "x@latest", "x@1:prod", "x:prod@1", "a/b/c", "x@9999999999", ""]
+    "text",
+    ["x@0", "x@03", "x@-1", "x@1.0", "x@", "x:", "x@latest", "x@1:prod", "x:prod@1", "a/b/c", "x@9999999999", ""],
 )
 def test_near_misses_are_refused(text: str) -> None:
     with pytest.raises(RefInvalid):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hub.errors import SafetensorsMalformed
 from hub.safetensors_file import mapped, read_header
-from tests.hub.making import bf16, f16, f32, lora_tensors, safetensors
+from tests.hub.making import bf16, f16, lora_tensors, safetensors
 
 SOUND = safetensors({**lora_tensors(), "b": bf16([[1.0, 2.0]]), "h": f16([3.0])}, metadata={"format": "pt"})
 

@@ -18,7 +18,7 @@ from training.tasks import Built
 from training.tasks.iam_definition import Action, actions
 from training.tasks.packages import installed_directory
 from training.tasks.policy import f1, granted_actions, grants, is_valid, parse_json
-from training.tasks.split import rank, split_by_group
+from training.tasks.split import RANKS, is_held, rank, split_by_group
 
 INSTRUCTION: Final = "Write the AWS IAM policy as compact JSON."
 APART: Final = "eval-sam-templates"
@@ -34,7 +34,6 @@ _REGIONS: Final = ("us-east-1", "eu-west-1", "ap-south-1", "*")
 _ACCOUNTS: Final = ("111122223333", "123456789012", "*")
 _SECOND_ACTION_SHARE: Final = 0.25
 _MAX_PHRASE_CHARS: Final = 120
-_SHARE = 2**64
 
 
 class IamPolicy:
@@ -42,7 +41,7 @@ class IamPolicy:
 
     name = "iam_policy"
     title = "request in words → AWS IAM policy in JSON"
-    max_new_tokens = 160
+    max_new_tokens = 120
     headline = "policy_accuracy"
 
     def build(self, train: int, evaluation: int, seed: int) -> Built:
@@ -58,7 +57,8 @@ class IamPolicy:
             evaluation=_with_spare(evaluation),
             seed=seed,
         )
-        partners = [_by_service(side) for side in _pools(usable, sides)]
+        # Second actions come from the same side, whether sampled or not, so that the sides stay apart.
+        partners = [_by_service([a for a in usable if is_held(seed, a.name) == side]) for side in (False, True)]
         training, held = (
             _first(_requests(side, pool, seed), wanted)
             for side, pool, wanted in zip(sides, partners, (train, evaluation), strict=True)
@@ -126,7 +126,7 @@ def _requests(side: Sequence[Action], partners: dict[str, list[Action]], seed: i
             for other in partners[action.prefix]
             if other is not action and other.arns[:1] == action.arns[:1] and other.name != action.name
         ]
-        if others and rank(seed, "second", action.full_name) < _SECOND_ACTION_SHARE * _SHARE:
+        if others and rank(seed, "second", action.full_name) < _SECOND_ACTION_SHARE * RANKS:
             chosen.append(others[rank(seed, "partner", action.full_name) % len(others)])
         answer = policy_text([one.full_name for one in chosen], resource)
         if not is_valid(json.loads(answer)):
@@ -135,13 +135,6 @@ def _requests(side: Sequence[Action], partners: dict[str, list[Action]], seed: i
         where = resource if action.arns else f"all {action.prefix} resources"
         phrase = " and ".join(one.phrase or "" for one in chosen)
         yield Example.of(system=INSTRUCTION, user=wording.format(phrase=phrase, resource=where), answer=answer)
-
-
-def _pools(usable: Sequence[Action], sides: tuple[list[Action], list[Action]]) -> Iterator[list[Action]]:
-    """For each side the actions that may be second ones there: those whose group is not the other side's."""
-    names = [{action.name for action in side} for side in sides]
-    for mine, other in ((0, 1), (1, 0)):
-        yield [action for action in usable if action.name in names[mine] and action.name not in names[other]]
 
 
 def _by_service(pool: Sequence[Action]) -> dict[str, list[Action]]:

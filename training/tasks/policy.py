@@ -38,7 +38,7 @@ def parse_json(answer: str) -> Any | None:
 
 def is_valid(policy: Any) -> bool:
     """Whether parliament finds nothing wrong with it that would make AWS refuse it."""
-    if not isinstance(policy, dict) or not policy.get("Statement"):
+    if not isinstance(policy, dict) or not all(_well_formed(statement) for statement in _statements(policy)):
         return False
     parliament = _parliament()
     try:
@@ -53,9 +53,8 @@ def grants(policy: Any) -> frozenset[Grant] | None:
     """What the policy says, one tuple for each action and resource; None when it is no policy of Allow and Deny."""
     if not isinstance(policy, dict):
         return None
-    statements = policy.get("Statement")
     found: set[Grant] = set()
-    for statement in statements if isinstance(statements, list) else [statements]:
+    for statement in _statements(policy):
         if not isinstance(statement, dict) or statement.get("Effect") not in ("Allow", "Deny"):
             return None
         names, resources = _texts(statement.get("Action")), _texts(statement.get("Resource"))
@@ -78,6 +77,21 @@ def f1(wanted: frozenset[str], given: frozenset[str]) -> float:
     if not wanted and not given:
         return 1.0
     return 2 * len(wanted & given) / (len(wanted) + len(given))
+
+
+def _statements(policy: dict[str, Any]) -> list[Any]:
+    statements = policy.get("Statement")
+    return statements if isinstance(statements, list) and statements else [statements]
+
+
+def _well_formed(statement: object) -> bool:
+    """What parliament takes for granted: effect, actions and resources, each of its type."""
+    return (
+        isinstance(statement, dict)
+        and statement.get("Effect") in ("Allow", "Deny")
+        and any(_texts(statement.get(key)) for key in ("Action", "NotAction"))
+        and any(_texts(statement.get(key)) for key in ("Resource", "NotResource"))
+    )
 
 
 def _texts(value: object) -> list[str]:

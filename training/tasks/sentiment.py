@@ -22,7 +22,8 @@ from training.tasks.packages import source_archive
 from training.tasks.split import split_by_group
 
 LABELS: Final = ("positive", "negative", "neutral", "mixed")
-INSTRUCTION: Final = "Is the sentiment of the text positive, negative, neutral or mixed? Answer with one word."
+# Of ten wordings the one the untrained base does best with, so that training is not credited with the wording.
+INSTRUCTION: Final = "Answer with one word: positive, negative, neutral or mixed."
 
 _VERSION: Final = "3.3.2"
 _SHA256: Final = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -54,7 +55,7 @@ class Sentiment:
 
     name = "sentiment"
     title = "short text → positive, negative, neutral or mixed"
-    max_new_tokens = 6
+    max_new_tokens = 12
     headline = "accuracy"
 
     def build(self, train: int, evaluation: int, seed: int) -> Built:
@@ -151,4 +152,4 @@ def _read(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def _example(snippet: Snippet) -> Example:
-    return Example.of(system=INSTRUCTION, user=snippet.text, answer=snippet.label)
+    return Example.of(system=INSTRUCTION, user=f"Text: {snippet.text}\nSentiment:", answer=snippet.label)

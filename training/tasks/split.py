@@ -9,12 +9,18 @@ from typing import TypeVar
 from training.errors import DataTooSmall
 
 T = TypeVar("T")
+RANKS = 2**64
 _EVALUATION_SHARE = 0.2  # of the groups
 
 
 def rank(seed: int, *parts: str) -> int:
-    """A number in 0…2**64 that is uniform over `parts` and fixed for them."""
+    """A number in 0…RANKS that is uniform over `parts` and fixed for them."""
     return int.from_bytes(hashlib.sha256("\0".join((str(seed), *parts)).encode()).digest()[:8], "big")
+
+
+def is_held(seed: int, group: str) -> bool:
+    """Whether a group belongs to the evaluation."""
+    return rank(seed, "group", group) < _EVALUATION_SHARE * RANKS
 
 
 def split_by_group(
@@ -30,9 +36,8 @@ def split_by_group(
 
     `identity` tells items of a group apart. Raises `DataTooSmall` when a side has too few.
     """
-    border = int(_EVALUATION_SHARE * 2**64)
-    held = [item for item in items if rank(seed, "group", group(item)) < border]
-    rest = [item for item in items if rank(seed, "group", group(item)) >= border]
+    held = [item for item in items if is_held(seed, group(item))]
+    rest = [item for item in items if not is_held(seed, group(item))]
     return _sample(rest, identity, train, seed, "training"), _sample(held, identity, evaluation, seed, "evaluation")
 
 

@@ -315,9 +315,9 @@ class FakeHub:
 class RunningServer:
     """A real gRPC server on free ports, around the engine and the hub given."""
 
-    def __init__(self, engine: Any, hub: Any, config: ServerConfig = QUIET) -> None:
+    def __init__(self, engine: Any, hub: Any, config: ServerConfig = QUIET, metrics: Metrics | None = None) -> None:
         self.engine = engine
-        self.metrics = Metrics(max_lora=64)
+        self.metrics = metrics or Metrics(max_lora=64)
         self.config = replace(config, listen="127.0.0.1:0")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)

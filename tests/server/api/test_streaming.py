@@ -1,6 +1,8 @@
 """Answers over a real gRPC connection, from a fake engine."""
 
 import re
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -111,6 +113,15 @@ def test_an_abandoned_call_is_cancelled_in_the_engine(server: RunningServer, eng
             assert late.value.status == "DEADLINE_EXCEEDED"
     assert engine.wait_idle()
     client.close()
+
+
+def test_a_killed_client_frees_what_it_held(server: RunningServer, engine: FakeEngine) -> None:
+    engine.gate.clear()
+    script = f"from server.client import Client; list(Client({server.address!r}).stream('x'))"
+    with subprocess.Popen([sys.executable, "-c", script]) as killed:
+        assert engine.wait_running(1, seconds=20)
+        killed.kill()
+    assert engine.wait_idle()
 
 
 def test_an_abandoned_unary_call_is_cancelled_too(client: Client, engine: FakeEngine) -> None:

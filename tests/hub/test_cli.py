@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hub import cli
+from hub.commands import COMMANDS, Command
+from tests.hub.making import lora_tensors, write_adapter, write_base
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the `hub` command in this process; its exit status, stdout and stderr."""
+
+    def main(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hub", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(exit_.value.code, int)
+        return exit_.value.code, captured.out, captured.err
+
+    return main
+
+
+@pytest.fixture
+def data(run: Run) -> Callable[..., Any]:
+    """Run a verb with --json, which must succeed; what it printed."""
+
+    def parsed(*arguments: str) -> Any:
+        status, out, err = run(*arguments, "--json")
+        assert (status, err) == (0, "")
+        return json.loads(out)
+
+    return parsed
+
+
+def adapter(tmp_path: Path, seed: int) -> str:
+    return str(write_adapter(tmp_path / f"a{seed}", tensors=lora_tensors(seed=seed)))
+
+
+def test_the_story_of_two_versions(tmp_path: Path, run: Run) -> None:
+    base = str(write_base(tmp_path / "tiny"))
+    status, out, err = run("push", adapter(tmp_path, 1), "team/x", "--base", base, "--alias", "prod")
+    assert (status, err) == (0, "")
+    assert "pushed team/x@1" in out
+    assert "rank 4, alpha 8, 4 modules (q_proj, v_proj)" in out
+    assert "aliases  :latest :prod" in out
+    status, out, err = run("push", adapter(tmp_path, 2), "team/x", "--parent", "team/x@1")
+    assert "warning: the base (tiny-base) is unverified" in err
+    assert "team/x@2 is this content already" in run("push", adapter(tmp_path, 2), "team/x")[1]
+    listed = run("list")[1]
+    assert "team/x@2" in listed
+    assert "team/x@1" not in listed
+    assert "team/x@1" in run("list", "team/*", "--all")[1]
+    assert "parents  team/x@1\n" in run("show", "team/x")[1]
+    assert run("tag", "team/x@2", ":prod", "--expect", "1") == (0, "team/x:prod is now team/x@2\n", "")
+    assert run("untag", "team/x", "prod")[1] == "team/x:prod is gone; it was team/x@2\n"
+    assert "team/x:prod was @2" in run("log", "team/x")[1]
+    assert run("verify")[1] == "2 versions checked, all sound\n"
+    status, out, _ = run("pull", "team/x@1", str(tmp_path / "out"))
+    assert (status, out.startswith("pulled team/x@1 into")) == (0, True)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_json_of_every_verb(tmp_path: Path, data: Callable[..., Any]) -> None:
+    assert data("list") == []
+    pushed = data("push", adapter(tmp_path, 1), "x")
+    assert (pushed["version"], pushed["created_now"], pushed["aliases"]) == ("x@1", True, ["latest"])
+    assert data("show", "x")["digest"] == pushed["digest"]
+    assert [version["version"] for version in data("list")] == ["x@1"]
+    assert data("tag", "x", "prod")["alias"] == "prod"
+    assert data("untag", "x", "prod")["alias"] == "prod"
+    assert [event["kind"] for event in data("log")] == ["push", "tag", "tag", "untag"]
+    assert [event["seq"] for event in data("log", "x", "--since", "2")] == [3, 4]
+    assert data("verify") == []
+    assert data("pull", "x", str(tmp_path / "out"))["directory"] == str(tmp_path / "out")
+
+
+def test_refusals_are_one_line_with_the_reason(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "empty").mkdir()
+    refusals = {
+        ("show", "nobody/x"): "ADAPTER_NOT_FOUND",
+        ("show", "../x"): "REF_INVALID",
+        ("push", str(tmp_path / "empty"), "x"): "ADAPTER_FILE_MISSING",
+        ("push", adapter(tmp_path, 1), "x", "--base", "nope"): "BASE_NOT_FOUND",
+        ("list", "--hub", "s3://bucket"): "HUB_UNAVAILABLE",
+    }
+    for arguments, reason in refusals.items():
+        status, out, err = run(*arguments)
+        assert (status, out) == (1, "")
+        assert err.startswith("error: ")
+        assert err.endswith(f" ({reason})\n")
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["push"], ["push", "/nonexistent", "x"], ["tag", "x", "y", "--expect", "-1"], ["--nope"]]
+)
+def test_wrong_usage_exits_2(run: Run, arguments: list[str]) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert "Error: " in err
+
+
+def test_an_unknown_verb_is_answered_with_the_nearest(run: Run) -> None:
+    status, _, err = run("pus")
+    assert status == 2
+    assert "Did you mean push" in err
+
+
+def test_verify_tells_damage_and_exits_1(tmp_path: Path, run: Run) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    digest = json.loads(run("show", "x", "--json")[1])["manifest"]["files"]["adapter_config.json"]["sha256"][7:]
+    stored = tmp_path / "default-hub" / "blobs" / "sha256" / digest[:2] / digest
+    stored.chmod(0o644)
+    stored.write_bytes(b"{}")
+    status, out, _ = run("verify")
+    assert status == 1
+    assert "BLOB_CORRUPT" in out
+    status, out, _ = run("verify", "x", "--json")
+    assert (status, json.loads(out)[0]["file"]) == (1, "adapter_config.json")
+
+
+def test_a_fault_of_ours_keeps_its_trace(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hub.hub.Hub.versions", lambda *arguments: b"\xff".decode())
+    monkeypatch.setattr(sys, "argv", ["hub", "list"])
+    with pytest.raises(UnicodeDecodeError):
+        cli.main()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_verb_has_help_with_examples(run: Run, command: Command) -> None:
+    status, out, _ = run(command.name, "--help")
+    assert status == 0
+    assert f"hub {command.name}" in out.partition("Examples:")[2]
+    assert "--json" in out
+    assert "--hub" in out
+
+
+def test_a_package_that_cannot_be_imported_does_not_take_the_others_away(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_tables", lambda: {"hub": COMMANDS, "broken": ()})
+    monkeypatch.delitem(vars(cli.group), "_table", raising=False)
+    try:
+        status, out, err = run("--help")
+        assert (status, "push" in out) == (0, True)
+        assert err == "warning: the verbs of the package 'broken' cannot be loaded here\n"
+    finally:
+        vars(cli.group).pop("_table", None)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """What keeps `hub --help` under 150 ms: measured by what is imported, whatever the machine's load."""
+    program = (
+        "import sys; sys.argv = ['hub', '--help']\n"
+        "from hub.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'sqlalchemy', 'numpy', 'rich', 'torch', 'transformers', 'grpc', 'huggingface_hub', 'platformdirs'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    assert "Versions:" in done.stdout
+
+
+def test_the_hub_works_without_torch() -> None:
+    program = (
+        "import sys\n"
+        "import hub.hub, hub.base, hub.lora_config, hub.cli_push, hub.cli_show, hub.cli_tags, hub.cli_verify\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,114 @@
+"""What the written pages say to type exists: verbs, flags, links, calls, alerts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from google.protobuf import json_format
+
+from hub.cli import group
+from protos.loraplex.v1 import inference_pb2
+
+ROOT = Path(__file__).parents[2]
+MADE_BY_HAND = [
+    path
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "deploy" / "README.md")
+    if path.name not in ("cli.md", "metrics.md", "files.md")
+]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def fenced(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def hub_calls(text: str) -> Iterator[list[str]]:
+    """The `hub …` command lines of a page's shell blocks, as words."""
+    for block in fenced(text, "sh"):
+        for line in block.splitlines():
+            if line.startswith("hub "):
+                yield shlex.split(line.replace(" &", " "), comments=True)[1:]
+
+
+@pytest.mark.parametrize("page", MADE_BY_HAND, ids=named)
+def test_command_lines_use_verbs_and_flags_that_exist(page: Path) -> None:
+    for words in hub_calls(page.read_text(encoding="utf-8")):
+        command: click.Command = group
+        context = click.Context(group, info_name="hub")
+        while isinstance(command, click.Group):
+            found = command.get_command(context, words[0])
+            assert found is not None, f"there is no verb {words[0]!r}"
+            command, words = found, words[1:]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word for word in words if word.startswith("-")} <= known, f"{command.name} {words}"
+
+
+@pytest.mark.parametrize("page", MADE_BY_HAND, ids=named)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link.partition("#")[0]).exists()]
+
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", MADE_BY_HAND, ids=named)
+def test_named_source_files_exist(page: Path) -> None:
+    if page.parent.name == "decisions":
+        return  # notes of their day
+    names = re.findall(r"`((?:hub|server|training|benchmarks|deploy|tests|protos)/[\w./-]+)`", page.read_text("utf-8"))
+
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_call_from_python_is_one_the_client_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    (snippet,) = fenced(README, "python")
+    from server import client
+    from server.client_messages import generate_request
+
+    asked: list[inference_pb2.GenerateRequest] = []
+
+    class Answered:
+        text = "mixed"
+
+    def generate(self: client.Client, prompt: client.Prompt, adapters: client.Adapters = None) -> Answered:
+        asked.append(generate_request(prompt, adapters, {}))
+        return Answered()
+
+    monkeypatch.setattr(client.Client, "generate", generate)
+    exec(compile(snippet, "README.md", "exec"), {})
+
+    assert asked[0].adapters[0].ref == "team/sentiment:prod"
+    assert [message.role for message in asked[0].chat.messages] == ["system", "user"]
+
+
+def test_the_call_from_grpcurl_is_a_message_of_the_wire() -> None:
+    (call,) = [block for block in fenced(README, "sh") if block.startswith("grpcurl")]
+    words = shlex.split(call)
+
+    message = json_format.ParseDict(json.loads(words[words.index("-d") + 1]), inference_pb2.GenerateRequest())
+
+    assert [selection.ref for selection in message.adapters] == ["team/sentiment:prod", "team/terse@2"]
+    service, _, method = words[-1].partition("/")
+    assert method in inference_pb2.DESCRIPTOR.services_by_name[service.rpartition(".")[2]].methods_by_name
+
+
+def test_every_alert_is_explained() -> None:
+    rules = yaml.safe_load((ROOT / "deploy" / "rules" / "loraplex.yml").read_text(encoding="utf-8"))
+    alerts = {rule["alert"] for each in rules["groups"] for rule in each["rules"] if "alert" in rule}
+
+    explained = re.findall(
+        r"^\| `(Loraplex\w+)` \|", (ROOT / "docs" / "deploy.md").read_text("utf-8"), flags=re.MULTILINE
+    )
+
+    assert set(explained) == alerts

@@ -1,0 +1,181 @@
+"""The Python client, sync and async, against a real gRPC server around a fake engine."""
+
+import asyncio
+import re
+import textwrap
+from collections.abc import Iterator
+
+import pytest
+
+import server.client
+from server.client import AsyncClient, Client, GenerationError
+from tests.server.api.fakes import FakeEngine, FakeHub, RunningServer
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def served(engine: FakeEngine) -> Iterator[RunningServer]:
+    hub = FakeHub()
+    hub.push("team/a")
+    hub.push("team/b")
+    running = RunningServer(engine, hub)
+    running.serve()
+    yield running
+    running.close()
+
+
+def test_plain_python_arguments_become_a_request(served: RunningServer, engine: FakeEngine) -> None:
+    with Client(served.address) as client:
+        client.generate(
+            CHAT,
+            ["team/a", ("team/b", -0.5)],
+            max_new_tokens=5,
+            min_new_tokens=2,
+            temperature=0.7,
+            top_p=0.9,
+            top_k=40,
+            min_p=0.05,
+            seed=11,
+            repetition_penalty=1.1,
+            presence_penalty=0.2,
+            frequency_penalty=-0.3,
+            logit_bias={7: -2.0},
+            stop=["\n\n"],
+            stop_token_ids=[3],
+            ignore_eos=True,
+            logprobs=4,
+            request_id="mine",
+        )
+    (request,) = engine.submitted
+    assert [(use.version, use.weight) for use in request.adapters] == [("team/a@1", 1.0), ("team/b@1", -0.5)]
+    sampling, stopping = request.sampling, request.stopping
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.7, 0.9, 40, 0.05)
+    assert (sampling.seed, sampling.repetition_penalty) == (11, 1.1)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.2, -0.3)
+    assert sampling.logit_bias == ((7, -2.0),)
+    assert (stopping.max_new_tokens, stopping.min_new_tokens, stopping.ignore_eos) == (5, 2, True)
+    assert (stopping.stop_strings, stopping.stop_token_ids) == (("\n\n",), (3,))
+    assert request.logprobs == 4
+    assert request.id.startswith("mine#")
+
+
+def test_the_example_in_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    hub = FakeHub()
+    for name in ("team/sentiment", "team/sentiment", "team/sentiment", "team/summary", "team/summary"):
+        hub.push(name)
+    hub.tag("team/sentiment", "prod", 3)
+    running = RunningServer(FakeEngine(), hub)
+    running.serve()
+    try:
+        assert server.client.__doc__ is not None
+        example = textwrap.dedent(re.findall(r"\n((?: {4}.*\n|\n)+)", server.client.__doc__)[0])
+        assert "client.generate(" in example and "client.stream(" in example
+        exec(example.replace("127.0.0.1:50051", running.address))
+    finally:
+        running.close()
+    printed = capsys.readouterr().out
+    assert "team/sentiment@3" in printed and "tokens/s" in printed
+
+
+def test_three_kinds_of_prompt(served: RunningServer, engine: FakeEngine) -> None:
+    with Client(served.address) as client:
+        for prompt in ("hi", [104, 105], CHAT):
+            client.generate(prompt, max_new_tokens=1)  # type: ignore[arg-type]
+    plain, ids, chat = (request.prompt for request in engine.submitted)
+    assert plain == ids == (104, 105)
+    assert "".join(map(chr, chat)) == "<user>hi"
+
+
+def test_a_stream_knows_its_adapters_first_and_its_answer_last(served: RunningServer, engine: FakeEngine) -> None:
+    engine.gate.clear()
+    with Client(served.address) as client, client.stream(CHAT, "team/a", max_new_tokens=3) as stream:
+        assert [each.version for each in stream.adapters] == ["team/a@1"]
+        assert stream.answer is None
+        engine.gate.set()
+        text = "".join(chunk.text for chunk in stream)
+        answer = stream.answer
+    assert answer is not None
+    assert text == answer.text == "abc"
+    assert answer.token_ids == tuple(b"abc")
+    assert answer.adapters == stream.adapters
+    assert answer.completion_tokens == 3 and answer.tokens_per_second > 0
+    assert list(stream) == []  # over
+
+
+def test_leaving_the_block_cancels(served: RunningServer, engine: FakeEngine) -> None:
+    engine.gate.clear()
+    with Client(served.address) as client:
+        with client.stream("x"):
+            assert engine.wait_running(1)
+        assert engine.wait_idle()
+
+
+def test_errors_carry_status_reason_and_message(served: RunningServer) -> None:
+    with Client(served.address) as client:
+        for call in (client.generate, client.stream):
+            with pytest.raises(GenerationError) as refused:
+                call("x", "team/nobody")  # type: ignore[operator]
+            error = refused.value
+            assert (error.status, error.reason) == ("NOT_FOUND", "ADAPTER_NOT_FOUND")
+            assert str(error) == error.message == "no adapter team/nobody:latest"
+
+
+def test_no_server_is_said_plainly() -> None:
+    with Client("127.0.0.1:1") as client:
+        with pytest.raises(GenerationError, match=r"no server answers at 127.0.0.1:1 \(start one with `hub serve`\)"):
+            client.generate("x")
+
+
+def test_values_that_no_message_can_hold_are_pythons_errors(served: RunningServer, engine: FakeEngine) -> None:
+    with Client(served.address) as client:
+        with pytest.raises(ValueError, match="-1"):
+            client.generate("x", max_new_tokens=-1)
+        with pytest.raises(TypeError):
+            client.generate("x", temperature="hot")  # type: ignore[arg-type]
+    assert engine.submitted == []
+
+
+def test_the_async_client_does_the_same(served: RunningServer, engine: FakeEngine) -> None:
+    async def story() -> None:
+        async with AsyncClient(served.address) as client:
+            answers = await asyncio.gather(
+                *(client.generate(CHAT, ref, max_new_tokens=3) for ref in ("team/a", "team/b", None))
+            )
+            assert [[each.version for each in answer.adapters] for answer in answers] == [
+                ["team/a@1"],
+                ["team/b@1"],
+                [],
+            ]
+            engine.gate.clear()
+            async with await client.stream("x", [("team/b", 2.0)], max_new_tokens=3) as stream:
+                assert [(each.version, each.weight) for each in stream.adapters] == [("team/b@1", 2.0)]
+                engine.gate.set()
+                text = "".join([chunk.text async for chunk in stream])
+            assert stream.answer is not None and text == stream.answer.text == "abc"
+            with pytest.raises(GenerationError) as refused:
+                await client.stream("x", "../x")
+            assert refused.value.reason == "REF_INVALID"
+            assert [token.text for token in await client.tokenize("hi")] == ["h", "i"]
+            assert (await client.model_info()).base == "fake-base"
+            held = await client.load("team/a")
+            assert await client.adapters() == [held]
+            assert await client.unload("team/a") is True
+
+    asyncio.run(story())
+
+
+def test_leaving_an_async_stream_cancels(served: RunningServer, engine: FakeEngine) -> None:
+    async def story() -> None:
+        async with AsyncClient(served.address) as client:
+            async with await client.stream("x"):
+                assert await asyncio.to_thread(engine.wait_running, 1)
+            assert await asyncio.to_thread(engine.wait_idle)
+
+    engine.gate.clear()
+    asyncio.run(story())

@@ -1,0 +1,65 @@
+"""`hub generate` and `hub adapters` as a person or a script sees them."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from click.testing import CliRunner, Result
+
+from server.client_cli import adapters, generate
+from tests.server.api.fakes import FakeEngine, FakeHub, RunningServer
+
+
+@pytest.fixture
+def server() -> Iterator[RunningServer]:
+    hub = FakeHub()
+    hub.push("team/a")
+    hub.push("team/b")
+    running = RunningServer(FakeEngine(), hub)
+    running.serve()
+    yield running
+    running.close()
+
+
+def ask(server: RunningServer, *arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(generate, [*arguments, "--server", server.address], input=stdin)
+
+
+def test_the_answer_goes_to_stdout_and_the_rest_to_stderr(server: RunningServer) -> None:
+    result = ask(server, "hello", "-a", "team/a=0.5", "-a", "team/b", "--max-new-tokens", "3")
+    assert result.exit_code == 0
+    assert result.stdout == "abc\n"
+    warnings, footer = result.stderr.splitlines()[:2], result.stderr.splitlines()[-1]
+    assert warnings == ["warning: adapter team/a@1 is a fake", "warning: adapter team/b@1 is a fake"]
+    assert footer.startswith("team/a@1 × 0.5 + team/b@1 · 3 tokens (length) · first after ")
+
+
+def test_chat_raw_and_standard_input(server: RunningServer) -> None:
+    ask(server, "-", "--max-new-tokens", "1", stdin="from a pipe")
+    ask(server, "--raw", "as it is", "--max-new-tokens", "1")
+    prompts = ["".join(map(chr, request.prompt)) for request in server.engine.submitted]
+    assert prompts == ["<user>from a pipe", "as it is"]
+
+
+def test_json(server: RunningServer) -> None:
+    result = ask(server, "x", "--json", "--max-new-tokens", "2", "-a", "team/a")
+    answer = json.loads(result.stdout)
+    assert (answer["text"], answer["adapters"][0]["version"]) == ("ab", "team/a@1")
+    assert result.stderr == ""
+
+
+def test_a_weight_that_is_no_number_is_wrong_usage(server: RunningServer) -> None:
+    result = ask(server, "x", "-a", "team/a=much")
+    assert result.exit_code == 2
+    assert "'much' is no weight: write REF=0.5" in result.stderr
+
+
+def test_adapters(server: RunningServer) -> None:
+    empty = CliRunner().invoke(adapters, ["--server", server.address])
+    assert empty.stdout == "no adapters yet: the first request that names one loads it\n"
+    server.engine.adapters.load("sha256:0123456789abcdef", "team/a@1")
+    header, row = CliRunner().invoke(adapters, ["--server", server.address]).stdout.splitlines()
+    assert header.split()[:3] == ["ADAPTER", "TIER", "RANK"]
+    assert row.split() == ["team/a@1", "device", "8", "2.0", "KiB", "1000", "B", "0", "0123456789ab"]
+    listed = json.loads(CliRunner().invoke(adapters, ["--server", server.address, "--json"]).stdout)
+    assert listed[0]["version"] == "team/a@1"

@@ -1,0 +1,202 @@
+"""Whole runs on a tiny random Llama in float32: what comes out, and that a resumed run is the run it was."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from hub.adapter_dir import parse_adapter
+from hub.base import BaseIdentity
+from training import finetune, trainable
+from training.checkpoints import Checkpoints
+from training.errors import DataInvalid, MethodUnsupported, OutputExists, ResumeMismatch, TrainingDiverged
+from training.finetune import Plan, train
+from training.loss import LabelLoss
+from training.recipe import Recipe
+
+TINY = Recipe(
+    name="tiny", source="these tests", when="never else", rank=4, alpha=8, learning_rate=5e-3, epochs=3.0, batch=4,
+    accumulation=2, max_length=200, hold_out=0.2, dropout=0.1, seed=1,
+)  # fmt: skip
+
+# The optimizer state is pickled by transformers and read back with weights_only.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact comparisons need float32, also where bfloat16 is faster."""
+    monkeypatch.setattr(trainable, "bfloat16_is_fast", lambda device: False)
+
+
+@pytest.fixture
+def plan(tiny_base: Path, chat_file: Path, tmp_path: Path) -> Plan:
+    base = BaseIdentity("tiny-base", None, "sha256:" + "0" * 64)
+    return Plan(chat_file, base, tiny_base, TINY, tmp_path / "out", threads=1, checkpoint_steps=2)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+class Stopped(Exception):
+    """Somebody pulled the plug."""
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training.progress import ProgressLine
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == steps:
+            raise Stopped
+
+    monkeypatch.setattr(ProgressLine, "on_step_end", on_step_end)
+
+
+def test_a_run_writes_an_adapter_that_the_hub_takes(plan: Plan, tiny_base: Path) -> None:
+    outcome = train(plan, quiet())
+    assert sorted(path.name for path in plan.out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loraplex.json",
+    ]
+    parsed = parse_adapter(plan.out)
+    assert set(parsed.ranks.values()) == {4} and len(parsed.ranks) == 14  # seven linears in each of two layers
+    assert not parsed.changes_nothing
+    config = json.loads((plan.out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny-base"
+    assert config["r"] == 4 and config["lora_alpha"] == 8
+    facts = parsed.facts
+    assert facts.base == BaseIdentity("tiny-base", None, "sha256:" + "0" * 64, "none")
+    assert facts.recipe["name"] == "tiny" and facts.recipe["method"] == "lora"
+    assert facts.recipe["libraries"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert facts.datasets["train_examples"] == 16 and facts.datasets["validation_examples"] == 4
+    assert facts.metrics["validation_loss"] < facts.metrics["validation_loss_before"]
+    assert facts.metrics["steps"] == 6 and len(outcome.losses) == 12
+    assert not plan.out.with_name("out.checkpoints").exists()
+    assert "tiny-base" in (plan.out / "README.md").read_text()
+
+
+def test_equal_plans_make_equal_weights(plan: Plan, tmp_path: Path) -> None:
+    first = train(plan, quiet())
+    torch.rand(3)
+    second = train(replace(plan, out=tmp_path / "again"), quiet())
+    assert first.losses == second.losses
+    for name, tensor in load_file(first.out / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, load_file(second.out / "adapter_model.safetensors")[name])
+
+
+@pytest.mark.parametrize("stop", [3, 4])  # within an epoch of two steps, and at the end of one
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    whole = train(replace(plan, out=tmp_path / "whole"), quiet())
+    with monkeypatch.context() as patched:
+        stop_after(stop, patched)
+        with pytest.raises(Stopped):
+            train(plan, quiet())
+    assert not plan.out.exists()
+    done = Checkpoints.beside(plan.out, {}).latest()
+    assert done is not None
+    steps_done = int(done.name.rpartition("-")[2])
+    resumed = train(replace(plan, resume=True), quiet())
+    assert resumed.losses == whole.losses[steps_done * TINY.accumulation :]
+    for name, tensor in load_file(whole.out / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, load_file(resumed.out / "adapter_model.safetensors")[name])
+
+
+def test_checkpoints_are_not_overwritten_and_not_resumed_by_another_run(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ResumeMismatch, match="no checkpoint"):
+        train(replace(plan, resume=True), quiet())
+    with monkeypatch.context() as patched:
+        stop_after(3, patched)
+        with pytest.raises(Stopped):
+            train(plan, quiet())
+    with pytest.raises(OutputExists, match="--resume"):
+        train(plan, quiet())
+    with pytest.raises(ResumeMismatch, match="other: recipe"):
+        train(replace(plan, resume=True, recipe=TINY.but(learning_rate=1e-4)), quiet())
+    plan.data.write_text(plan.data.read_text().replace("red", "mauve"))
+    with pytest.raises(ResumeMismatch, match="other: data"):
+        train(replace(plan, resume=True), quiet())
+
+
+def test_nothing_is_written_over(plan: Plan) -> None:
+    plan.out.mkdir()
+    (plan.out / "mine.txt").write_text("keep")
+    with pytest.raises(OutputExists):
+        train(plan, quiet())
+    assert (plan.out / "mine.txt").read_text() == "keep"
+
+
+def test_the_hold_out_is_taken_before_anything_looks_at_the_examples(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = finetune.encode_all
+
+    def spy(tokenizer: Any, template: Any, examples: Any, *rest: Any) -> Any:
+        seen.append({example.prompt for example in examples})
+        return real(tokenizer, template, examples, *rest)
+
+    monkeypatch.setattr(finetune, "encode_all", spy)
+    train(replace(plan, max_steps=1), quiet())
+    training, validation = seen
+    assert training and validation and not training & validation
+
+
+def test_every_weight_can_be_trained_and_comes_out_as_a_model(plan: Plan, tiny_base: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    train(replace(plan, method="full", recipe=TINY.but(learning_rate=1e-3)), quiet())
+    trained = AutoModelForCausalLM.from_pretrained(plan.out)
+    before = AutoModelForCausalLM.from_pretrained(tiny_base)
+    changed = [
+        name
+        for (name, a), b in zip(trained.named_parameters(), before.parameters(), strict=True)
+        if not torch.equal(a, b)
+    ]
+    assert len(changed) == len(list(before.parameters()))
+    assert AutoTokenizer.from_pretrained(plan.out).chat_template
+
+
+def test_an_adapter_trains_on_the_nf4_base(plan: Plan) -> None:
+    outcome = train(replace(plan, method="qlora"), quiet())
+    assert outcome.facts.base is not None and outcome.facts.base.quantization == "nf4"
+    assert outcome.facts.metrics["validation_loss"] < outcome.facts.metrics["validation_loss_before"]
+    weights = load_file(plan.out / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    moved = [name for name, tensor in weights.items() if "lora_B" in name and tensor.abs().max() > 0]
+    assert len(moved) == 14  # a weight repacked by an evaluation would leave the layers below without gradients
+
+
+def test_modules_that_are_not_there_are_refused(plan: Plan) -> None:
+    with pytest.raises(MethodUnsupported, match="c_attn"):
+        train(replace(plan, recipe=TINY.but(targets=("c_attn",))), quiet())
+
+
+def test_a_loss_that_is_no_number_ends_the_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training import trainer
+
+    monkeypatch.setattr(trainer, "label_loss", lambda *_: LabelLoss(torch.tensor(float("nan")), 3))
+    with pytest.raises(TrainingDiverged, match="learning rate"):
+        train(plan, quiet())
+    assert not plan.out.exists()
+
+
+def test_unreadable_data_is_refused_before_a_model_is_loaded(plan: Plan, tmp_path: Path) -> None:
+    plan.data.write_text("{}\n")
+    with pytest.raises(DataInvalid, match="line 1"):
+        train(replace(plan, base_directory=tmp_path / "no model here"), quiet())
+    assert not plan.out.with_name("out.checkpoints").exists()

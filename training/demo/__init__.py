@@ -1,0 +1,1 @@
+"""`hub demo`: the whole product on the embedded model, from data to a merged model, in one sitting."""
