@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import uuid
 
+from transformers.utils import logging as transformers_logging
+
 from benchmarks.contender import Setup
 from benchmarks.workload import Case, prompt
 from server.adapters.weights import AdapterFiles
@@ -16,6 +18,7 @@ class LoraplexContender:
     """One engine; its adapters are loaded by the round that is not counted."""
 
     def __init__(self, setup: Setup, quantization: Quantization) -> None:
+        transformers_logging.disable_progress_bar()
         self._stopping = Stopping(max_new_tokens=setup.new_tokens, ignore_eos=True)
         self._uses = tuple(
             AdapterUse(digest=f"sha256:{number:064x}", version=f"bench/{directory.name}@1")

@@ -150,6 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
             for engine in options.engines:
                 workers[engine] = Worker(ENGINES[engine], setup)
             scores = measure(workers, cases, options.rounds, options.tokens)
+        except EOFError:
+            raise SystemExit("an engine's process died; its traceback is above") from None
         finally:
             for worker in workers.values():
                 worker.close()

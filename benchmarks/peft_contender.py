@@ -7,12 +7,14 @@ instead of naming it for each row.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.contender import Setup
 from benchmarks.workload import Case, prompt
@@ -23,6 +25,8 @@ class PeftContender:
 
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
+        transformers_logging.disable_progress_bar()
+        warnings.simplefilter("ignore")  # PEFT's advice to trainers
         self._new_tokens = setup.new_tokens
         self._tokenizer = AutoTokenizer.from_pretrained(setup.base, padding_side="left")
         self._plain = _load(setup.base)

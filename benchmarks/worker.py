@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ class Run:
 
     seconds: float
     answers: list[list[int]]
-    peak_bytes: int  # the process's largest resident size so far
 
 
 class Worker:
@@ -59,6 +57,4 @@ def _serve(pipe: Connection, build: Build, setup: Setup) -> None:
             return
         start = time.perf_counter()
         answers = contender.run(case)
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        pipe.send(Run(seconds, answers, peak))
+        pipe.send(Run(time.perf_counter() - start, answers))

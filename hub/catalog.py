@@ -11,55 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any
 
 import sqlalchemy as sa
 
 from hub.errors import AdapterNotFound, AliasMoved, AliasNotFound, HubUnavailable, VersionNotFound
 from hub.refs import LATEST, AdapterRef, Alias, Digest, Version
 from hub.sqlite import WRITING
+from hub.tables import adapters as _adapters
+from hub.tables import aliases as _aliases
+from hub.tables import events as _events
+from hub.tables import versions as _versions
 from hub.versions import AliasState, Event
 
-SCHEMA: Final = "1"
 Step = Callable[[str], None]  # called with the name of each step just before it; tests cut the run there
-
-metadata = sa.MetaData()
-_adapters = sa.Table(
-    "adapters",
-    metadata,
-    sa.Column("full_name", sa.Text, primary_key=True),
-    sa.Column("next_number", sa.Integer, nullable=False),  # never goes back, so a number never means two things
-)
-_versions = sa.Table(
-    "versions",
-    metadata,
-    sa.Column("full_name", sa.Text, sa.ForeignKey("adapters.full_name"), primary_key=True),
-    sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("digest", sa.Text, nullable=False, unique=True),
-    sa.Column("content", sa.Text, nullable=False),
-    sa.Column("manifest", sa.Text, nullable=False),  # canonical JSON; a copy of the blob `digest`
-    sa.UniqueConstraint("full_name", "content"),
-)
-_aliases = sa.Table(
-    "aliases",
-    metadata,
-    sa.Column("full_name", sa.Text, primary_key=True),
-    sa.Column("alias", sa.Text, primary_key=True),
-    sa.Column("number", sa.Integer, nullable=False),
-    sa.Column("generation", sa.Integer, nullable=False),  # seq of the event that moved it here
-    sa.ForeignKeyConstraint(["full_name", "number"], ["versions.full_name", "versions.number"]),
-)
-_events = sa.Table(
-    "events",
-    metadata,
-    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("full_name", sa.Text, nullable=False),
-    sa.Column("alias", sa.Text),
-    sa.Column("number", sa.Integer, nullable=False),
-    sa.Column("digest", sa.Text, nullable=False),
-    sa.Column("time", sa.Text, nullable=False),
-)
 
 
 @dataclass(frozen=True)

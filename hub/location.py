@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import platformdirs
 
-from hub import catalog
+from hub import catalog, tables
 from hub.blobs import BlobStore
 from hub.blobs.local import LocalBlobStore
 from hub.errors import HubUnavailable
@@ -40,7 +40,7 @@ def open_local(root: Path, *, step: catalog.Step = lambda name: None) -> tuple[B
     except OSError as error:
         raise HubUnavailable(f"the hub cannot be opened: {os.strerror(error.errno or 0)}") from error
     blobs = LocalBlobStore(root / "blobs", step=step)
-    return blobs, catalog.Catalog(open_engine(root / "catalog.sqlite", catalog.metadata), step=step)
+    return blobs, catalog.Catalog(open_engine(root / "catalog.sqlite", tables.metadata), step=step)
 
 
 def default_url() -> str:

@@ -11,18 +11,17 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Self
+from functools import lru_cache
+from typing import Any, Final, Self
 
-from hub import json_text
-from hub.errors import BaseChangedInit, ConfigKeyRefused, ConfigMalformed, PeftTypeUnsupported, RankInvalid
+from hub import config_values, json_text
+from hub.config_values import MAX_RANK as MAX_RANK
+from hub.config_values import Bias, shown
+from hub.errors import BaseChangedInit, ConfigKeyRefused, ConfigMalformed, PeftTypeUnsupported
 from hub.tensor_names import TensorSite as TensorSite
 from hub.tensor_names import parse_tensor_name as parse_tensor_name
 
 MAX_CONFIG_BYTES: Final = 1024 * 1024
-MAX_RANK: Final = 4096
-MAX_PATTERNS: Final = 16384
-MAX_NAME_CHARS: Final = 256  # of a module name or a pattern
-Bias = Literal["none", "all", "lora_only"]
 
 # Initializations that leave the base weights alone; afterwards the adapter is a plain LoRA.
 _SOUND_INITS = {"gaussian", "eva", "orthogonal", "mica"}
@@ -98,7 +97,7 @@ class LoraConfig:
         except ValueError as error:
             raise ConfigMalformed(f"adapter_config.json {error}") from error
         if keys.get("peft_type") != "LORA":
-            raise PeftTypeUnsupported(f"peft_type is {_shown(keys.get('peft_type'))}; the hub takes LORA")
+            raise PeftTypeUnsupported(f"peft_type is {shown(keys.get('peft_type'))}; the hub takes LORA")
         _refuse_keys(keys)
         _check_init(keys.get("init_lora_weights", True))
         parsed = {name: read(name, keys[name]) for name, read in _READERS.items() if keys.get(name) is not None}
@@ -137,9 +136,14 @@ class LoraConfig:
 def _pattern_key(patterns: Iterable[str], module: str) -> str:
     """The first pattern that ends `module` at a dot, or `module` itself: PEFT's `get_pattern_key`."""
     for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compiled(pattern).match(module):
             return pattern
     return module
+
+
+@lru_cache(maxsize=4 * config_values.MAX_PATTERNS)  # re's own cache is too small for a pattern a module
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _refuse_keys(keys: Mapping[str, Any]) -> None:
@@ -147,7 +151,7 @@ def _refuse_keys(keys: Mapping[str, Any]) -> None:
         if key in _READERS or key in _IGNORED_KEYS or key in ("peft_type", "init_lora_weights"):
             continue
         if key not in _UNUSED_VALUES:
-            raise ConfigKeyRefused(f"adapter_config.json has the key {_shown(key)}, which is not on the allow-list")
+            raise ConfigKeyRefused(f"adapter_config.json has the key {shown(key)}, which is not on the allow-list")
         # 0 == False in Python, hence the types.
         if not any(value == unused and type(value) is type(unused) for unused in _UNUSED_VALUES[key]):
             advice = _ADVICE.get(key, "the hub takes it only unset")
@@ -158,141 +162,35 @@ def _check_init(value: Any) -> None:
     if isinstance(value, bool) or value is None:
         return
     if not isinstance(value, str):
-        raise ConfigMalformed(f"init_lora_weights is {_shown(value)}, not true, false or a name")
+        raise ConfigMalformed(f"init_lora_weights is {shown(value)}, not true, false or a name")
     name = value.lower()
     if name.startswith(_BASE_CHANGING_INITS):
         raise BaseChangedInit(
-            f"init_lora_weights is {_shown(value)}: this method changed the base weights, so the adapter does not fit "
+            f"init_lora_weights is {shown(value)}: this method changed the base weights, so the adapter does not fit "
             "the base it names. Save it again with path_initial_model_for_weight_conversion=… given to PEFT's "
             "save_pretrained, which turns it into a plain LoRA"
         )
     if name not in _SOUND_INITS:
-        raise ConfigMalformed(f"init_lora_weights is {_shown(value)}, a method this hub does not know")
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigMalformed(f"{name} is {_shown(value)}, not true or false")
-    return value
-
-
-def _rank(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigMalformed(f"{name} is {_shown(value)}, not an integer")
-    if not 1 <= value <= MAX_RANK:
-        raise RankInvalid(f"{name} is {value}; ranks are 1 to {MAX_RANK}")
-    return value
-
-
-def _alpha(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e9:
-        raise ConfigMalformed(f"{name} is {_shown(value)}, not a number of at most 1e9")
-    return value
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
-        raise ConfigMalformed(f"{name} is {_shown(value)}, not a line of text")
-    return value
-
-
-def _name(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME_CHARS or not value.isprintable():
-        raise ConfigMalformed(f"{name} holds {_shown(value)}, not a name of at most {MAX_NAME_CHARS} characters")
-    return value
-
-
-def _names(name: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise ConfigMalformed(f"{name} is {_shown(value)}, not a list of names")
-    return tuple(_name(name, item) for item in value)
-
-
-def _names_or_regex(name: str, value: Any) -> tuple[str, ...] | str:
-    return _text(name, value) if isinstance(value, str) else _names(name, value)
-
-
-def _indices(name: str, value: Any) -> tuple[int, ...]:
-    items = value if isinstance(value, list) else [value]
-    for item in items:
-        if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < 2**31:
-            raise ConfigMalformed(f"{name} holds {_shown(item)}, not an index")
-    return tuple(items)
-
-
-def _indices_by_module(name: str, value: Any) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
-    if isinstance(value, dict):
-        return {_name(name, key): _indices(name, item) for key, item in value.items()}
-    return _indices(name, value)
-
-
-def _bias(name: str, value: Any) -> Bias:
-    if value not in ("none", "all", "lora_only"):
-        raise ConfigMalformed(f"{name} is {_shown(value)}, not none, all or lora_only")
-    return value  # type: ignore[no-any-return]
-
-
-def _init(name: str, value: Any) -> str | bool:
-    return value  # type: ignore[no-any-return]  # _check_init has seen it
-
-
-def _rank_patterns(name: str, value: Any) -> Mapping[str, int]:
-    return {key: _rank(f"{name}[{_shown(key)}]", item) for key, item in _patterns(name, value).items()}
-
-
-def _alpha_patterns(name: str, value: Any) -> Mapping[str, float]:
-    return {key: _alpha(f"{name}[{_shown(key)}]", item) for key, item in _patterns(name, value).items()}
-
-
-def _patterns(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ConfigMalformed(f"{name} is {_shown(value)}, not an object")
-    if len(value) > MAX_PATTERNS:
-        raise ConfigMalformed(f"{name} has {len(value)} entries; at most {MAX_PATTERNS} are taken")
-    for pattern in value:
-        _name(name, pattern)
-        _check_pattern(name, pattern)
-    return value
-
-
-def _check_pattern(name: str, pattern: str) -> None:
-    """Refuse what could take Python's backtracking matcher more than a moment on a module name.
-
-    Exponential time needs a repeated group, a back-reference or many repetitions in a row; patterns that name modules
-    need none of these.
-    """
-    bare = re.sub(r"\\.|\[\]?[^]]*\]", "c", pattern)  # an escape or a class is one character
-    repetitions = len(re.findall(r"(?<!\()[*+?{]", bare))
-    if repetitions > 3 or re.search(r"\)[*+{]", bare) or re.search(r"\\[1-9]|\(\?P[=>]|\(\?\(", pattern):
-        raise ConfigMalformed(f"{name} has the pattern {_shown(pattern)}, which repeats too much to be matched safely")
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigMalformed(f"{name} has the pattern {_shown(pattern)}, which is no regular expression") from error
-
-
-def _shown(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        raise ConfigMalformed(f"init_lora_weights is {shown(value)}, a method this hub does not know")
 
 
 _READERS: Mapping[str, Callable[[str, Any], Any]] = {
-    "r": _rank,
-    "lora_alpha": _alpha,
-    "use_rslora": _flag,
-    "use_dora": _flag,
-    "rank_pattern": _rank_patterns,
-    "alpha_pattern": _alpha_patterns,
-    "lora_bias": _flag,
-    "bias": _bias,
-    "fan_in_fan_out": _flag,
-    "target_modules": _names_or_regex,
-    "target_parameters": _names,
-    "modules_to_save": _names,
-    "trainable_token_indices": _indices_by_module,
-    "layers_to_transform": _indices,
-    "alora_invocation_tokens": _indices,
-    "init_lora_weights": _init,
-    "base_model_name_or_path": _text,
-    "revision": _text,
+    "r": config_values.rank,
+    "lora_alpha": config_values.alpha,
+    "use_rslora": config_values.flag,
+    "use_dora": config_values.flag,
+    "rank_pattern": config_values.rank_patterns,
+    "alpha_pattern": config_values.alpha_patterns,
+    "lora_bias": config_values.flag,
+    "bias": config_values.bias,
+    "fan_in_fan_out": config_values.flag,
+    "target_modules": config_values.names_or_regex,
+    "target_parameters": config_values.names,
+    "modules_to_save": config_values.names,
+    "trainable_token_indices": config_values.indices_by_module,
+    "layers_to_transform": config_values.indices,
+    "alora_invocation_tokens": config_values.indices,
+    "init_lora_weights": config_values.unchecked,
+    "base_model_name_or_path": config_values.text,
+    "revision": config_values.text,
 }

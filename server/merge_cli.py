@@ -115,6 +115,7 @@ def merge(
 
 def _located_base(versions: list[Version], named: str | None) -> LocatedBase:
     from hub.base import locate_base
+    from hub.errors import BaseNotFound
 
     if named is not None:
         return locate_base(named)
@@ -122,7 +123,12 @@ def _located_base(versions: list[Version], named: str | None) -> LocatedBase:
     if recorded.name is None:
         raise click.UsageError(f"{versions[0].text} does not say which base it belongs to: name it with --base")
     full = f"{recorded.name}@{recorded.revision}" if recorded.revision else recorded.name
-    return locate_base(full)
+    try:
+        return locate_base(full)
+    except BaseNotFound as error:
+        raise BaseNotFound(
+            f"{versions[0].text} was made for the base {full!r}: say where it lies with --base"
+        ) from error
 
 
 def _fingerprint(located: LocatedBase, versions: list[Version]) -> str:

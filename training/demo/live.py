@@ -110,7 +110,7 @@ async def _move_alias(address: str, ref: str, question: Messages, move: Callable
     story = MoveStory()
     async with AsyncClient(address) as client:
         first = (await client.generate(question, ref, max_new_tokens=1)).adapters[0].version
-        stream = await client.stream(question, ref, max_new_tokens=1500, ignore_eos=True)
+        stream = await client.stream(question, ref, max_new_tokens=400, ignore_eos=True)
         started = asyncio.Event()
 
         async def read() -> None:

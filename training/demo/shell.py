@@ -60,27 +60,27 @@ class Shell:
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert process.stdout is not None
-        assert process.stderr is not None
         said: deque[str] = deque(maxlen=20)
-        reader = threading.Thread(target=said.extend, args=(process.stderr,), daemon=True)
+        # Read on, or a server that logs much would stop at a full pipe.
+        reader = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
         reader.start()
-        try:
-            with self.console.status("loading the base …"):
-                line = process.stdout.readline()
-            if not line.startswith("ready"):
-                process.wait()
-                reader.join()
-                raise DemoFailed("`hub serve` did not start: " + "".join(said).strip())
-            self.say(f"[dim]{line.strip()}[/dim]")
-            yield dict(word.split("=", 1) for word in line.split()[1:] if "=" in word)
-        finally:
-            process.terminate()
+        with process:
             try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                with self.console.status("loading the base …"):
+                    line = process.stdout.readline() if process.stdout else ""
+                if not line.startswith("ready"):
+                    process.wait()
+                    reader.join()
+                    raise DemoFailed("`hub serve` did not start: " + "".join(said).strip())
+                self.say(f"[dim]{line.strip()}[/dim]")
+                yield dict(word.split("=", 1) for word in line.split()[1:] if "=" in word)
+            finally:
+                process.terminate()
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                reader.join()
 
     def _hub_option(self, args: Sequence[str]) -> tuple[str, ...]:
         return () if args[0] == "data" else ("--hub", str(self.hub))

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,9 +48,8 @@ class AwsSummary:
 
     def build(self, train: int, evaluation: int, seed: int) -> Built:
         """See `Task.build`."""
-        found = list(operations())
         chosen = split_by_group(
-            found,
+            operations(),
             group=lambda operation: operation.service,
             identity=lambda operation: f"{operation.service}:{operation.name}",
             train=train,
@@ -91,8 +91,13 @@ class AwsSummary:
 TASK = AwsSummary()
 
 
-def operations() -> Iterator[Operation]:
+@lru_cache(maxsize=1)
+def operations() -> tuple[Operation, ...]:
     """Every operation that has both texts, in bounds, each summary once. Raises `SourceUnavailable`."""
+    return tuple(_read_operations())
+
+
+def _read_operations() -> Iterator[Operation]:
     described, _ = actions()
     summaries = {(action.prefix, action.name.lower()): action.phrase for action in described}
     seen: set[str] = set()

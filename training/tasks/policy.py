@@ -116,8 +116,9 @@ def _expanded(action: str) -> Iterator[str]:
 
 def _parliament() -> Any:
     with warnings.catch_warnings():
-        # Its import of pkg_resources, which setuptools is going to remove.
+        # It imports pkg_resources, which setuptools is going to remove, and leaves two files for the collector to close.
         warnings.filterwarnings("ignore", message=".*pkg_resources", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*pkg_resources", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=ResourceWarning)
         import parliament
     return parliament

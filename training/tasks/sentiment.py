@@ -7,12 +7,13 @@ C. J. Hutto and E. Gilbert, "VADER", ICWSM 2014.
 
 from __future__ import annotations
 
-import ast
 import io
+import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import IO, Final
 
 from training.data import Example
@@ -61,7 +62,7 @@ class Sentiment:
     def build(self, train: int, evaluation: int, seed: int) -> Built:
         """See `Task.build`; classes keep their natural shares."""
         chosen = split_by_group(
-            list(snippets()),
+            snippets(),
             group=lambda snippet: snippet.document,
             identity=lambda snippet: snippet.id,
             train=train,
@@ -114,8 +115,13 @@ def label_of(ratings: Sequence[int]) -> str:
     return "positive" if mean > 0 else "negative"
 
 
-def snippets() -> Iterator[Snippet]:
+@lru_cache(maxsize=1)
+def snippets() -> tuple[Snippet, ...]:
     """Every distinct rated text. Raises `SourceUnavailable`."""
+    return tuple(_read_snippets())
+
+
+def _read_snippets() -> Iterator[Snippet]:
     seen: set[str] = set()
     with tarfile.open(source_archive("vaderSentiment", _VERSION, _SHA256), "r:gz") as outer:
         with tarfile.open(fileobj=io.BytesIO(_read(outer, _INNER)), mode="r:gz") as inner:
@@ -127,7 +133,7 @@ def snippets() -> Iterator[Snippet]:
                         continue
                     seen.add(text.lower())
                     document = row.split("_")[0] if by_document else row
-                    yield Snippet(f"{corpus}/{row}", f"{corpus}/{document}", text, label_of(ast.literal_eval(ratings)))
+                    yield Snippet(f"{corpus}/{row}", f"{corpus}/{document}", text, label_of(json.loads(ratings)))
 
 
 def _rows(archive: tarfile.TarFile, name: str) -> Iterator[tuple[str, str]]:

@@ -70,6 +70,15 @@ def test_several_weighted_adapters_add_up(biased_base: Path, trained: Trained, t
     assert merged.saved.equal_prompts == len(PROMPTS)
 
 
+def test_layers_that_keep_their_weights_transposed(gpt2_base: Path, trained: Trained, tmp_path: Path) -> None:
+    adapter = trained("adapter", gpt2_base, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+
+    merged = write_merged(plan(gpt2_base, tmp_path / "merged", MergePart("team/x@1", adapter)))
+
+    assert merged.modules == 4
+    assert merged.saved.max_logit_delta < 1e-4
+
+
 def test_result_is_an_ordinary_model_that_differs_from_its_base(
     biased_base: Path, trained: Trained, tmp_path: Path
 ) -> None:

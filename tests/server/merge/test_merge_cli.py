@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from hub.errors import AdapterNotFound, TargetNotEmpty
+from hub.errors import AdapterNotFound, BaseNotFound, TargetNotEmpty
 from hub.hub import Hub
 from server.errors import BaseMismatch
 from server.merge_cli import merge
@@ -89,6 +89,15 @@ def test_another_base_is_refused(
     assert isinstance(result.exception, BaseMismatch)
     assert "team/x@1 was made for" in str(result.exception)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_known_only_by_name_is_asked_for(hub: Hub, biased_base: Path, trained: Trained, tmp_path: Path) -> None:
+    hub.push(trained("adapter"), "team/x", base=str(biased_base))
+
+    result = run(tmp_path, "team/x", "--out", f"{tmp_path}/merged")
+
+    assert isinstance(result.exception, BaseNotFound)
+    assert str(result.exception) == "team/x@1 was made for the base 'biased': say where it lies with --base"
 
 
 def test_what_is_not_there_is_named(hub: Hub, tmp_path: Path) -> None:
