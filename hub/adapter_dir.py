@@ -94,7 +94,13 @@ class ParsedAdapter:
 
 def parse_adapter(directory: Path, *, progress: Progress | None = None) -> ParsedAdapter:
     """The adapter in `directory`; raises a subclass of AdapterRejected."""
-    report = progress or (lambda what, done, total: None)
+    try:
+        return _parsed(directory, progress or (lambda what, done, total: None))
+    except OSError as error:
+        raise AdapterFileMissing(f"{error.filename or directory} cannot be read: {error.strerror}") from error
+
+
+def _parsed(directory: Path, report: Progress) -> ParsedAdapter:
     sizes = _listed(directory)
     small = {name: _read_small(directory / name) for name in sizes if name != WEIGHTS_FILE}
     config = LoraConfig.parse(small[CONFIG_FILE])
@@ -130,10 +136,7 @@ def parse_adapter(directory: Path, *, progress: Progress | None = None) -> Parse
 
 def _listed(directory: Path) -> dict[str, int]:
     """Names and sizes of the adapter's files, after refusing everything that is none."""
-    try:
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-    except OSError as error:
-        raise AdapterFileMissing(f"{directory} cannot be read: {error.strerror}") from error
+    entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     pickles = [entry.name for entry in entries if entry.name.lower().endswith(_PICKLE_SUFFIXES)]
     if pickles:
         raise PickleRefused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import cache, cached_property
 from importlib import import_module
@@ -103,8 +104,8 @@ def main() -> None:
         click.echo("stopped", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output (`| head`) left.
-        sys.stderr.close()
+        # The reader of our output (`| head`) left; what is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
         reason = getattr(error, "reason", None)

@@ -15,8 +15,8 @@ from hub.versions import Version
 
 
 def print_json(value: Any) -> None:
-    """`value` as indented JSON on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """`value` as indented JSON on stdout, in ASCII: what strangers wrote cannot steer a terminal."""
+    click.echo(json.dumps(value, indent=2))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -24,13 +24,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=max(240, console.width))
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*(_escaped(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
 
 
@@ -39,7 +40,7 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
     shown = {name: value for name, value in pairs.items() if value}
     width = max(map(len, shown), default=0)
     for name, value in shown.items():
-        click.echo(f"  {name.ljust(width)}  {value}")
+        click.echo(printable(f"  {name.ljust(width)}  {value}"))
 
 
 @contextmanager
@@ -112,7 +113,6 @@ def size_text(count: int) -> str:
     return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def printable(text: str) -> str:
+    """`text` with control and direction characters escaped: facts are written by strangers."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -99,12 +99,12 @@ def show(ref: str, hub_url: str | None, as_json: bool) -> None:
             "lora": lora_text(version),
             "note": "its delta is zero everywhere: base output, always" if manifest.lora.changes_nothing else "",
             "parents": ", ".join(parents),
-            "metrics": _short(manifest.metrics),
-            "recipe": _short(manifest.recipe),
-            "datasets": _short(manifest.datasets),
-            "seeds": _short(manifest.seeds),
         }
     )
+    for heading in ("metrics", "recipe", "datasets", "seeds"):
+        if facts := getattr(manifest, heading):
+            click.secho(heading, bold=True)
+            print_pairs(_flat(facts))
     click.echo()
     print_table(
         ["file", "size", "sha256"],
@@ -122,13 +122,10 @@ def _known_as(hub: Hub, digest: Any) -> str:
     return parent.text
 
 
-def _short(facts: Any) -> str:
-    """Facts in one line: "accuracy 0.73, loss 1.2" for a flat object, JSON for the rest."""
-    if not facts:
-        return ""
-    if isinstance(facts, dict):
-        return ", ".join(f"{key} {_value(value)}" for key, value in facts.items())
-    return json.dumps(facts, ensure_ascii=False)
+def _flat(facts: Any) -> dict[str, str]:
+    """Facts as lines: an object's keys, a list's positions."""
+    items = facts.items() if isinstance(facts, dict) else enumerate(facts, start=1)
+    return {str(key): _value(value) for key, value in items}
 
 
 def _value(value: Any) -> str:

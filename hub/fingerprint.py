@@ -113,6 +113,8 @@ def _computed(config: dict[str, Any], files: list[Path], report: Progress) -> Ba
                     report("hashing the base", done, total)
         except SafetensorsMalformed as error:
             raise BaseMalformed(f"the base's {error}") from error
+        except OSError as error:
+            raise BaseMalformed(f"the base's {file.name} cannot be read: {error.strerror}") from error
     digest = json_text.digest_of({"config": _without_noise(config), "tensors": tensors})
     return BaseFingerprint(digest, {name: tuple(entry["shape"]) for name, entry in tensors.items()})
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import io
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,7 +17,7 @@ from hub.adapter_dir import ParsedAdapter, parse_adapter
 from hub.base import base_identity
 from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
-from hub.errors import AdapterChanged, BaseMismatch, BlobCorrupt, FileNotInVersion, RefInvalid
+from hub.errors import AdapterChanged, BaseMismatch, FileNotInVersion, RefInvalid
 from hub.fingerprint import known_shapes
 from hub.manifest import Manifest
 from hub.progress import Progress
@@ -37,8 +36,8 @@ class Hub:
     def __init__(self, blobs: BlobStore, entries: catalog.Catalog) -> None:
         self._blobs = blobs
         self._catalog = entries
-        # Manifests never change under their digest.
-        self._manifest: Callable[[Digest, bytes], Manifest] = lru_cache(maxsize=4096)(_checked_manifest)
+        # A version's record never changes.
+        self._manifest = lru_cache(maxsize=4096)(partial(verify.read_manifest, blobs))
 
     @classmethod
     def open(cls, url: str | None = None) -> Self:
@@ -185,7 +184,7 @@ class Hub:
         return problems + verify.check_versions(self._blobs, self._catalog.records(), progress)
 
     def _version(self, record: catalog.Record) -> Version:
-        manifest = self._manifest(record.digest, record.manifest)
+        manifest = self._manifest(record)
         return Version(record.full_name, record.number, record.digest, manifest, manifest.created)
 
     def _store_files(self, adapter: ParsedAdapter, progress: Progress | None) -> None:
@@ -238,9 +237,3 @@ def _warnings(adapter: ParsedAdapter, identity: BaseIdentity) -> tuple[str, ...]
         name = identity.name or "unknown"
         warnings.append(f"the base ({name}) is unverified: give --base to have every tensor checked against it")
     return tuple(warnings)
-
-
-def _checked_manifest(digest: Digest, data: bytes) -> Manifest:
-    if hashlib.sha256(data).hexdigest() != digest.hex:
-        raise BlobCorrupt(f"the catalog's copy of the manifest {digest} is damaged")
-    return Manifest.parse(data)

@@ -9,7 +9,7 @@ from typing import Final
 from hub.blobs import BlobStore
 from hub.catalog import Record
 from hub.errors import BlobCorrupt, BlobNotFound, HubError
-from hub.manifest import FileEntry, Manifest
+from hub.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from hub.progress import Progress
 from hub.refs import Digest
 from hub.versions import Problem, Version
@@ -35,6 +35,21 @@ def copy_checked(blobs: BlobStore, digest: Digest, size: int, what: str, take: C
         raise BlobCorrupt(f"{what} is missing from the hub's storage") from error
     if length != size or hasher.hexdigest() != digest.hex:
         raise BlobCorrupt(f"{what} is damaged in the hub's storage: its bytes are not those that were pushed")
+
+
+def read_manifest(blobs: BlobStore, record: Record) -> Manifest:
+    """The manifest of a version: the catalog's copy, or the blob where that is damaged; raises BlobCorrupt."""
+    if hashlib.sha256(record.manifest).hexdigest() == record.digest.hex:
+        return Manifest.parse(record.manifest)
+    text = f"{record.full_name}@{record.number}"
+    try:
+        with blobs.open(record.digest) as source:
+            data = source.read(MAX_MANIFEST_BYTES)
+    except BlobNotFound:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != record.digest.hex:
+        raise BlobCorrupt(f"the manifest of {text} is damaged in the catalog and in the hub's storage")
+    return Manifest.parse(data)
 
 
 def read_checked(blobs: BlobStore, version: Version, filename: str) -> bytes:

@@ -112,12 +112,21 @@ def _show(load: Load, measurement: Measurement, by_adapter: list[Line]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(240, console.width))
     if measurement.samples:
         table = Table(
-            box=box.SIMPLE_HEAD, title="milliseconds to the first token and between tokens", title_justify="left"
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1),
+            collapse_padding=True,
+            title_style="",
+            pad_edge=False,
+            show_edge=False,
+            title="milliseconds to the first token and between tokens",
+            title_justify="left",
         )
         table.add_column("adapter", overflow="fold")
-        for heading in ("answered", "failed", "first p50", "p95", "p99", "next p50", "p95", "p99"):
+        for heading in ("done", "failed", "first p50", "p95", "p99", "next p50", "p95", "p99"):
             table.add_column(heading, justify="right", no_wrap=True)
         for line in by_adapter:
             tally = [str(line.requests), str(line.failed or "–")]

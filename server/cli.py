@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,6 +13,7 @@ import click
 
 from server.byte_size import ByteSize, as_option
 from server.config import EngineLimits, ModelConfig, Quantization, ServerConfig
+from server.errors import BaseUnavailable
 
 if TYPE_CHECKING:
     from hub.hub import Hub
@@ -37,6 +39,18 @@ class ListenAddress(click.ParamType):  # type: ignore[type-arg,unused-ignore]  #
         host, colon, port = str(value).rpartition(":")
         if not (colon and host and port.isdecimal() and int(port) <= 65535):
             self.fail(f"{value!r} is no address: write host:port, such as 127.0.0.1:50051", param, ctx)
+        return str(value)
+
+
+class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """cpu, cuda or cuda:N."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The device as it is; fails with wrong usage."""
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", str(value), re.ASCII):
+            self.fail(f"{value!r} is no device: write cpu, cuda or cuda:1", param, ctx)
         return str(value)
 
 
@@ -85,7 +99,12 @@ class ListenAddress(click.ParamType):  # type: ignore[type-arg,unused-ignore]  #
     help="Activations, and weights that are not quantized.",
 )
 @click.option(
-    "--device", default=_MODEL.device, show_default=True, metavar="cpu|cuda[:N]", help="Where the model lives."
+    "--device",
+    type=Device(),
+    default=_MODEL.device,
+    show_default=True,
+    metavar="cpu|cuda[:N]",
+    help="Where the model lives.",
 )
 @click.option(
     "--threads",
@@ -179,7 +198,10 @@ def bound_openmp(threads: int) -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads or len(os.sched_getaffinity(0))))
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -190,10 +212,25 @@ def _directory(hub: Hub) -> AdapterDirectory:
 
 
 def _engine(config: ServerConfig, hub: Hub, metrics: Metrics) -> Engine:
+    import torch
+
     from server.adapters.directory import hub_fetch
     from server.engine.engine import Engine
 
-    return Engine.build(config.model, config.engine, hub_fetch(hub), metrics)
+    device = torch.device(config.model.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BaseUnavailable(f"there is no device {device} here; PyTorch sees {torch.cuda.device_count()} GPUs")
+    try:
+        return Engine.build(config.model, config.engine, hub_fetch(hub), metrics)
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch says "out of memory" on a GPU and "can't allocate memory" or "not enough memory" on a CPU.
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        raise BaseUnavailable(
+            "this machine's memory is too small for the base with "
+            f"--kv-memory {as_option(config.engine.kv_memory_bytes)} and "
+            f"--adapter-memory {as_option(config.engine.adapter_memory_bytes)}"
+        ) from None
 
 
 def _announce(line: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from hub.base import BaseIdentity
 from hub.facts import Facts
 from training import output
+from training.build import CARD
 from training.checkpoints import Checkpoints
 from training.data import Dataset, hold_out, read_jsonl
 from training.encode import Encoded, EncodedSet, encode_all
@@ -76,8 +77,9 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     quiet_libraries()
     started = time.monotonic()
 
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(str(plan.base_directory))
     template = training_template(tokenizer)
     if template is not None:
@@ -99,6 +101,11 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     loop_started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    except KeyboardInterrupt:
+        if checkpoints.latest() is not None:
+            line.stop()
+            console.print(f"stopped at step {trainer.state.global_step}; --resume goes on from the last checkpoint")
+        raise
     finally:
         line.stop()
     seconds = time.monotonic() - loop_started
@@ -216,7 +223,7 @@ def _announce(
         f"{plan.method} on {plan.base.name}: {len(encoded.examples)} examples ({encoded.tokens} tokens, "
         f"{encoded.label_tokens} of them trained{left_out}), {len(held.examples) if held else 0} held out; "
         f"recipe {plan.recipe.name}; {trainable.trained:,} of {trainable.parameters:,} parameters; "
-        f"{device}, {'bfloat16' if trainable.autocast else 'float32'}",
+        f"{device}, {trainable.precision}",
         highlight=False,
     )
 
@@ -248,7 +255,7 @@ def _facts(
             "left_out_too_long": encoded.too_long + (held.too_long if held else 0),
             "tokens": encoded.tokens,
             "label_tokens": encoded.label_tokens,
-            **_task_facts(plan.data),
+            **_task_facts(plan.data, dataset.digest),
         },
         metrics={
             "validation_loss_before": before,
@@ -259,6 +266,7 @@ def _facts(
             "tokens_per_second": round(trainer.tokens / max(seconds, 1e-9)),
             "padding_share": round(trainer.padding_share, 4),
             "trained_parameters": trainable.trained,
+            "precision": trainable.precision,
             "device": f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)",
         },
         seeds={"training": plan.recipe.seed, "hold_out": plan.recipe.seed},
@@ -266,13 +274,15 @@ def _facts(
     )
 
 
-def _task_facts(data: Path) -> dict[str, Any]:
-    """What `hub data build` wrote beside the file, if it did."""
-    card = data.with_name("dataset.json")
+def _task_facts(data: Path, digest: str) -> dict[str, Any]:
+    """What `hub data build` wrote beside the file, if it is that file still."""
+    card = data.with_name(CARD)
     if not card.is_file():
         return {}
     told = json.loads(card.read_text("utf-8"))
-    return {"task": told.get("task"), "provenance": told.get("provenance"), "licence": told.get("licence")}
+    if told.get("files", {}).get(data.name, {}).get("digest") != digest:
+        return {}
+    return {key: told.get(key) for key in ("task", "provenance", "licence")}
 
 
 def _shown(loss: float | None) -> str:

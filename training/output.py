@@ -85,7 +85,7 @@ def model_card(base: str, facts: Facts) -> str:
         f"| tokens a second | {metrics.get('tokens_per_second')} on {metrics.get('device')} |",
     ]
     if datasets.get("task"):
-        lines += ["", f"Task: {datasets['task']}. {datasets.get('provenance', '')}".rstrip()]
+        lines += ["", f"Task: {datasets['task']}. Data: {datasets.get('provenance')} ({datasets.get('licence')})."]
     return "\n".join([*lines, ""])
 
 

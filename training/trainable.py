@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from training.errors import MethodUnsupported
+from training.fast_lora import speed_up
 from training.loss import plain_head
 from training.recipe import Recipe
 
@@ -27,7 +28,8 @@ class Trainable:
     model: Any  # a PeftModel, or for "full" the transformers model itself
     trained: int  # parameters with a gradient
     parameters: int  # all
-    autocast: bool  # whether the forward runs in bfloat16
+    precision: str  # of the forward: "bfloat16" or "float32"
+    autocast: bool  # whether that takes autocast; otherwise the weights have it already
 
 
 def make_trainable(directory: Path, base: str, method: Method, recipe: Recipe, device: str) -> Trainable:
@@ -35,14 +37,24 @@ def make_trainable(directory: Path, base: str, method: Method, recipe: Recipe, d
 
     Raises `MethodUnsupported` when the model's logits or modules do not allow it.
     """
-    autocast = bfloat16_is_fast(device)
-    model = _load(directory, method, recipe, device, torch.bfloat16 if autocast else torch.float32)
+    fast = bfloat16_is_fast(device)
+    model: Any = _load(directory, method, recipe, device, torch.bfloat16 if fast else torch.float32)
     if not plain_head(model):
         raise MethodUnsupported(f"{type(model).__name__} bends its logits, which the label-only loss does not know")
     model.config.use_cache = False
-    if method == "full":
-        return _counted(model, autocast)
-    return _counted(_with_adapter(model, base, recipe), autocast)
+    autocast = fast
+    if method != "full":
+        model = _with_adapter(model, base, recipe)
+        if device == "cpu":
+            adapted = sum(hasattr(module, "lora_A") for module in model.modules())
+            autocast = fast and speed_up(model) < adapted  # the fast layers bring their own precision
+    return Trainable(
+        model,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=sum(p.numel() for p in model.parameters()),
+        precision="bfloat16" if fast else "float32",
+        autocast=autocast,
+    )
 
 
 def float32_adapters(model: nn.Module) -> None:
@@ -111,8 +123,3 @@ def _with_adapter(model: PreTrainedModel, base: str, recipe: Recipe) -> Any:
         return get_peft_model(model, config)
     except ValueError as error:  # PEFT's words for target modules that are not there
         raise MethodUnsupported(str(error)) from error
-
-
-def _counted(model: nn.Module, autocast: bool) -> Trainable:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Trainable(model, trained, sum(p.numel() for p in model.parameters()), autocast)

@@ -137,14 +137,12 @@ class Residency:
     def load(self, digest: str, version: str) -> AdapterStatus:
         """Bring an adapter onto the device and wait for it. Raises what made it impossible."""
         ticket = self.acquire((digest,), (version,))
-        try:
-            with self._changed:
-                self._changed.wait_for(lambda: ticket.ready or ticket.error is not None)
-                if ticket.error is not None:
-                    raise ticket.error
-                return self._status(digest)
-        finally:
+        with self._changed:
+            self._changed.wait_for(lambda: ticket.ready or ticket.error is not None)
             self.release(ticket)
+            if ticket.error is not None:
+                raise ticket.error
+            return self._status(digest)
 
     def unload(self, digest: str) -> bool:
         """Free an adapter everywhere. False: requests still use it, it goes when the last of them ends."""

@@ -117,6 +117,19 @@ def test_an_unknown_verb_is_answered_with_the_nearest(run: Run) -> None:
     assert "Did you mean push" in err
 
 
+def test_what_strangers_wrote_cannot_steer_the_terminal(tmp_path: Path, run: Run) -> None:
+    directory = adapter(tmp_path, 1)
+    evil = "\x1b[2J\x9b31m\u202e\r[bold]x"
+    (Path(directory) / "loraplex.json").write_text(json.dumps({"recipe": {evil: evil}, "base": {"name": "[red]b"}}))
+    run("push", directory, "x")
+    for arguments in (["show", "x"], ["show", "x", "--json"], ["list"], ["list", "--json"]):
+        status, out, _ = run(*arguments)
+        assert status == 0
+        assert not {"\x1b", "\x9b", "\u202e", "\r"} & set(out)
+    assert "[red]b" in run("list")[1]
+    assert "[bold]x" in run("show", "x")[1]
+
+
 def test_verify_tells_damage_and_exits_1(tmp_path: Path, run: Run) -> None:
     run("push", adapter(tmp_path, 1), "x")
     digest = json.loads(run("show", "x", "--json")[1])["manifest"]["files"]["adapter_config.json"]["sha256"][7:]

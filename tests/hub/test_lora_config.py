@@ -139,9 +139,16 @@ def test_tensor_names(key: str, site: TensorSite) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["q.lora_A.weight", "base_model.model.q.lora_A.default.weight", "base_model.model..weight",
-    "base_model.model.x",
-            "base_model.model.a/b.weight", "base_model.model.lora_A.weight", "base_model.model.q.lora_E", "x" * 999],
+    [
+        "q.lora_A.weight",
+        "base_model.model.q.lora_A.default.weight",
+        "base_model.model..weight",
+        "base_model.model.x",
+        "base_model.model.a/b.weight",
+        "base_model.model.lora_A.weight",
+        "base_model.model.q.lora_E",
+        "x" * 999,
+    ],
 )
 def test_names_that_peft_does_not_write_are_refused(key: str) -> None:
     with pytest.raises(TensorUnknown):

@@ -86,6 +86,24 @@ def test_a_run_writes_an_adapter_that_the_hub_takes(plan: Plan, tiny_base: Path)
     assert "tiny-base" in (plan.out / "README.md").read_text()
 
 
+def test_provenance_is_recorded_only_for_the_file_it_was_written_for(plan: Plan, tmp_path: Path) -> None:
+    from training.data import read_jsonl
+
+    card = {
+        "task": "colours",
+        "provenance": "made up",
+        "licence": "none",
+        "files": {"chat.jsonl": {"digest": read_jsonl(plan.data).digest}},
+    }
+    (plan.data.parent / "dataset.json").write_text(json.dumps(card))
+    told = train(replace(plan, max_steps=1), quiet())
+    assert told.facts.datasets["provenance"] == "made up"
+    assert "colours" in (told.out / "README.md").read_text()
+    plan.data.write_text(plan.data.read_text().replace("red", "rose"))
+    changed = train(replace(plan, max_steps=1, out=tmp_path / "changed"), quiet())
+    assert "provenance" not in changed.facts.datasets
+
+
 def test_equal_plans_make_equal_weights(plan: Plan, tmp_path: Path) -> None:
     first = train(plan, quiet())
     torch.rand(3)

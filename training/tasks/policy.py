@@ -116,7 +116,7 @@ def _expanded(action: str) -> Iterator[str]:
 
 def _parliament() -> Any:
     with warnings.catch_warnings():
-        # It imports pkg_resources, which setuptools is going to remove, and leaves two files for the collector to close.
+        # It imports pkg_resources, which setuptools is going to remove, and leaves two files unclosed.
         warnings.filterwarnings("ignore", message=".*pkg_resources", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*pkg_resources", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=ResourceWarning)

@@ -1,0 +1,95 @@
+"""The verbs as people use them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from hub.cli import group
+from training.commands import COMMANDS
+from training.data import Example, read_jsonl, write_jsonl
+from training.errors import OutputExists, RecipeInvalid
+
+
+def run(*args: str | Path, fails: type[Exception] | None = None) -> Result:
+    result = CliRunner().invoke(group, [str(arg) for arg in args], catch_exceptions=fails is not None)
+    if fails is None:
+        assert result.exit_code == 0, result.output
+    else:
+        assert isinstance(result.exception, fails)
+    return result
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    path = tmp_path / "labelled.jsonl"
+    labels = ["positive", "negative", "neutral", "mixed"] * 6
+    write_jsonl(path, [Example.of(user=f"text {n}", answer=label) for n, label in enumerate(labels)])
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_verb_explains_itself(command: object) -> None:
+    verb = group.get_command(click.Context(group), command.name)  # type: ignore[attr-defined]
+    assert verb is not None
+    help_text = run(command.name, "--help").output  # type: ignore[attr-defined]
+    assert "Usage:" in help_text and len(help_text) > 200
+
+
+def test_a_data_set_is_built_and_shown(tmp_path: Path) -> None:
+    out = tmp_path / "iam"
+    output = run("data", "build", "iam_policy", "--out", out, "--train", "20", "--eval", "10").output
+    for words in ("train.jsonl", "20", "eval-sam-templates.jsonl", "parliament", "assistant", "2012-10-17"):
+        assert words in output
+    card = json.loads(
+        run("data", "build", "iam_policy", "--out", out, "--train", "20", "--eval", "10", "--json").output
+    )
+    assert card == json.loads((out / "dataset.json").read_text())
+    shown = json.loads(run("data", "show", out / "eval.jsonl", "--number", "2", "--json").output)
+    assert (shown["examples"], len(shown["first"])) == (10, 2)
+    assert shown["digest"] == card["files"]["eval.jsonl"]["digest"]
+    assert "10 examples" in run("data", "show", out / "eval.jsonl").output
+
+
+def test_train_push_and_eval(tiny_base: Path, labelled: Path, tmp_path: Path) -> None:
+    out, hub = tmp_path / "out", tmp_path / "hub"
+    common = ("--base", tiny_base, "--hub", hub, "--threads", "1", "--json")
+    settings = ("--rank", "4", "--batch", "4", "--epochs", "1", "--max-length", "100", "--recipe", "demo")
+    trained = run("train", labelled, "--out", out, "--push", "team/tiny:prod", *settings, *common)
+    told = json.loads(trained.stdout)
+    assert told["pushed"] == "team/tiny@1" and told["metrics"]["steps"] == 6
+    assert told["datasets"]["digest"] == read_jsonl(labelled).digest
+    facts = json.loads((out / "loraplex.json").read_text())
+    assert facts["base"]["name"] == tiny_base.name and facts["base"]["fingerprint"].startswith("sha256:")
+    shown = json.loads(run("show", "team/tiny:prod", "--hub", hub, "--json").stdout)
+    assert shown["manifest"]["base"]["fingerprint"] == facts["base"]["fingerprint"]
+
+    models = ("base", "team/tiny:prod", str(out))
+    answers = tmp_path / "answers.jsonl"
+    evaluation = ("eval", *models, "--task", "sentiment", "--data", labelled, "--limit", "5", "--answers", answers)
+    scores = json.loads(run(*evaluation, *common).stdout)
+    assert list(scores["models"]) == list(models)
+    assert scores["data"]["examples"] == 5
+    assert set(scores["models"]["base"]) == {"accuracy", "macro_f1", "parse_rate"}
+    assert scores["models"]["team/tiny:prod"] == scores["models"][str(out)]
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert len(rows) == 5 and rows[1]["wanted"] == "negative" and set(rows[0]["answers"]) == set(models)
+    table = run(*evaluation, *common[:-1]).stdout
+    assert "accuracy *" in table and "team/tiny:prod" in table
+
+    again = run("train", labelled, "--out", out, *common, fails=OutputExists)
+    assert again.exception.reason == "OUTPUT_EXISTS"  # type: ignore[union-attr]
+
+
+def test_wrong_use_is_refused_before_anything_is_loaded(labelled: Path, tmp_path: Path) -> None:
+    run("train", labelled, "--out", tmp_path / "o", "--rank", "0", fails=RecipeInvalid)
+    full = CliRunner().invoke(group, ["train", str(labelled), "--out", "o", "--method", "full", "--push", "a/b"])
+    assert full.exit_code == 2 and "whole model" in full.output
+    twice = CliRunner().invoke(group, ["eval", "base", "base", "--task", "sentiment", "--data", str(labelled)])
+    assert twice.exit_code == 2 and "twice" in twice.output
+    unknown = CliRunner().invoke(group, ["data", "build", "poetry", "--out", str(tmp_path / "o")])
+    assert unknown.exit_code == 2 and "sentiment" in unknown.output
