@@ -19,7 +19,8 @@ _HEADS = ("lm_head", "embed_out", "output")
 def check_consistent(config: LoraConfig, sites: Mapping[TensorSite, Shape]) -> dict[str, int]:
     """The rank of every module with a LoRA, after checking the tensors against each other and the config.
 
-    Raises RankInvalid, ShapeMismatch, TensorMissing or TensorUnknown, naming the module.
+    Raises RankInvalid, ShapeMismatch, TensorMissing or TensorUnknown, naming the module, or ConfigMalformed where the
+    config's patterns would take too long to match.
     """
     modules: dict[str, dict[Kind, Shape]] = {}
     for site, shape in sites.items():
@@ -27,6 +28,7 @@ def check_consistent(config: LoraConfig, sites: Mapping[TensorSite, Shape]) -> d
             _check_listed(config, site)
         elif site.kind != "base":
             modules.setdefault(site.module, {})[site.kind] = shape
+    config.check_match_cost(modules)
     ranks: dict[str, int] = {}
     for name, kinds in modules.items():
         if "trainable_tokens" in kinds:

@@ -6,6 +6,7 @@ ConfigMalformed on the wrong type; ranks out of bounds raise RankInvalid.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Final, Literal
@@ -116,19 +117,37 @@ def _patterns(name: str, value: Any) -> dict[str, Any]:
 
 
 def _check_pattern(name: str, pattern: str) -> None:
-    """Refuse what could take Python's backtracking matcher more than a moment on a module name.
-
-    Exponential time needs a repeated group, a back-reference or many repetitions in a row; patterns that name modules
-    need none of these.
-    """
-    bare = re.sub(r"\\.|\[\]?[^]]*\]", "c", pattern)  # an escape or a class is one character
-    repetitions = len(re.findall(r"(?<!\()[*+?{]", bare))
-    if repetitions > 3 or re.search(r"\)[*+{]", bare) or re.search(r"\\[1-9]|\(\?P[=>]|\(\?\(", pattern):
-        raise ConfigMalformed(f"{name} has the pattern {shown(pattern)}, which repeats too much to be matched safely")
+    """Refuse what takes Python's backtracking matcher exponential time; `match_steps` bounds the rest."""
+    if re.search(r"\)[*+{]", _bare(pattern)) or re.search(r"\\[1-9]|\(\?(?!:)", pattern):
+        raise ConfigMalformed(f"{name} has the pattern {shown(pattern)}: repeated or special groups are not taken")
     try:
         re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigMalformed(f"{name} has the pattern {shown(pattern)}, which is no regular expression") from error
+
+
+def match_steps(pattern: str, length: int) -> int:
+    """A bound on the matcher's steps for a checked pattern on a name of `length` characters.
+
+    Every repetition may end anywhere behind the one before it, and PEFT puts one more in front; every choice between
+    alternatives may be tried for each of these.
+    """
+    bare = _bare(pattern)
+    repetitions = len(re.findall(r"[*+?{]", bare)) + 1
+    choices, bars = 1, [0]  # alternatives of the groups closed so far; "|" in the groups still open
+    for char in f"{bare})":
+        if char == "(":
+            bars.append(0)
+        elif char == "|":
+            bars[-1] += 1
+        elif char == ")":
+            choices *= bars.pop() + 1
+    return math.comb(length + repetitions, repetitions) * choices
+
+
+def _bare(pattern: str) -> str:
+    """`pattern` with every escape and every class made one plain character."""
+    return re.sub(r"\\.|\[\^?\]?[^]]*\]", "c", pattern).replace("(?:", "(")
 
 
 def shown(value: Any) -> str:

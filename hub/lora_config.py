@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, Self
@@ -22,6 +22,7 @@ from hub.tensor_names import TensorSite as TensorSite
 from hub.tensor_names import parse_tensor_name as parse_tensor_name
 
 MAX_CONFIG_BYTES: Final = 1024 * 1024
+_MAX_MATCH_STEPS: Final = 1_000_000_000  # of a bound far above the steps really taken; a second or so
 
 # Initializations that leave the base weights alone; afterwards the adapter is a plain LoRA.
 _SOUND_INITS = {"gaussian", "eva", "orthogonal", "mica"}
@@ -114,6 +115,17 @@ class LoraConfig:
     def scaling(self, module: str, rank: int) -> float:
         """PEFT's factor on B·A: alpha/rank, or alpha/√rank for rsLoRA. `rank` >= 1 is that of the tensors."""
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def check_match_cost(self, modules: Collection[str]) -> None:
+        """Check that matching the patterns against these modules takes seconds at most; raises ConfigMalformed.
+
+        Call it before `rank_of`, `alpha_of` or `scaling` where the config or the module names come from a stranger.
+        """
+        longest = max(map(len, modules), default=0)
+        patterns = [*self.rank_pattern, *self.alpha_pattern]
+        steps = len(modules) * sum(config_values.match_steps(pattern, longest) for pattern in patterns)
+        if steps > _MAX_MATCH_STEPS:
+            raise ConfigMalformed(f"rank_pattern and alpha_pattern take too long to match with {len(modules)} modules")
 
     @property
     def features(self) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ DEMO = Recipe(
     learning_rate=1e-3,
     warmup=0.05,
     epochs=1.0,
-    max_length=320,
+    max_length=224,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (RECOMMENDED, ARTICLE_000, DEMO)}

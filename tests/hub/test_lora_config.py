@@ -20,6 +20,7 @@ PATTERNS = st.sampled_from(
         r"^model\.layers\.0\..*", r"layers\.[01]\.mlp\.up_proj", r"layers\.\d+\.self_attn\.q_proj", ".*_proj",
         "^layers",
         "self_attn.q_proj|mlp.up_proj", "(q|up)_proj", "model.layers.10.mlp.up_pro.", "Q_PROJ",
+        "(?:q|up)_proj",
     ]
 )  # fmt: skip
 CONFIGS = st.fixed_dictionaries(
@@ -88,12 +89,23 @@ def test_the_fields_are_read() -> None:
     assert (config.base_model_name_or_path, config.revision) == ("tiny-base", "abc")
 
 
-@pytest.mark.parametrize(
-    "pattern", ["(a+)+b", "(a|aa)+b", r"(q)\1", "a?" * 30 + "a" * 30, ".*.*.*.*x", "(q", "(a*){9}"]
-)
-def test_patterns_that_could_stall_the_matcher_are_refused(pattern: str) -> None:
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|aa)+b", r"(q)\1", "(?P<x>a)(?P=x)", "(q", "(a*){9}", "(?=a)a", "["])
+def test_patterns_with_repeated_or_special_groups_are_refused(pattern: str) -> None:
     with pytest.raises(ConfigMalformed, match="pattern"):
         parse(rank_pattern={pattern: 2})
+
+
+@pytest.mark.parametrize("pattern", ["a?" * 30 + "a" * 30, ".*.*.*.*.*x", "(a|a)" * 40 + "b", "[a.]*[a.]*[a.]*[a.]*x"])
+def test_patterns_that_would_stall_the_matcher_are_refused_before_they_are_used(pattern: str) -> None:
+    config = parse(rank_pattern={pattern: 2})
+    with pytest.raises(ConfigMalformed, match="too long to match"):
+        config.check_match_cost(["a" * 200])
+
+
+def test_patterns_as_people_and_eva_write_them_are_cheap_enough() -> None:
+    modules = [f"model.layers.{layer}.self_attn.{part}_proj" for layer in range(126) for part in "qkvougd"]
+    parse(rank_pattern=dict.fromkeys(modules, 4), alpha_pattern=dict.fromkeys(modules, 4)).check_match_cost(modules)
+    parse(rank_pattern={r".*layers\.\d+\.self_attn\.(q|k|v|o)_proj": 4}).check_match_cost(modules)
 
 
 @pytest.mark.parametrize(
