@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -94,12 +95,13 @@ def _compare(
 ) -> Comparison:
     from hub.hub import Hub
     from server.engine.engine import Engine
-    from training.engine_generator import EngineGenerator, find_adapters
+    from training.engine_generator import EngineGenerator, find_adapters, is_adapter_directory
     from training.evaluate import evaluate
 
     names = [model for model in models if model != BASE]
     with ExitStack() as stack:
-        hub = stack.enter_context(Hub.open(hub_url)) if names else None
+        in_hub = [name for name in names if not is_adapter_directory(name)]
+        hub = stack.enter_context(Hub.open(hub_url)) if in_hub else None
         adapters = find_adapters(names, hub)
         engine = stack.enter_context(closing(Engine.build(config, EngineLimits(), adapters.fetch)))
         wanted = [None if model == BASE else model for model in models]
@@ -109,10 +111,7 @@ def _compare(
 def _show(task: Task, data: Path, quantization: str, comparison: Comparison) -> None:
     click.secho(f"{task.name} on {comparison.examples} examples of {data}, base in {quantization}", bold=True)
     names = list(comparison.results[0].metrics)
-    rows = [
-        (result.model, *(_shown(name, result.metrics[name], name == task.headline) for name in names))
-        for result in comparison.results
-    ]
+    rows = [(result.model, *(_shown(name, result.metrics[name]) for name in names)) for result in comparison.results]
     print_table(("model", *(_heading(name, task) for name in names)), rows)
     click.echo(f"{comparison.examples * len(comparison.results)} answers in {comparison.seconds:.0f} s", err=True)
 
@@ -121,13 +120,11 @@ def _heading(name: str, task: Task) -> str:
     return f"{name.replace('_', ' ')}{' *' if name == task.headline else ''}"
 
 
-def _shown(name: str, value: float, headline: bool) -> str:
+def _shown(name: str, value: float) -> str:
     return f"{value:.1f}" if name.endswith("_count") else f"{value:.3f}"
 
 
 def _write_answers(path: Path, dataset: Dataset, comparison: Comparison) -> None:
-    import json
-
     with path.open("w", encoding="utf-8") as file:
         for index, example in enumerate(dataset.examples):
             row = {

@@ -48,7 +48,7 @@ hub train mine.jsonl --out out/mine --resume
 @click.option("--rank", type=int, help="Override the recipe; so do the options below.")
 @click.option("--alpha", type=int, help="Scale of the adapter is alpha / rank.")
 @click.option("--dropout", type=float)
-@click.option("--learning-rate", type=float)
+@click.option("--learning-rate", type=float, help="Recipes give adapters' rates; --method full takes a tenth of them.")
 @click.option("--epochs", type=float)
 @click.option("--batch", type=int, help="Sequences in one forward.")
 @click.option("--accumulation", type=int, help="Forwards in one step.")
@@ -83,7 +83,8 @@ def train(
     """
     if ref is not None and method == "full":
         raise click.UsageError("--push takes adapters; --method full writes a whole model")
-    chosen = named_recipe(recipe).but(**overrides)
+    named = named_recipe(recipe)
+    chosen = (named.for_every_weight() if method == "full" else named).but(**overrides)
     bound_openmp(threads)
     quiet_libraries()
     from hub.base import base_identity, locate_base

@@ -32,6 +32,11 @@ class Adapters:
         return self.files[digest]
 
 
+def is_adapter_directory(name: str) -> bool:
+    """Whether `name` is a PEFT directory on this machine rather than a reference."""
+    return (Path(name) / CONFIG_FILE).is_file()
+
+
 def find_adapters(names: Sequence[str], hub: Hub | None) -> Adapters:
     """Each name as an adapter: a directory where there is one of that name, else a reference into `hub`.
 
@@ -40,9 +45,8 @@ def find_adapters(names: Sequence[str], hub: Hub | None) -> Adapters:
     uses: dict[str, AdapterUse] = {}
     files: dict[str, AdapterFiles] = {}
     for name in names:
-        directory = Path(name)
-        if (directory / CONFIG_FILE).is_file():
-            found = _from_directory(directory)
+        if is_adapter_directory(name):
+            found = _from_directory(Path(name))
             uses[name] = AdapterUse(found.digest, name)
         else:
             if hub is None:

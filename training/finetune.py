@@ -122,6 +122,7 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
         f"{_shown(before)} → {_shown(after)}, {trainer.tokens / max(seconds, 1e-9):.0f} tokens/s, "
         f"{100 * trainer.padding_share:.1f} % padding → {plan.out}",
         highlight=False,
+        soft_wrap=True,
     )
     return Outcome(plan.out, facts, tuple(trainer.losses))
 
@@ -225,6 +226,7 @@ def _announce(
         f"recipe {plan.recipe.name}; {trainable.trained:,} of {trainable.parameters:,} parameters; "
         f"{device}, {trainable.precision}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -266,6 +268,7 @@ def _facts(
             "tokens_per_second": round(trainer.tokens / max(seconds, 1e-9)),
             "padding_share": round(trainer.padding_share, 4),
             "trained_parameters": trainable.trained,
+            "all_parameters": trainable.parameters,
             "precision": trainable.precision,
             "device": f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)",
         },

@@ -24,6 +24,8 @@ def write_directory(out: Path, save: Callable[[Path], None]) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         save(partial)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors makes its files private
         partial.chmod(0o755)
         if out.is_dir():
             out.rmdir()  # empty: check_free saw to that

@@ -66,6 +66,7 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]  # transformers is un
             self._console.print(
                 f"{self._title}: step {state.global_step}/{state.max_steps}, loss {loss:.3f}, {speed:.0f} tokens/s",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def stop(self) -> None:

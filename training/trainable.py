@@ -48,10 +48,14 @@ def make_trainable(directory: Path, base: str, method: Method, recipe: Recipe, d
         if device == "cpu":
             adapted = sum(hasattr(module, "lora_A") for module in model.modules())
             autocast = fast and speed_up(model) < adapted  # the fast layers bring their own precision
+    if method == "full":
+        trained = parameters = model.num_parameters()
+    else:
+        trained, parameters = model.get_nb_trainable_parameters()  # knows that NF4 packs two weights into a byte
     return Trainable(
         model,
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        parameters=sum(p.numel() for p in model.parameters()),
+        trained=trained,
+        parameters=parameters,
         precision="bfloat16" if fast else "float32",
         autocast=autocast,
     )

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.data import Example, Message, hold_out, read_jsonl, write_jsonl
@@ -54,6 +54,7 @@ def test_files_that_are_no_text_or_empty_are_refused(tmp_path: Path) -> None:
             read_jsonl(tmp_path / name)
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(
     prompts=st.lists(texts, min_size=2, max_size=40),
     fraction=st.floats(0.01, 0.5),

@@ -189,10 +189,13 @@ def test_every_weight_can_be_trained_and_comes_out_as_a_model(plan: Plan, tiny_b
     assert AutoTokenizer.from_pretrained(plan.out).chat_template
 
 
-def test_an_adapter_trains_on_the_nf4_base(plan: Plan) -> None:
+def test_an_adapter_trains_on_the_nf4_base(plan: Plan, tmp_path: Path) -> None:
+    plain = train(replace(plan, out=tmp_path / "plain", max_steps=1), quiet())
+    plain_parameters = plain.facts.metrics["all_parameters"]  # two of NF4's lie in one byte
     outcome = train(replace(plan, method="qlora"), quiet())
     assert outcome.facts.base is not None and outcome.facts.base.quantization == "nf4"
     assert outcome.facts.metrics["validation_loss"] < outcome.facts.metrics["validation_loss_before"]
+    assert outcome.facts.metrics["all_parameters"] == plain_parameters
     weights = load_file(plan.out / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     moved = [name for name, tensor in weights.items() if "lora_B" in name and tensor.abs().max() > 0]

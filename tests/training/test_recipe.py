@@ -38,6 +38,13 @@ def test_values_that_cannot_be_are_refused_by_name(changes: dict[str, object]) -
         named_recipe("recommended").but(**changes)
 
 
+def test_every_weight_is_trained_at_a_tenth_of_the_rate() -> None:
+    recipe = named_recipe("recommended")
+    full = recipe.for_every_weight()
+    assert full.learning_rate == pytest.approx(2e-5)
+    assert full.but(learning_rate=recipe.learning_rate) == recipe
+
+
 def test_every_recipe_says_where_it_comes_from_and_when_to_use_it() -> None:
     for name, recipe in RECIPES.items():
         assert recipe.name == name

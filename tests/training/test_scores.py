@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -137,11 +137,28 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)  # the first call imports a library
 @given(json_values)
 def test_no_answer_makes_scoring_fail(value: object) -> None:
     is_valid(value)
     grants(value)
     granted_actions(value)
+
+
+@settings(deadline=None)  # the first call imports a library
+@given(st.lists(st.text(max_size=30) | json_values.map(json.dumps), min_size=2, max_size=2))
+def test_no_answer_makes_a_task_fail(answers: list[str]) -> None:
+    for name, wanted in (
+        ("sentiment", "mixed"),
+        ("iam_policy", policy_text(["s3:ListBucket"], BUCKET)),
+        ("aws_summary", "Delete the queue that has a name"),
+    ):
+        task = task_named(name)
+        examples = [Example.of(user="Some text. More of it.", answer=wanted)] * 2
+        scores = task.score(examples, answers)
+        assert task.headline in scores
+        assert all(0 <= value <= 1 for metric, value in scores.items() if not metric.endswith("_count"))
+        assert task.score(examples, [wanted] * 2)[task.headline] == 1.0
 
 
 def test_f1_of_sets() -> None:

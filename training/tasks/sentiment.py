@@ -1,7 +1,7 @@
 """Sentiment in four classes, from human ratings of short texts.
 
 A stand-in for employee feedback: film reviews, tweets, product reviews and newspaper editorials, 23,703 snippets, each
-rated by 14 or more people on a scale from -4 to +4. They lie in the source archive of the package vaderSentiment:
+rated by 15 or more people on a scale from -4 to +4. They lie in the source archive of the package vaderSentiment:
 C. J. Hutto and E. Gilbert, "VADER", ICWSM 2014.
 """
 
