@@ -34,11 +34,11 @@ class Plan:
 
 PLANS = (
     Plan("sentiment", "team/sentiment", train=600, evaluate=120, headline="accuracy"),
-    Plan("iam_policy", "team/iam", train=500, evaluate=60, headline="policy_accuracy"),
-    Plan("aws_summary", "team/summary", train=400, evaluate=60, headline="rouge_l"),
+    Plan("iam_policy", "team/iam", train=400, evaluate=60, headline="policy_accuracy"),
+    Plan("aws_summary", "team/summary", train=320, evaluate=60, headline="rouge_l"),
 )
-# The second version of the sentiment adapter: other examples, half as many.
-SECOND = Plan("sentiment", "team/sentiment", train=300, evaluate=1, headline="accuracy")
+# The second version of the sentiment adapter: other examples, fewer.
+SECOND = Plan("sentiment", "team/sentiment", train=200, evaluate=1, headline="accuracy")
 BASE = "smollm2-135m"
 
 
