@@ -27,7 +27,7 @@ def data() -> None:
     epilog=examples(
         """
 hub data build sentiment --out data/sentiment
-hub data build iam_policy --out data/iam --train 2000 --eval 300 --seed 7
+hub data build iam-policy --out data/iam --train 2000 --eval 300 --seed 7
 """
     )
 )

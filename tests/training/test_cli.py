@@ -42,11 +42,11 @@ def test_every_verb_explains_itself(command: object) -> None:
 
 def test_a_data_set_is_built_and_shown(tmp_path: Path) -> None:
     out = tmp_path / "iam"
-    output = run("data", "build", "iam_policy", "--out", out, "--train", "20", "--eval", "10").output
+    output = run("data", "build", "iam-policy", "--out", out, "--train", "20", "--eval", "10").output
     for words in ("train.jsonl", "20", "eval-sam-templates.jsonl", "parliament", "assistant", "2012-10-17"):
         assert words in output
     card = json.loads(
-        run("data", "build", "iam_policy", "--out", out, "--train", "20", "--eval", "10", "--json").output
+        run("data", "build", "iam-policy", "--out", out, "--train", "20", "--eval", "10", "--json").output
     )
     assert card == json.loads((out / "dataset.json").read_text())
     shown = json.loads(run("data", "show", out / "eval.jsonl", "--number", "2", "--json").output)

@@ -120,7 +120,7 @@ def test_policy_scores_on_hand_made_answers() -> None:
         json.dumps(policy("s3:ListBucket")),  # half of it
         "I would rather not",
     ]
-    scores = task_named("iam_policy").score(examples, answers)
+    scores = task_named("iam-policy").score(examples, answers)
     assert scores == {
         "policy_accuracy": 0.25,
         "action_f1": pytest.approx((1 + 0 + 2 / 3 + 0) / 4),
@@ -150,8 +150,8 @@ def test_no_answer_makes_scoring_fail(value: object) -> None:
 def test_no_answer_makes_a_task_fail(answers: list[str]) -> None:
     for name, wanted in (
         ("sentiment", "mixed"),
-        ("iam_policy", policy_text(["s3:ListBucket"], BUCKET)),
-        ("aws_summary", "Delete the queue that has a name"),
+        ("iam-policy", policy_text(["s3:ListBucket"], BUCKET)),
+        ("aws-summary", "Delete the queue that has a name"),
     ):
         task = task_named(name)
         examples = [Example.of(user="Some text. More of it.", answer=wanted)] * 2
@@ -178,7 +178,7 @@ def test_summary_scores_are_rouge_scores_beside_the_first_sentence() -> None:
     wanted = ["Create a queue", "Delete the queue that has a name"]
     answers = ["Creates one queue", "Delete a queue"]
     examples = [Example.of(user=d, answer=w) for d, w in zip(documents, wanted, strict=True)]
-    scores = task_named("aws_summary").score(examples, answers)
+    scores = task_named("aws-summary").score(examples, answers)
     own = [scorer.score(w, a)["rougeL"].fmeasure for w, a in zip(wanted, answers, strict=True)]
     lead = [
         scorer.score(w, s)["rougeL"].fmeasure

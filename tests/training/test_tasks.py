@@ -42,7 +42,7 @@ def test_a_build_is_repeatable_and_grows_at_its_end(name: str, tmp_path: Path) -
 
 def test_asking_for_too_much_or_for_nothing_known_is_refused() -> None:
     with pytest.raises(DataTooSmall, match="1000000"):
-        task_named("aws_summary").build(1_000_000, 1, 0)
+        task_named("aws-summary").build(1_000_000, 1, 0)
     with pytest.raises(UnknownTask, match="sentiment"):
         task_named("poetry")
 
@@ -77,7 +77,7 @@ def test_the_snippets_are_the_published_ones() -> None:
 
 
 def test_every_gold_policy_is_valid_and_unseen_actions_are_asked_for(tmp_path: Path) -> None:
-    built = task_named("iam_policy").build(60, 20, 0)
+    built = task_named("iam-policy").build(60, 20, 0)
     names = []
     for side in (built.train, built.evaluation, *built.apart.values()):
         policies = [json.loads(example.answer) for example in side]

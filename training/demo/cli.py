@@ -34,8 +34,8 @@ class Plan:
 
 PLANS = (
     Plan("sentiment", "team/sentiment", train=600, evaluate=120, headline="accuracy"),
-    Plan("iam_policy", "team/iam", train=400, evaluate=60, headline="policy_accuracy"),
-    Plan("aws_summary", "team/summary", train=320, evaluate=60, headline="rouge_l"),
+    Plan("iam-policy", "team/iam", train=400, evaluate=60, headline="policy_accuracy"),
+    Plan("aws-summary", "team/summary", train=320, evaluate=60, headline="rouge_l"),
 )
 # The second version of the sentiment adapter: other examples, fewer.
 SECOND = Plan("sentiment", "team/sentiment", train=200, evaluate=1, headline="accuracy")
@@ -184,7 +184,7 @@ def _questions(out: Path) -> list[Row]:
         return example.prompt[-1].content, [{"role": m.role, "content": m.content} for m in example.prompt]
 
     sentiment, other = prompt("sentiment", 0), prompt("sentiment", 1)
-    policy, summary = prompt("iam_policy", 0), prompt("aws_summary", 0)
+    policy, summary = prompt("iam-policy", 0), prompt("aws-summary", 0)
     capital = "What is the capital of France?"
     return [
         Row(capital, [{"role": "user", "content": capital}], []),

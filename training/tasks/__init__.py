@@ -17,8 +17,8 @@ from training.errors import UnknownTask
 
 MODULES = {
     "sentiment": "training.tasks.sentiment",
-    "iam_policy": "training.tasks.iam_policy",
-    "aws_summary": "training.tasks.aws_summary",
+    "iam-policy": "training.tasks.iam_policy",
+    "aws-summary": "training.tasks.aws_summary",
 }
 
 

@@ -41,7 +41,7 @@ class Operation:
 class AwsSummary:
     """Documentation → one line."""
 
-    name = "aws_summary"
+    name = "aws-summary"
     title = "documentation of an AWS operation → one line"
     max_new_tokens = 40
     headline = "rouge_l"

@@ -39,7 +39,7 @@ _MAX_PHRASE_CHARS: Final = 120
 class IamPolicy:
     """Sentence → policy."""
 
-    name = "iam_policy"
+    name = "iam-policy"
     title = "request in words → AWS IAM policy in JSON"
     max_new_tokens = 120
     headline = "policy_accuracy"
