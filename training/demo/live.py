@@ -63,17 +63,20 @@ def mixed_batch(console: Console, address: str, rows: Sequence[Row], max_new_tok
         if stream.answer is not None:
             row.first_token, row.speed = stream.answer.timing.first_token, stream.answer.tokens_per_second
 
-    async def ask_all(live: Live) -> None:
+    async def ask_all(draw: Callable[[], None]) -> None:
         async with AsyncClient(address) as client:
             asking = asyncio.gather(*(ask(client, row) for row in rows))
             while not asking.done():
-                live.update(batch_table(rows))
+                draw()
                 await asyncio.wait([asking], timeout=0.1)
             await asking
-        live.update(batch_table(rows))
 
-    with Live(console=console, auto_refresh=console.is_terminal, transient=False) as live:
-        asyncio.run(ask_all(live))
+    if console.is_terminal:
+        with Live(console=console, transient=True) as live:
+            asyncio.run(ask_all(lambda: live.update(batch_table(rows))))
+    else:
+        asyncio.run(ask_all(lambda: None))
+    console.print(batch_table(rows))
 
 
 def batch_table(rows: Sequence[Row]) -> Table:
@@ -81,7 +84,7 @@ def batch_table(rows: Sequence[Row]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", expand=True)
     table.add_column("prompt", ratio=5)
     table.add_column("adapter", ratio=4)
-    table.add_column("answer", ratio=8)
+    table.add_column("answer", ratio=8, overflow="fold")
     table.add_column("first token", justify="right", no_wrap=True)
     table.add_column("tok/s", justify="right", no_wrap=True)
     for row in rows:
