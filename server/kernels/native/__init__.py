@@ -1,0 +1,245 @@
+"""The decode step's small operations in C, compiled once on the machine that runs them.
+
+torch needs some forty calls a layer for what one token a sequence needs of it, and most of a step goes into starting
+them. These kernels do the same in six. Where there is no C compiler, or no OpenMP to share with torch, `load` gives
+None and the plain-torch versions in `server/kernels/cpu.py` are used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import platformdirs
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_SOURCES = ("kernels.c", "kernels_both.c")
+# No -ffast-math: it would let the compiler assume that nothing is NaN, and NaN is how a bad row is found.
+_FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
+)
+_TYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+MAX_HEAD_WIDTH = 512
+
+
+class Native:
+    """The compiled kernels for tensors of one dtype. All tensors must be contiguous, on the CPU, of that dtype."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        suffix = _TYPES[dtype]
+        self._rms_norm = getattr(library, f"rms_norm_{suffix}")
+        self._silu_mul = getattr(library, f"silu_mul_{suffix}")
+        self._rope_store = getattr(library, f"rope_store_{suffix}")
+        self._paged_decode = getattr(library, f"paged_decode_{suffix}")
+        self._lora_decode = getattr(library, f"lora_decode_{suffix}")
+        for function in (self._rms_norm, self._silu_mul, self._rope_store, self._paged_decode, self._lora_decode):
+            function.restype = None
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x²) + eps) * weight over the last dimension; x: [..., width]."""
+        y = torch.empty_like(x)
+        width = x.shape[-1]
+        self._rms_norm(
+            _pointer(x), _pointer(weight), _pointer(y), _i64(x.numel() // width), _i64(width), ctypes.c_float(eps)
+        )
+        return y
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up; gate_up: [rows, 2 * width] with gate first → [rows, width]."""
+        rows, both = gate_up.shape
+        y = torch.empty(rows, both // 2, dtype=gate_up.dtype)
+        self._silu_mul(_pointer(gate_up), _pointer(y), _i64(rows), _i64(both // 2))
+        return y
+
+    def rope_store(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, write_slots: Tensor, k: Tensor, v: Tensor, heads: int
+    ) -> Tensor:
+        """Rotate queries and keys, store keys and values at `write_slots`; returns q [rows, heads, width].
+
+        qkv: [rows, (heads + 2 kv_heads) * width]; cos, sin: [rows, width]; k, v: [kv_heads, slots, width].
+        """
+        kv_heads, slots, width = k.shape
+        rows = qkv.shape[0]
+        q = torch.empty(rows, heads, width, dtype=qkv.dtype)
+        self._rope_store(
+            *map(_pointer, (qkv, cos, sin, write_slots, q, k, v)),
+            *map(_i64, (rows, heads, kv_heads, width, slots)),
+        )
+        return q
+
+    def paged_decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pages: Tensor,
+        lengths: Tensor,
+        longest: int,
+        page_tokens: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """`reference.paged_attention` for one new token a sequence; returns [rows, heads, width].
+
+        q: [rows, heads, width]; k, v: [kv_heads, slots, width]; pages: [rows * P] int64; lengths: [rows] int64, the
+        new token included, none above `longest`.
+        """
+        rows, heads, width = q.shape
+        kv_heads, slots, _ = k.shape
+        out = torch.empty_like(q)
+        scratch = torch.empty(torch.get_num_threads() * (heads // kv_heads) * longest, dtype=torch.float32)
+        self._paged_decode(
+            *map(_pointer, (q, k, v, pages, lengths, out, scratch)),
+            *map(_i64, (rows, heads, kv_heads, width, slots, pages.numel() // rows, page_tokens, longest)),
+            ctypes.c_float(scale),
+            _i64(window or 0),
+            ctypes.c_float(softcap or 0.0),
+        )
+        return out
+
+    def lora_decode(self, x: Tensor, sites: Sites, ys: Sequence[Tensor], plan: DecodePlan) -> None:
+        """Add each row's own deltas in place: `reference.lora_add` for sites that share the input x [rows, in].
+
+        ys: one [rows, out] each, rows may be strided.
+        """
+        scratch = torch.empty(len(ys) * plan.rows, dtype=torch.float32)
+        self._lora_decode(
+            _pointer(x),
+            sites.a,
+            sites.b,
+            (ctypes.c_void_p * len(ys))(*(y.data_ptr() for y in ys)),
+            sites.out,
+            (ctypes.c_int64 * len(ys))(*(y.stride(0) for y in ys)),
+            _i64(len(ys)),
+            _i64(x.shape[-1]),
+            plan.tokens,
+            plan.first,
+            _i64(plan.token_count),
+            plan.r0,
+            plan.r1,
+            plan.weight,
+            plan.offset,
+            _i64(plan.items),
+            _pointer(scratch),
+        )
+
+
+class Sites:
+    """The arena matrices of linears that share their input, as the kernel wants them; keeps them alive."""
+
+    def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+        self._alive = (*a, *b)
+        self.a = (ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a))
+        self.b = (ctypes.c_void_p * len(b))(*(t.data_ptr() for t in b))
+        self.out = (ctypes.c_int64 * len(b))(*(t.shape[1] for t in b))
+
+
+class DecodePlan:
+    """Which arena rows apply to which decoding rows, as the kernel wants it; built once for many layers and steps."""
+
+    def __init__(self, segments: Sequence[tuple[int, int, int, int, float]]) -> None:
+        """segments: (t0, t1, r0, r1, weight) as in `reference.lora_add`."""
+        by_token: dict[int, list[tuple[int, int, float]]] = {}
+        for t0, t1, r0, r1, weight in segments:
+            for token in range(t0, t1):
+                by_token.setdefault(token, []).append((r0, r1, weight))
+        tokens = sorted(by_token)
+        flat = [item for token in tokens for item in by_token[token]]
+        self.items = len(flat)
+        self.token_count = len(tokens)
+        self.tokens = _array(tokens)
+        self.first = _array(_sums(len(by_token[token]) for token in tokens))
+        self.r0 = _array([r0 for r0, _, _ in flat])
+        self.r1 = _array([r1 for _, r1, _ in flat])
+        self.weight = (ctypes.c_float * len(flat))(*(weight for _, _, weight in flat))
+        offsets = _sums(r1 - r0 for r0, r1, _ in flat)
+        self.offset = _array(offsets)
+        self.rows = offsets[-1]
+
+
+@functools.cache
+def load(dtype: torch.dtype) -> Native | None:
+    """The kernels for `dtype`, compiled when they are not in the user's cache yet (about 2 s); None where they
+    cannot be had."""
+    if dtype not in _TYPES:
+        return None
+    library = _library()
+    return Native(library, dtype) if library is not None else None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        log.info("no C compiler: plain torch does the decode step's small operations")
+        return None
+    folder = resources.files(__package__)
+    sources = {name: folder.joinpath(name).read_bytes() for name in _SOURCES}
+    key = hashlib.sha256(repr((sources, _FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
+    target = Path(platformdirs.user_cache_dir("loraplex")) / "native" / f"kernels-{key}.so"
+    try:
+        if not target.exists():
+            _compile(compiler, sources, target)
+        # torch's OpenMP is loaded already, and the library asks for it by the same name: one pool of threads.
+        return ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("the native kernels cannot be built, plain torch is used instead: %s", error)
+        return None
+
+
+def _compile(compiler: str, sources: dict[str, bytes], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        for name, source in sources.items():
+            (Path(folder) / name).write_bytes(source)
+        built = Path(folder) / "kernels.so"
+        subprocess.run(
+            [compiler, *_FLAGS, str(Path(folder) / "kernels_both.c"), "-o", str(built), "-lm"],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+        built.replace(target)
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("flags")), platform.processor())
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+_i64 = ctypes.c_int64
+
+
+def _array(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _sums(counts: object) -> list[int]:
+    total, sums = 0, [0]
+    for count in counts:  # type: ignore[attr-defined]
+        total += count
+        sums.append(total)
+    return sums
