@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from server.adapters.arena import Arena
 from server.adapters.linear import ActiveAdapters, LoraLinear, SiteGroup
 from server.kernels import native
 from server.kernels.native import MAX_HEAD_WIDTH, Native
 from server.model.attention import AttentionPlan, PagedKv, prefill
+from server.model.packed import pack_output_head, packed_linear
 
 # Families whose attention, MLP and norm compute exactly what the modules below do.
 _FAMILIES = ("Llama", "Mistral", "Qwen2")
@@ -28,33 +28,34 @@ class JointLinear(nn.Module):
 
     def __init__(self, linears: Sequence[LoraLinear], group: SiteGroup, active: ActiveAdapters) -> None:
         super().__init__()
-        self._parts = nn.ModuleList(linear.base for linear in linears)
-        self._widths = [linear.base.out_features for linear in linears]
+        self._whole = _joined([linear.base for linear in linears])
+        # The single layers' weights are let go where the joint one has them.
+        self._parts = nn.ModuleList(() if self._whole is not None else (linear.base for linear in linears))
+        self._widths = [linear.out_features for linear in linears]
         self._group = group
         self._active = active
-        self._weight, self._bias = _joined([linear.base for linear in linears])
 
     def forward(self, x: Tensor) -> Tensor:
         """All outputs side by side."""
-        if self._weight is not None:
-            y = functional.linear(x, self._weight, self._bias)
+        if self._whole is not None:
+            y: Tensor = self._whole(x)
         else:
             y = torch.cat([part(x) for part in self._parts], -1)
         self._active.add(x, self._group, torch.split(y, self._widths, -1))
         return y
 
 
-def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor | None, Tensor | None]:
-    """One weight (and bias) for several plain layers, which become views of it; None for quantized ones."""
+def _joined(linears: Sequence[nn.Module]) -> nn.Module | None:
+    """One layer for several plain ones; None where they are quantized."""
     if any(type(linear) is not nn.Linear for linear in linears):
-        return None, None
-    weight = torch.cat([linear.weight.data for linear in linears])
-    at = 0
-    for linear in linears:
-        linear.weight.data = weight[at : at + linear.out_features]
-        at += linear.out_features
-    biases = [linear.bias for linear in linears]
-    return weight, None if any(bias is None for bias in biases) else torch.cat([bias.data for bias in biases])
+        return None
+    plain = [cast(nn.Linear, linear) for linear in linears]
+    joined = nn.Linear(plain[0].in_features, 1, bias=False)
+    joined.weight = nn.Parameter(torch.cat([linear.weight.data for linear in plain]), requires_grad=False)
+    joined.out_features = joined.weight.shape[0]
+    if all(linear.bias is not None for linear in plain):
+        joined.bias = nn.Parameter(torch.cat([linear.bias.data for linear in plain]), requires_grad=False)
+    return packed_linear(joined)
 
 
 class FusedAttention(nn.Module):
@@ -65,7 +66,7 @@ class FusedAttention(nn.Module):
         self.layer_idx = int(attention.layer_idx)
         self._scaling = float(attention.scaling)
         self._window = getattr(attention, "sliding_window", None)
-        self._heads = attention.q_proj.base.out_features // attention.head_dim
+        self._heads = attention.q_proj.out_features // attention.head_dim
         self._qkv = qkv
         self._out = out
         self._kernels = kernels
@@ -147,6 +148,7 @@ def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters) -> int:
     ]
     for name, layer in layers:
         _fuse_layer(cast(Any, layer), name, arena, active, kernels)
+    pack_output_head(model)
     decoder = cast(Any, model).model
     decoder.norm = NativeRmsNorm(decoder.norm, kernels)
     return len(layers)
@@ -160,6 +162,8 @@ def _fuse_layer(layer: Any, name: str, arena: Arena, active: ActiveAdapters, ker
     if isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation":
         gate_up = _joint(mlp, f"{name}.mlp", ("gate_proj", "up_proj"), arena, active)
         layer.mlp = FusedMlp(gate_up, mlp.down_proj, kernels)
+    attention.o_proj.base = packed_linear(attention.o_proj.base)
+    mlp.down_proj.base = packed_linear(mlp.down_proj.base)
     layer.input_layernorm = NativeRmsNorm(layer.input_layernorm, kernels)
     layer.post_attention_layernorm = NativeRmsNorm(layer.post_attention_layernorm, kernels)
 

@@ -65,7 +65,8 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, group: SiteGroup, active: ActiveAdapters) -> None:
         super().__init__()
-        self.base = base
+        self.base: nn.Module = base
+        self.out_features = base.out_features
         self._group = group
         self._active = active
 

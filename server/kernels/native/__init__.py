@@ -9,29 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
-import platformdirs
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from server.kernels.native.build import build
 
-_SOURCES = ("kernels.c", "kernels_both.c")
 # No -ffast-math: it would let the compiler assume that nothing is NaN, and NaN is how a bad row is found.
-_FLAGS = (
-    *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
-)
+_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
 _TYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 MAX_HEAD_WIDTH = 512
 
@@ -184,46 +170,7 @@ def load(dtype: torch.dtype) -> Native | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        log.info("no C compiler: plain torch does the decode step's small operations")
-        return None
-    folder = resources.files(__package__)
-    sources = {name: folder.joinpath(name).read_bytes() for name in _SOURCES}
-    key = hashlib.sha256(repr((sources, _FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
-    target = Path(platformdirs.user_cache_dir("loraplex")) / "native" / f"kernels-{key}.so"
-    try:
-        if not target.exists():
-            _compile(compiler, sources, target)
-        # torch's OpenMP is loaded already, and the library asks for it by the same name: one pool of threads.
-        return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError) as error:
-        log.warning("the native kernels cannot be built, plain torch is used instead: %s", error)
-        return None
-
-
-def _compile(compiler: str, sources: dict[str, bytes], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        for name, source in sources.items():
-            (Path(folder) / name).write_bytes(source)
-        built = Path(folder) / "kernels.so"
-        subprocess.run(
-            [compiler, *_FLAGS, str(Path(folder) / "kernels_both.c"), "-o", str(built), "-lm"],
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
-        built.replace(target)
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith("flags")), platform.processor())
+    return build("kernels_both.c", ("kernels.c",), _FLAGS)
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
@@ -237,9 +184,9 @@ def _array(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _sums(counts: object) -> list[int]:
+def _sums(counts: Iterable[int]) -> list[int]:
     total, sums = 0, [0]
-    for count in counts:  # type: ignore[attr-defined]
+    for count in counts:
         total += count
         sums.append(total)
     return sums
