@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from server.adapters.arena import Arena
 from server.kernels import native
 from server.kernels.cpu import LoraBlock, lora_add, lora_blocks
-from server.kernels.native import DecodePlan, Sites
+from server.kernels.native import DecodePlan, PrefillPlan, Sites
 
 Segment = tuple[int, int, int, int, float]
 """(t0, t1, r0, r1, weight): batch rows t0…t1 use arena rows r0…r1."""
@@ -34,6 +34,7 @@ class ActiveAdapters:
         self._segments: tuple[Segment, ...] = ()
         self._decodes = 0
         self._decode_plan: DecodePlan | None = None
+        self._prefill_plan: PrefillPlan | None = None
         self._blocks: Sequence[LoraBlock] = ()
 
     def use(self, segments: tuple[Segment, ...], decodes: int) -> None:
@@ -49,13 +50,17 @@ class ActiveAdapters:
             return
         rows = [segment for segment in segments if segment[1] <= decodes]
         self._decode_plan = DecodePlan(rows) if rows else None
-        self._blocks = lora_blocks([segment for segment in segments if segment[1] > decodes], 0, self._dtype)
+        spans = [segment for segment in segments if segment[1] > decodes]
+        self._prefill_plan = PrefillPlan(spans) if spans else None
 
     def add(self, x: Tensor, group: SiteGroup, ys: Sequence[Tensor]) -> None:
         """Add every row's deltas in place; x: [T, in] contiguous, ys: one [T, out] for each site of the group."""
-        if self._native is not None and self._decode_plan is not None:
-            self._native.lora_decode(x, group.native, ys, self._decode_plan)
-        if self._blocks:
+        if self._native is not None:
+            if self._decode_plan is not None:
+                self._native.lora_decode(x, group.native, ys, self._decode_plan)
+            if self._prefill_plan is not None:
+                self._native.lora_prefill(x, group.native, ys, self._prefill_plan)
+        elif self._blocks:
             for y, a, b in zip(ys, group.a, group.b, strict=True):
                 lora_add(y, x, a, b, self._blocks)
 

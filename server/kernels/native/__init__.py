@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from server.kernels.native.build import build
 _FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
 _TYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 MAX_HEAD_WIDTH = 512
+SPAN_ROWS = 16  # SPAN in kernels_both.c
 
 
 class Native:
@@ -32,8 +34,7 @@ class Native:
         self._rope_store = getattr(library, f"rope_store_{suffix}")
         self._paged_decode = getattr(library, f"paged_decode_{suffix}")
         self._lora_decode = getattr(library, f"lora_decode_{suffix}")
-        for function in (self._rms_norm, self._silu_mul, self._rope_store, self._paged_decode, self._lora_decode):
-            function.restype = None
+        self._lora_prefill = getattr(library, f"lora_prefill_{suffix}")
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x²) + eps) * weight over the last dimension; x: [..., width]."""
@@ -124,6 +125,18 @@ class Native:
             _pointer(scratch),
         )
 
+    def lora_prefill(self, x: Tensor, sites: Sites, ys: Sequence[Tensor], plan: PrefillPlan) -> None:
+        """The same for segments of many rows."""
+        scratch = torch.empty(torch.get_num_threads() * SPAN_ROWS * plan.widest, dtype=torch.float32)
+        strides = (ctypes.c_int64 * len(ys))(*(y.stride(0) for y in ys))
+        pointers = (ctypes.c_void_p * len(ys))(*(y.data_ptr() for y in ys))
+        for layer in plan.layers:
+            self._lora_prefill(
+                *(_pointer(x), sites.a, sites.b, pointers, sites.out, strides, _i64(len(ys)), _i64(x.shape[-1])),
+                *(plan.t1, plan.r0, plan.r1, plan.weight, layer.segment, layer.start, _i64(layer.pieces)),
+                *(_pointer(scratch), _i64(plan.widest)),
+            )
+
 
 class Sites:
     """The arena matrices of linears that share their input, as the kernel wants them; keeps them alive."""
@@ -156,6 +169,41 @@ class DecodePlan:
         offsets = _sums(r1 - r0 for r0, r1, _ in flat)
         self.offset = _array(offsets)
         self.rows = offsets[-1]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Pieces of segments none of which overlap."""
+
+    segment: ctypes.Array[ctypes.c_int64]
+    start: ctypes.Array[ctypes.c_int64]
+    pieces: int
+
+
+class PrefillPlan:
+    """Which arena rows apply to which spans of rows, cut into pieces for the threads."""
+
+    def __init__(self, segments: Sequence[tuple[int, int, int, int, float]]) -> None:
+        """segments: (t0, t1, r0, r1, weight) as in `reference.lora_add`."""
+        self.t1 = _array([t1 for _, t1, _, _, _ in segments])
+        self.r0 = _array([r0 for _, _, r0, _, _ in segments])
+        self.r1 = _array([r1 for _, _, _, r1, _ in segments])
+        self.weight = (ctypes.c_float * len(segments))(*(weight for *_, weight in segments))
+        self.widest = max(r1 - r0 for _, _, r0, r1, _ in segments)
+        # Several adapters on the same rows go one after the other: their threads would write to the same outputs.
+        apart: list[list[int]] = []
+        for index, (t0, t1, *_) in enumerate(segments):
+            layer = next(
+                (known for known in apart if all(t1 <= segments[i][0] or t0 >= segments[i][1] for i in known)), None
+            )
+            if layer is None:
+                apart.append([index])
+            else:
+                layer.append(index)
+        self.layers = []
+        for layer in apart:
+            pieces = [(i, t) for i in layer for t in range(segments[i][0], segments[i][1], SPAN_ROWS)]
+            self.layers.append(_Layer(_array([i for i, _ in pieces]), _array([t for _, t in pieces]), len(pieces)))
 
 
 @functools.cache

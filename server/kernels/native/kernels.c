@@ -115,8 +115,14 @@ void NAME(lora_decode)(const T *x, const T *const *a, const T *const *b, T *cons
       for (int64_t j = 0; j < token_count; j++) {
         const T *row = x + tokens[j] * in;
         for (int64_t i = first[j]; i < first[j + 1]; i++)
-          for (int64_t r = r0[i]; r < r1[i]; r++)
-            h[s * total + offset[i] + r - r0[i]] = w[i] * NAME(dot)(row, a[s] + r * in, in);
+          for (int64_t r = r0[i]; r < r1[i]; r += 4) {
+            const T *rows[4];
+            float sums[4];
+            for (int j4 = 0; j4 < 4; j4++) rows[j4] = a[s] + (r + j4 < r1[i] ? r + j4 : r) * in;
+            NAME(dots)(rows, row, in, sums);
+            for (int64_t j4 = 0; j4 < 4 && r + j4 < r1[i]; j4++)
+              h[s * total + offset[i] + r + j4 - r0[i]] = w[i] * sums[j4];
+          }
       }
     /* Halves of a token's outputs, so that one token alone still uses two cores. */
 #pragma omp for schedule(static) collapse(3)
@@ -142,4 +148,52 @@ void NAME(lora_decode)(const T *x, const T *const *a, const T *const *b, T *cons
           }
         }
   }
+}
+
+/* The same for prompts: segments of many rows, each with one adapter. t0, t1, r0, r1, w: of segment i; piece i is rows
+ * piece_t[i] .. piece_t[i] + SPAN of segment piece_of[i]. No two pieces share a row of y: segments that overlap come in
+ * different calls. scratch: [threads, SPAN * widest]. */
+void NAME(lora_prefill)(const T *x, const T *const *a, const T *const *b, T *const *y, const int64_t *out,
+                        const int64_t *stride, int64_t sites, int64_t in, const int64_t *t1, const int64_t *r0,
+                        const int64_t *r1, const float *w, const int64_t *piece_of, const int64_t *piece_t,
+                        int64_t pieces, float *scratch, int64_t widest) {
+#pragma omp parallel for schedule(dynamic, 1) collapse(2)
+  for (int64_t s = 0; s < sites; s++)
+    for (int64_t p = 0; p < pieces; p++) {
+      float *h = scratch + omp_get_thread_num() * SPAN * widest;
+      const int64_t i = piece_of[p], from = piece_t[p], rank = r1[i] - r0[i];
+      const int64_t rows = t1[i] - from < SPAN ? t1[i] - from : SPAN;
+      for (int64_t r = 0; r < rank; r++)
+        for (int64_t t = 0; t < rows; t += 4) {
+          const T *inputs[4];
+          float sums[4];
+          for (int j = 0; j < 4; j++) inputs[j] = x + (from + (t + j < rows ? t + j : t)) * in;
+          NAME(dots)(inputs, a[s] + (r0[i] + r) * in, in, sums);
+          for (int64_t j = 0; j < 4 && t + j < rows; j++) h[(t + j) * widest + r] = w[i] * sums[j];
+        }
+      const int64_t n = out[s];
+      for (int64_t c = 0; c < n; c += 32) {
+        const int64_t wide = n - c < 32 ? n - c : 32;
+        for (int64_t t = 0; t < rows; t += 4) {
+          const int64_t four = rows - t < 4 ? rows - t : 4;
+          float acc[4][32];
+          for (int64_t j = 0; j < 4; j++)
+            for (int64_t k = 0; k < 32; k++)
+              acc[j][k] = j < four && k < wide ? LOAD(y[s][(from + t + j) * stride[s] + c + k]) : 0.0f;
+          for (int64_t r = 0; r < rank; r++) {
+            const T *row = b[s] + (r0[i] + r) * n + c;
+            float v[4];
+            for (int64_t j = 0; j < 4; j++) v[j] = j < four ? h[(t + j) * widest + r] : 0.0f;
+            if (wide == 32)
+              for (int64_t j = 0; j < 4; j++)
+                for (int64_t k = 0; k < 32; k++) acc[j][k] += v[j] * LOAD(row[k]);
+            else
+              for (int64_t j = 0; j < 4; j++)
+                for (int64_t k = 0; k < wide; k++) acc[j][k] += v[j] * LOAD(row[k]);
+          }
+          for (int64_t j = 0; j < four; j++)
+            for (int64_t k = 0; k < wide; k++) y[s][(from + t + j) * stride[s] + c + k] = STORE(acc[j][k]);
+        }
+      }
+    }
 }

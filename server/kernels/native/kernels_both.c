@@ -1,3 +1,6 @@
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -5,6 +8,7 @@
 
 #define MAX_WIDTH 512 /* of a head */
 #define CHUNK 128
+#define SPAN 16 /* rows of a prompt taken together */
 
 typedef uint16_t bf16;
 
@@ -41,6 +45,38 @@ static inline float exponential(float x) {
   float two_n;
   memcpy(&two_n, &bits, 4);
   return p * two_n;
+}
+
+/* Sums of four products a_i . b over n, each in one fixed order, whichever four are asked for together. */
+static inline void dots_bf16(const bf16 *const a[4], const bf16 *b, int64_t n, float sums[4]) {
+  int64_t i = 0;
+  float tail[4] = {0, 0, 0, 0};
+#ifdef __AVX512BF16__
+  __m512 acc[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (; i + 32 <= n; i += 32) {
+    const __m512bh right = (__m512bh)_mm512_loadu_si512(b + i);
+    for (int j = 0; j < 4; j++) acc[j] = _mm512_dpbf16_ps(acc[j], (__m512bh)_mm512_loadu_si512(a[j] + i), right);
+  }
+  for (int j = 0; j < 4; j++) tail[j] = _mm512_reduce_add_ps(acc[j]);
+#endif
+  for (; i < n; i++)
+    for (int j = 0; j < 4; j++) tail[j] += widen(a[j][i]) * widen(b[i]);
+  for (int j = 0; j < 4; j++) sums[j] = tail[j];
+}
+
+static inline void dots_f32(const float *const a[4], const float *b, int64_t n, float sums[4]) {
+  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const float right = b[i];
+    s0 += a[0][i] * right;
+    s1 += a[1][i] * right;
+    s2 += a[2][i] * right;
+    s3 += a[3][i] * right;
+  }
+  sums[0] = s0;
+  sums[1] = s1;
+  sums[2] = s2;
+  sums[3] = s3;
 }
 
 static inline float same(float f) { return f; }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from server.kernels import native, reference
-from server.kernels.native import DecodePlan, Native, Sites
+from server.kernels.native import DecodePlan, Native, PrefillPlan, Sites
 
 # One rounding at the end against torch's rounding after every operation.
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
@@ -126,6 +126,42 @@ def test_lora_decode(kernels: tuple[Native, torch.dtype], kind: str, weighted: b
         k.lora_decode(x, Sites(a, b), list(together.split(outs, 1)), DecodePlan(segments))
     for got, want in zip(together.split(outs, 1), expected, strict=True):
         torch.testing.assert_close(got.double(), want, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_lora_prefill(kernels: tuple[Native, torch.dtype], weighted: bool) -> None:
+    k, dtype = kernels
+    rng = random.Random()
+    ranks, starts = [4, 8, 13, 64], [0, 8, 16, 32]
+    outs = (200, 64, 33)
+    a = [(torch.randn(96, 100) * 0.1).to(dtype) for _ in outs]
+    b = [(torch.randn(96, out) * 0.1).to(dtype) for out in outs]
+    segments, at = [], 3
+    for _ in range(6):
+        adapter, length = rng.randrange(4), rng.choice([2, 5, 16, 17, 40])
+        rows = (starts[adapter], starts[adapter] + ranks[adapter])
+        segments.append((at, at + length, *rows, rng.uniform(-2, 2) if weighted else 1.0))
+        if weighted:
+            segments.append((at, at + length, 0, 4, -0.5))
+        at += length + rng.randrange(3)
+    x = torch.randn(at + 2, 100).to(dtype)
+    together = torch.randn(at + 2, sum(outs)).to(dtype)
+    expected = [part.double().clone() for part in together.split(outs, 1)]
+    for site, y in enumerate(expected):
+        reference.lora_add(y, x.double(), a[site].double(), b[site].double(), segments)
+    k.lora_prefill(x, Sites(a, b), list(together.split(outs, 1)), PrefillPlan(segments))
+    for got, want in zip(together.split(outs, 1), expected, strict=True):
+        torch.testing.assert_close(got.double(), want, **TOLERANCE[dtype])
+
+
+def test_prompt_and_decode_agree_bit_for_bit(kernels: tuple[Native, torch.dtype]) -> None:
+    k, dtype = kernels
+    a, b = torch.randn(16, 100).to(dtype), torch.randn(16, 70).to(dtype)
+    x, y = torch.randn(19, 100).to(dtype), torch.randn(19, 70).to(dtype)
+    whole, single = y.clone(), y.clone()
+    k.lora_prefill(x, Sites([a], [b]), [whole], PrefillPlan([(0, 19, 2, 13, 0.5)]))
+    k.lora_decode(x, Sites([a], [b]), [single], DecodePlan([(0, 19, 2, 13, 0.5)]))
+    assert torch.equal(whole, single)
 
 
 def test_a_row_does_not_depend_on_its_company(kernels: tuple[Native, torch.dtype]) -> None:
