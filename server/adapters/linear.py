@@ -4,34 +4,81 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from server.adapters.arena import Arena
-from server.kernels.cpu import LoraBlock, lora_add
+from server.kernels import native
+from server.kernels.cpu import LoraBlock, lora_add, lora_blocks
+from server.kernels.native import DecodePlan, PrefillPlan, Sites
+
+Segment = tuple[int, int, int, int, float]
+"""(t0, t1, r0, r1, weight): batch rows t0…t1 use arena rows r0…r1."""
+
+
+class SiteGroup:
+    """The arena matrices of linear layers that share their input, such as q, k and v."""
+
+    def __init__(self, arena: Arena, names: Sequence[str]) -> None:
+        self.a = [arena.a[name] for name in names]
+        self.b = [arena.b[name] for name in names]
+        self.native = Sites(self.a, self.b)
 
 
 class ActiveAdapters:
-    """Which arena rows belong to which tokens of the batch being run; one object shared by all wrapped layers."""
+    """Which arena rows belong to which rows of the batch being run; one object shared by all wrapped layers."""
 
-    def __init__(self) -> None:
-        self.blocks: Sequence[LoraBlock] = ()
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self._dtype = dtype
+        self._native = native.load(dtype) if device == "cpu" else None
+        self._segments: tuple[Segment, ...] = ()
+        self._decodes = 0
+        self._decode_plan: DecodePlan | None = None
+        self._prefill_plan: PrefillPlan | None = None
+        self._blocks: Sequence[LoraBlock] = ()
+
+    def use(self, segments: tuple[Segment, ...], decodes: int) -> None:
+        """Plan for a batch whose first `decodes` rows are sequences with one new token each.
+
+        Decode steps of the same sequences ask for the same plan again and again; it is made once.
+        """
+        if (segments, decodes) == (self._segments, self._decodes):
+            return
+        self._segments, self._decodes = segments, decodes
+        if self._native is None:
+            self._blocks = lora_blocks(segments, decodes, self._dtype)
+            return
+        rows = [segment for segment in segments if segment[1] <= decodes]
+        self._decode_plan = DecodePlan(rows) if rows else None
+        spans = [segment for segment in segments if segment[1] > decodes]
+        self._prefill_plan = PrefillPlan(spans) if spans else None
+
+    def add(self, x: Tensor, group: SiteGroup, ys: Sequence[Tensor]) -> None:
+        """Add every row's deltas in place; x: [T, in] contiguous, ys: one [T, out] for each site of the group."""
+        if self._native is not None:
+            if self._decode_plan is not None:
+                self._native.lora_decode(x, group.native, ys, self._decode_plan)
+            if self._prefill_plan is not None:
+                self._native.lora_prefill(x, group.native, ys, self._prefill_plan)
+        elif self._blocks:
+            for y, a, b in zip(ys, group.a, group.b, strict=True):
+                lora_add(y, x, a, b, self._blocks)
 
 
 class LoraLinear(nn.Module):
-    """y = base(x) + sum over the token's adapters of w * (x A^T) B; x: [1, T, in], y: [1, T, out]."""
+    """y = base(x) + sum over the row's adapters of w * (x A^T) B; x: [1, T, in], y: [1, T, out]."""
 
-    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, active: ActiveAdapters) -> None:
+    def __init__(self, base: nn.Linear, group: SiteGroup, active: ActiveAdapters) -> None:
         super().__init__()
-        self.base = base
-        self.a = a
-        self.b = b
+        self.base: nn.Module = base
+        self.out_features = base.out_features
+        self._group = group
         self._active = active
 
     def forward(self, x: Tensor) -> Tensor:
-        """Base plus deltas; costs nothing more when no row has an adapter."""
+        """Base plus deltas; costs next to nothing more when no row has an adapter."""
         y: Tensor = self.base(x)
-        if self._active.blocks:
-            lora_add(y[0], x[0], self.a, self.b, self._active.blocks)
+        self._active.add(x[0], self._group, [y[0]])
         return y
 
 
@@ -43,4 +90,4 @@ def wrap_linears(model: nn.Module, arena: Arena, active: ActiveAdapters) -> None
         base = owner.get_submodule(name)
         if not isinstance(base, nn.Linear):
             raise AssertionError(f"{site} is not a linear layer")
-        setattr(owner, name, LoraLinear(base, arena.a[site], arena.b[site], active))
+        setattr(owner, name, LoraLinear(base, SiteGroup(arena, [site]), active))

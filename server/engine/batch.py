@@ -61,6 +61,7 @@ def lay_out(shares: Seq[Share], page_tokens: int, device: str) -> StepBatch:
             decodes=decodes,
             pages=_page_rows([share.sequence.pages for share in rows], lengths, page_tokens, device),
             lengths=torch.tensor(lengths, dtype=torch.int64, device=device),
+            longest=max(lengths, default=0),
             masks={},
             spans=spans,
         ),

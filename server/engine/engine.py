@@ -16,6 +16,7 @@ from functools import partial
 from torch import Tensor
 
 from server.adapters.arena import Arena, row_bytes
+from server.adapters.fused import fuse
 from server.adapters.linear import ActiveAdapters, wrap_linears
 from server.adapters.residency import Residency
 from server.adapters.weights import AdapterFetch, parse_adapter
@@ -37,7 +38,6 @@ from server.errors import (
     QueueFull,
     RequestTooLarge,
 )
-from server.kernels.cpu import LoraBlock, lora_blocks
 from server.model.attention import PagedKv
 from server.model.base import BaseModel, load_base
 from server.model.runner import Runner
@@ -77,8 +77,9 @@ class Engine:
             raise BaseUnavailable(f"the KV memory holds no page: {limits.kv_memory_bytes} bytes, one page takes {page}")
         shapes = {site: (m.out_features, m.in_features) for site, m in base.linears().items()}
         arena = Arena(shapes, limits.adapter_memory_bytes // row_bytes(shapes, base.dtype), base.dtype, base.device)
-        self._active = ActiveAdapters()
+        self._active = ActiveAdapters(base.dtype, base.device)
         wrap_linears(base.model, arena, self._active)
+        fuse(base.model, arena, self._active)
         self._runner = Runner(base, pages, limits.page_tokens)
         self._pages = PageTable(pages, limits.page_tokens)
         self._changed = threading.Condition()
@@ -112,8 +113,6 @@ class Engine:
         self._closed = False
         self._awake = False
         self._snapshot = EngineSnapshot(kv_pages_total=pages)
-        # The last LoRA plan: decode steps of the same sequences need it again and again.
-        self._planned: tuple[tuple[int, tuple[tuple[int, int, int, int, float], ...]], Seq[LoraBlock]] = ((0, ()), ())
         self._thread = threading.Thread(target=self._loop, name="loraplex-engine", daemon=True)
 
     @classmethod
@@ -242,10 +241,7 @@ class Engine:
         )
 
     def _run(self, batch: StepBatch) -> Tensor:
-        key = (batch.decodes, batch.segments)
-        if key != self._planned[0]:
-            self._planned = (key, lora_blocks(batch.segments, batch.decodes, self.base.dtype))
-        self._active.blocks = self._planned[1]
+        self._active.use(batch.segments, batch.decodes)
         return self._runner.run(batch.packed)
 
     def _postprocess(self, batch: StepBatch, logits: Tensor) -> None:

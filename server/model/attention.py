@@ -45,6 +45,7 @@ class AttentionPlan:
     decodes: int
     pages: Tensor  # [decodes * P] int64
     lengths: Tensor  # [decodes] int64, new token included
+    longest: int  # the largest of lengths, 0 without decodes
     masks: dict[int | None, Tensor]  # by window: [decodes, 1, P * page_tokens] float32, filled when first asked for
     spans: Sequence[Span]
 
@@ -118,19 +119,23 @@ def paged_attention(
                 softcap=softcap,
             )
         )
-    for span in plan.spans:
-        parts.append(
-            cpu.prefill_attention(
-                q[span.t0 : span.t1],
-                k.index_select(1, span.slots),
-                v.index_select(1, span.slots),
-                scale=scaling,
-                window=sliding_window,
-                softcap=softcap,
-            )
-        )
+    parts += [prefill(q, k, v, span, scaling, sliding_window, softcap) for span in plan.spans]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out[None], None
+
+
+def prefill(
+    q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """A span's attention over the cache: q [T, Hq, D] of the whole batch, k, v [Hkv, slots, D] → [t1 - t0, Hq, D]."""
+    return cpu.prefill_attention(
+        q[span.t0 : span.t1],
+        k.index_select(1, span.slots),
+        v.index_select(1, span.slots),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
 
 
 def decode_mask(plan: AttentionPlan, page_tokens: int, window: int | None) -> Tensor:

@@ -87,7 +87,7 @@ def test_decode_attention_equals_its_meaning(
     )
     widest = max(map(len, pages))
     padded = torch.tensor([p + [p[0]] * (widest - len(p)) for p in pages]).view(-1)
-    plan = AttentionPlan(torch.empty(0), len(lengths), padded, torch.tensor(lengths), {}, ())
+    plan = AttentionPlan(torch.empty(0), len(lengths), padded, torch.tensor(lengths), max(lengths), {}, ())
     got = cpu.decode_attention(
         q, k, v, padded, decode_mask(plan, page, window), page_tokens=page, scale=0.3, softcap=softcap
     )

@@ -1,0 +1,173 @@
+"""Decoder layers with fewer, larger operations, for the families whose layers look like Llama's.
+
+q, k and v are one matrix product, and so are gate and up; rotation, cache writes, attention of single tokens, norms
+and activations are native kernels. The layer around them, and every other family, stays transformers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from server.adapters.arena import Arena
+from server.adapters.linear import ActiveAdapters, LoraLinear, SiteGroup
+from server.kernels import native
+from server.kernels.native import MAX_HEAD_WIDTH, Native
+from server.model.attention import AttentionPlan, PagedKv, prefill
+from server.model.packed import pack_output_head, packed_linear
+
+# Families whose attention, MLP and norm compute exactly what the modules below do.
+_FAMILIES = ("Llama", "Mistral", "Qwen2")
+
+
+class JointLinear(nn.Module):
+    """Linear layers that share their input, their adapters included: x [T, in] → [T, sum of out]."""
+
+    def __init__(self, linears: Sequence[LoraLinear], group: SiteGroup, active: ActiveAdapters) -> None:
+        super().__init__()
+        self._whole = _joined([linear.base for linear in linears])
+        # The single layers' weights are let go where the joint one has them.
+        self._parts = nn.ModuleList(() if self._whole is not None else (linear.base for linear in linears))
+        self._widths = [linear.out_features for linear in linears]
+        self._group = group
+        self._active = active
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All outputs side by side."""
+        if self._whole is not None:
+            y: Tensor = self._whole(x)
+        else:
+            y = torch.cat([part(x) for part in self._parts], -1)
+        self._active.add(x, self._group, torch.split(y, self._widths, -1))
+        return y
+
+
+def _joined(linears: Sequence[nn.Module]) -> nn.Module | None:
+    """One layer for several plain ones; None where they are quantized."""
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return None
+    plain = [cast(nn.Linear, linear) for linear in linears]
+    joined = nn.Linear(plain[0].in_features, 1, bias=False)
+    joined.weight = nn.Parameter(torch.cat([linear.weight.data for linear in plain]), requires_grad=False)
+    joined.out_features = joined.weight.shape[0]
+    if all(linear.bias is not None for linear in plain):
+        joined.bias = nn.Parameter(torch.cat([linear.bias.data for linear in plain]), requires_grad=False)
+    return packed_linear(joined)
+
+
+class FusedAttention(nn.Module):
+    """Self-attention of Llama's kind over paged keys and values."""
+
+    def __init__(self, attention: Any, qkv: JointLinear, out: LoraLinear, kernels: Native) -> None:
+        super().__init__()
+        self.layer_idx = int(attention.layer_idx)
+        self._scaling = float(attention.scaling)
+        self._window = getattr(attention, "sliding_window", None)
+        self._heads = attention.q_proj.out_features // attention.head_dim
+        self._qkv = qkv
+        self._out = out
+        self._kernels = kernels
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        paged: tuple[PagedKv, AttentionPlan],
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states: [1, T, hidden] → ([1, T, hidden], None)."""
+        kv, plan = paged
+        k, v = kv.k[self.layer_idx], kv.v[self.layer_idx]
+        cos, sin = position_embeddings
+        qkv = self._qkv(hidden_states[0])
+        q = self._kernels.rope_store(qkv, cos[0], sin[0], plan.write_slots, k, v, self._heads)
+        parts = []
+        if plan.decodes:
+            parts.append(
+                self._kernels.paged_decode(
+                    q[: plan.decodes],
+                    k,
+                    v,
+                    plan.pages,
+                    plan.lengths,
+                    plan.longest,
+                    kv.page_tokens,
+                    self._scaling,
+                    self._window,
+                    None,
+                )
+            )
+        parts += [prefill(q, k, v, span, self._scaling, self._window, None) for span in plan.spans]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._out(out.reshape(1, q.shape[0], -1)), None
+
+
+class FusedMlp(nn.Module):
+    """down(silu(gate(x)) * up(x)); x: [1, T, hidden]."""
+
+    def __init__(self, gate_up: JointLinear, down: LoraLinear, kernels: Native) -> None:
+        super().__init__()
+        self._gate_up = gate_up
+        self._down = down
+        self._kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, T, hidden]."""
+        y: Tensor = self._down(self._kernels.silu_mul(self._gate_up(x[0]))[None])
+        return y
+
+
+class NativeRmsNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight."""
+
+    def __init__(self, norm: Any, kernels: Native) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self._eps = float(norm.variance_epsilon)
+        self._kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of x's shape."""
+        return self._kernels.rms_norm(x, self.weight, self._eps)
+
+
+def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters) -> int:
+    """Replace what can be replaced in a model whose linears are wrapped; returns the number of layers fused.
+
+    0 where the family is another, where there are no native kernels, or off the CPU.
+    """
+    family = type(model).__name__.removesuffix("ForCausalLM")
+    kernels = native.load(cast(torch.dtype, model.dtype)) if cast(torch.device, model.device).type == "cpu" else None
+    if family not in _FAMILIES or kernels is None:
+        return 0
+    layers = [
+        (name, module) for name, module in model.named_modules() if type(module).__name__ == f"{family}DecoderLayer"
+    ]
+    for name, layer in layers:
+        _fuse_layer(cast(Any, layer), name, arena, active, kernels)
+    pack_output_head(model)
+    decoder = cast(Any, model).model
+    decoder.norm = NativeRmsNorm(decoder.norm, kernels)
+    return len(layers)
+
+
+def _fuse_layer(layer: Any, name: str, arena: Arena, active: ActiveAdapters, kernels: Native) -> None:
+    attention, mlp = layer.self_attn, layer.mlp
+    if attention.head_dim <= MAX_HEAD_WIDTH:
+        qkv = _joint(attention, f"{name}.self_attn", ("q_proj", "k_proj", "v_proj"), arena, active)
+        layer.self_attn = FusedAttention(attention, qkv, attention.o_proj, kernels)
+    if isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation":
+        gate_up = _joint(mlp, f"{name}.mlp", ("gate_proj", "up_proj"), arena, active)
+        layer.mlp = FusedMlp(gate_up, mlp.down_proj, kernels)
+    attention.o_proj.base = packed_linear(attention.o_proj.base)
+    mlp.down_proj.base = packed_linear(mlp.down_proj.base)
+    layer.input_layernorm = NativeRmsNorm(layer.input_layernorm, kernels)
+    layer.post_attention_layernorm = NativeRmsNorm(layer.post_attention_layernorm, kernels)
+
+
+def _joint(owner: Any, path: str, names: Sequence[str], arena: Arena, active: ActiveAdapters) -> JointLinear:
+    group = SiteGroup(arena, [f"{path}.{name}" for name in names])
+    return JointLinear([getattr(owner, name) for name in names], group, active)

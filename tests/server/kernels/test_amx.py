@@ -1,0 +1,28 @@
+"""The packed matrix product against torch in float64."""
+
+import pytest
+import torch
+
+from server.kernels.native import amx
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, 40, 97])
+@pytest.mark.parametrize(("out_features", "in_features"), [(32, 32), (576, 576), (96, 1536)])
+def test_multiply(rows: int, out_features: int, in_features: int) -> None:
+    weight = torch.randn(out_features, in_features).bfloat16()
+    packed = amx.pack(weight)
+    if packed is None:
+        pytest.skip("no AMX or no C compiler on this machine")
+    x, bias = torch.randn(rows, in_features).bfloat16(), torch.randn(out_features).bfloat16()
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    got = packed.multiply(x, bias)
+    # One rounding to 8 bits of mantissa, and float32 sums.
+    torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-3)
+    assert torch.equal(packed.dense(), weight)
+    # A row alone gives the same bits as in company.
+    assert torch.equal(packed.multiply(x[-1:], bias)[0], got[-1])
+
+
+def test_what_cannot_be_packed_is_left_alone() -> None:
+    assert amx.pack(torch.randn(64, 64)) is None
+    assert amx.pack(torch.randn(40, 64).bfloat16()) is None
