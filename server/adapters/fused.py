@@ -46,16 +46,19 @@ class JointLinear(nn.Module):
 
 
 def _joined(linears: Sequence[nn.Module]) -> nn.Module | None:
-    """One layer for several plain ones; None where they are quantized."""
-    if any(type(linear) is not nn.Linear for linear in linears):
-        return None
+    """One layer for several; None where they are quantized in a way that cannot be joined."""
+    packed = packed_linear(*linears)
+    if packed is not None or any(type(linear) is not nn.Linear for linear in linears):
+        return packed
     plain = [cast(nn.Linear, linear) for linear in linears]
     joined = nn.Linear(plain[0].in_features, 1, bias=False)
     joined.weight = nn.Parameter(torch.cat([linear.weight.data for linear in plain]), requires_grad=False)
     joined.out_features = joined.weight.shape[0]
     if all(linear.bias is not None for linear in plain):
         joined.bias = nn.Parameter(torch.cat([linear.bias.data for linear in plain]), requires_grad=False)
-    return packed_linear(joined)
+    elif any(linear.bias is not None for linear in plain):
+        return None
+    return joined
 
 
 class FusedAttention(nn.Module):
@@ -162,8 +165,8 @@ def _fuse_layer(layer: Any, name: str, arena: Arena, active: ActiveAdapters, ker
     if isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation":
         gate_up = _joint(mlp, f"{name}.mlp", ("gate_proj", "up_proj"), arena, active)
         layer.mlp = FusedMlp(gate_up, mlp.down_proj, kernels)
-    attention.o_proj.base = packed_linear(attention.o_proj.base)
-    mlp.down_proj.base = packed_linear(mlp.down_proj.base)
+    for out in (attention.o_proj, mlp.down_proj):
+        out.base = packed_linear(out.base) or out.base
     layer.input_layernorm = NativeRmsNorm(layer.input_layernorm, kernels)
     layer.post_attention_layernorm = NativeRmsNorm(layer.post_attention_layernorm, kernels)
 

@@ -69,25 +69,26 @@ def test_twelve_ranks_in_one_batch_equal_peft(exact: Engine, smollm2: Path, real
         torch.testing.assert_close(own_logprobs(answer), chosen(logprobs, answer), rtol=0, atol=1e-4)
 
 
-def test_nf4_is_as_near_to_the_exact_answer_as_peft_is(
-    smollm2: Path, real_adapters: dict[str, Path], directory_fetch: Callable[..., Any]
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_bfloat16_is_as_near_to_the_exact_answer_as_peft_is(
+    quantization: str, smollm2: Path, real_adapters: dict[str, Path], directory_fetch: Callable[..., Any]
 ) -> None:
-    """The same NF4 base in bfloat16, against PEFT in bfloat16 and against float32 arithmetic on the same 4-bit codes.
+    """The same base in bfloat16, against PEFT in bfloat16 and against float32 arithmetic on the same (4-bit) weights.
 
     bfloat16 kernels of different shapes round differently, so tokens at near-ties may differ and equality is not
     the measure. The error that bfloat16 costs PEFT is: ours may not be clearly larger, on the mean over all tokens
     (x1.5) nor at the worst one (x2.5).
     """
     adapters = {kind: real_adapters[kind] for kind in ("r4", "r16", "r64")}
-    engines = engine_for(smollm2, directory_fetch(adapters), "nf4", "bfloat16")
+    engines = engine_for(smollm2, directory_fetch(adapters), quantization, "bfloat16")
     engine = next(engines)
     kinds = [*adapters, ""]
     requests = requests_for(engine, kinds)
     answers = engine.generate(requests)
     next(engines, None)
 
-    rounded = peft_model(nf4_model(smollm2, torch.bfloat16), adapters)
-    exact = peft_model(nf4_model(smollm2, torch.float32), adapters)
+    rounded = peft_model(loaded(smollm2, quantization, torch.bfloat16), adapters)
+    exact = peft_model(loaded(smollm2, quantization, torch.float32), adapters)
     for module in exact.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # else its kernel computes in bfloat16 whatever it is given
@@ -151,7 +152,9 @@ def greedy(model: Any, prompt: tuple[int, ...]) -> list[int]:
     return list(out[0, len(prompt) :].tolist())
 
 
-def nf4_model(base: Path, dtype: torch.dtype) -> Any:
+def loaded(base: Path, quantization: str, dtype: torch.dtype) -> Any:
+    if quantization == "none":
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     return AutoModelForCausalLM.from_pretrained(
         base,
         dtype=dtype,

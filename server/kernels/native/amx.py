@@ -25,8 +25,8 @@ class PackedWeight:
         self._gemm = library.amx_gemm
         contiguous = weight.contiguous()
         library.amx_pack(
-            ctypes.c_void_p(contiguous.data_ptr()),
-            ctypes.c_void_p(self._packed.data_ptr()),
+            _pointer(contiguous),
+            _pointer(self._packed),
             ctypes.c_int64(self.out_features),
             ctypes.c_int64(self.in_features),
         )
@@ -34,20 +34,11 @@ class PackedWeight:
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x w^T + bias, summed in float32, rounded once; x: [rows, in] bfloat16 → [rows, out]."""
         rows = x.shape[0]
+        x = _whole_tiles(x)
         y = torch.empty(rows, self.out_features, dtype=torch.bfloat16)
-        if rows % _TILE_ROWS or not x.is_contiguous():
-            padded = torch.zeros(-(-rows // _TILE_ROWS) * _TILE_ROWS, self.in_features, dtype=torch.bfloat16)
-            padded[:rows] = x
-            x = padded
         self._gemm(
-            ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_void_p(self._packed.data_ptr()),
-            ctypes.c_void_p(bias.data_ptr() if bias is not None else 0),
-            ctypes.c_void_p(y.data_ptr()),
-            ctypes.c_int64(rows),
-            ctypes.c_int64(self.out_features),
-            ctypes.c_int64(self.in_features),
-            ctypes.c_int64(self.out_features),
+            *(_pointer(t) for t in (x, self._packed, bias, y)),
+            *(ctypes.c_int64(size) for size in (rows, self.out_features, self.in_features, self.out_features)),
         )
         return y
 
@@ -55,6 +46,56 @@ class PackedWeight:
         """The weight [out, in] again."""
         blocks = self._packed.view(self.out_features // BLOCK, self.in_features // BLOCK, 2, 16, 16, 2)
         return blocks.permute(0, 2, 4, 1, 3, 5).reshape(self.out_features, self.in_features)
+
+
+class PackedNf4:
+    """A weight [out, in] in bitsandbytes' NF4, its codes in tile order: half a byte a weight is all a step reads."""
+
+    def __init__(self, library: ctypes.CDLL, codes: Tensor, scales: Tensor, levels: Tensor) -> None:
+        """codes: [out, in] uint8 below 16; scales: [out, in / 64] float32; levels: [16] float32."""
+        self.out_features, self.in_features = codes.shape
+        blocks, steps = self.out_features // BLOCK, self.in_features // BLOCK
+        tiles = codes.view(blocks, 2, 16, steps, 16, 2).permute(0, 3, 1, 4, 2, 5)
+        self._codes = (tiles[..., 0] | tiles[..., 1] << 4).contiguous()
+        self._scales = scales.view(blocks, 2, 16, steps // 2).permute(0, 3, 1, 2).contiguous()
+        self._levels = levels.contiguous()
+        self._gemm = library.amx_gemm_nf4
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x w^T + bias with w rounded to bfloat16, summed in float32; x: [rows, in] bfloat16 → [rows, out]."""
+        rows = x.shape[0]
+        x = _whole_tiles(x)
+        y = torch.empty(rows, self.out_features, dtype=torch.bfloat16)
+        buffer = torch.empty(torch.get_num_threads() * BLOCK * self.in_features, dtype=torch.bfloat16)
+        self._gemm(
+            *(_pointer(t) for t in (x, self._codes, self._scales, self._levels, bias, y)),
+            *(ctypes.c_int64(size) for size in (rows, self.out_features, self.in_features, self.out_features)),
+            _pointer(buffer),
+        )
+        return y
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+
+
+def _whole_tiles(x: Tensor) -> Tensor:
+    """x [rows, in] with rows of zeros up to a whole tile."""
+    rows = x.shape[0]
+    if rows % _TILE_ROWS == 0:
+        return x.contiguous()
+    padded = torch.zeros(-(-rows // _TILE_ROWS) * _TILE_ROWS, x.shape[1], dtype=x.dtype)
+    padded[:rows] = x
+    return padded
+
+
+def pack_nf4(codes: Tensor, scales: Tensor, levels: Tensor) -> PackedNf4 | None:
+    """NF4 codes [out, in], scales [out, in / 64] and the 16 levels packed, or None where `pack` would say None."""
+    out_features, in_features = codes.shape
+    library = _library()
+    if library is None or out_features % BLOCK or in_features % (2 * BLOCK) or codes.device.type != "cpu":
+        return None
+    return PackedNf4(library, codes, scales, levels)
 
 
 def pack(weight: Tensor) -> PackedWeight | None:
@@ -73,5 +114,6 @@ def _library() -> ctypes.CDLL | None:
     library = build("gemm_amx.c", (), ("-mamx-tile", "-mamx-bf16"))
     if library is None or library.amx_request() != 0:
         return None
-    library.amx_gemm.restype = library.amx_pack.restype = None
+    for function in (library.amx_gemm, library.amx_gemm_nf4, library.amx_pack):
+        function.restype = None
     return library
