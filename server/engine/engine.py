@@ -246,6 +246,9 @@ class Engine:
         if key != self._planned[0]:
             self._planned = (key, lora_blocks(batch.segments, batch.decodes, self.base.dtype))
         self._active.blocks = self._planned[1]
+        rope = self._runner.long_rope
+        if rope is not None:
+            rope.select(((s.tokens, len(s.sequence.tokens)) for s in batch.shares), self.base.device)
         return self._runner.run(batch.packed)
 
     def _postprocess(self, batch: StepBatch, logits: Tensor) -> None:
@@ -260,6 +263,9 @@ class Engine:
                 continue
             before = sequence.last_token
             delta = sequence.advance(choice)
+            rope = self._runner.long_rope
+            if rope is not None and len(sequence.tokens) == rope.switch + 1:
+                sequence.computed = 0  # all of its tokens rotate differently from here on
             if before is None:
                 self._observer.first_token(request, (sequence.first_token or 0.0) - request.arrival)
             else:
