@@ -18,7 +18,7 @@ class ActiveAdapters:
 
 
 class LoraLinear(nn.Module):
-    """y = base(x) + sum over the token's adapters of w * (x A^T) B; x: [1, T, in], y: [1, T, out]."""
+    """y = base(x) + sum over the token's adapters of w * (x A^T) B; x: [1, T, in] or [T, in], y alike."""
 
     def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, active: ActiveAdapters) -> None:
         super().__init__()
@@ -31,7 +31,8 @@ class LoraLinear(nn.Module):
         """Base plus deltas; costs nothing more when no row has an adapter."""
         y: Tensor = self.base(x)
         if self._active.blocks:
-            lora_add(y[0], x[0], self.a, self.b, self._active.blocks)
+            # Rows come as [1, T, in] from most callers, as [T, in] from a mixture's shared expert.
+            lora_add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.a, self.b, self._active.blocks)
         return y
 
 

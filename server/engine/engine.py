@@ -16,11 +16,13 @@ from functools import partial
 from torch import Tensor
 
 from server.adapters.arena import Arena, row_bytes
+from server.adapters.base_weights import BaseWeights
 from server.adapters.linear import ActiveAdapters, wrap_linears
+from server.adapters.parts import PartsHooks
 from server.adapters.residency import Residency
 from server.adapters.weights import AdapterFetch, parse_adapter
 from server.config import EngineLimits, ModelConfig
-from server.engine.batch import StepBatch, lay_out
+from server.engine.batch import StepBatch, lay_out, part_spans
 from server.engine.kv_cache import PageTable
 from server.engine.observer import EngineObserver, EngineSnapshot, Unobserved
 from server.engine.outbox import BlockingOutbox, Outbox
@@ -78,6 +80,8 @@ class Engine:
         shapes = {site: (m.out_features, m.in_features) for site, m in base.linears().items()}
         arena = Arena(shapes, limits.adapter_memory_bytes // row_bytes(shapes, base.dtype), base.dtype, base.device)
         self._active = ActiveAdapters()
+        modules = BaseWeights(base.model)
+        self._part_hooks = PartsHooks(modules.modules, modules.head)
         wrap_linears(base.model, arena, self._active)
         self._runner = Runner(base, pages, limits.page_tokens)
         self._pages = PageTable(pages, limits.page_tokens)
@@ -91,10 +95,12 @@ class Engine:
                 base=base.identity,
                 dtype=base.dtype,
                 max_rank=limits.max_adapter_rank,
+                modules=modules,
             ),
             limits.host_adapter_memory_bytes,
             wake=self._wake,
             loaded=self._observer.adapter_loaded,
+            parts_bytes=limits.adapter_parts_memory_bytes,
         )
         self._scheduler = Scheduler(
             self._pages,
@@ -246,6 +252,8 @@ class Engine:
         if key != self._planned[0]:
             self._planned = (key, lora_blocks(batch.segments, batch.decodes, self.base.dtype))
         self._active.blocks = self._planned[1]
+        tokens, sampled = part_spans(batch)
+        self._part_hooks.activate(tokens, sampled, (batch.packed.token_ids.shape[0], len(batch.sampling)))
         rope = self._runner.long_rope
         if rope is not None:
             rope.select(((s.tokens, len(s.sequence.tokens)) for s in batch.shares), self.base.device)

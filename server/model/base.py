@@ -57,12 +57,15 @@ class BaseModel:
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def linears(self) -> dict[str, nn.Linear]:
-        """Every linear layer that an adapter may target, by its module path; the output head is not among them."""
+        """Every linear layer that an adapter may target, by its module path; the output head is not among them.
+
+        Nor are linears of a mixture's experts: each sees only the tokens routed to it.
+        """
         head = self.model.get_output_embeddings()
         return {
             name: module
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
+            if isinstance(module, nn.Linear) and module is not head and ".experts." not in name
         }
 
 
