@@ -51,7 +51,8 @@ class BaseWeights:
         if scales is None:
             scales = getattr(getattr(module, "state", None), "SCB", None)
         if weight.dtype == torch.int8 and scales is not None:
-            return weight.detach().float() * (scales.float() / 127.0)[:, None]
+            dense: Tensor = weight.detach().float() * (scales.float() / 127.0)[:, None]
+            return dense
         raise UnsupportedAdapter(f"the weight of {path} is stored in a form that cannot be read back, which DoRA needs")
 
     @torch.inference_mode()
@@ -75,7 +76,8 @@ def _dense_4bit(weight: Any, state: Any) -> Tensor:
     if not getattr(state, "packing_format_for_cpu", False):
         if data.shape == state.shape or data.numel() * 2 != state.shape.numel():
             raise UnsupportedAdapter("a weight is stored in a form that cannot be read back, which DoRA needs")
-        return functional.dequantize_4bit(data, state).float()
+        dense: Tensor = functional.dequantize_4bit(data, state).float()
+        return dense
     rows, columns = state.shape
     # As `functional._convert_weight_packed_for_cpu` lays it out: blocks of 32 rows; a byte holds row i in its low and
     # row i + 32 of a 64-long run in its high half; scales are [in / block, out] in bfloat16.
@@ -83,4 +85,5 @@ def _dense_4bit(weight: Any, state: Any) -> Tensor:
     runs = torch.cat([packed & 0xF, packed >> 4], dim=-1)
     codes = runs.reshape(rows // 32, columns // 2, 32, 2).transpose(1, 2).reshape(rows, columns)
     scales = state.absmax.T.float().repeat_interleave(state.blocksize, dim=1)
-    return state.code.float()[codes.long()] * scales
+    unpacked: Tensor = state.code.float()[codes.long()] * scales
+    return unpacked

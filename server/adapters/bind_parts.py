@@ -136,7 +136,7 @@ class _Binder:
         self, path: str, module: Any, given: Given, pair: tuple[Tensor, Tensor] | None, in_arena: bool
     ) -> ModuleParts:
         scaling = 0.0 if pair is None else self._config.scaling(path, pair[0].shape[0])
-        own_bias = getattr(module, "bias", None)
+        own_bias: Any = getattr(module, "bias", None)
         out = _weight(module).shape[-1 if isinstance(module, nn.Embedding) else 0]
         scale = factor = None
         shift = torch.zeros(out)
@@ -177,7 +177,7 @@ class _Binder:
         weight = self._base.dense(path)
         a, b = (half.float().to(weight.device) for half in pair)
         norms = torch.linalg.norm(torch.addmm(weight, b, a, alpha=scaling), dim=1)
-        factor = _fitting(path, magnitude, tuple(norms.shape)).float() / norms.cpu()
+        factor: Tensor = _fitting(path, magnitude, tuple(norms.shape)).float() / norms.cpu()
         if not torch.isfinite(factor).all():
             raise UnsupportedAdapter(f"DoRA on {path}: a row of the adapted weight is zero, so it has no direction")
         return factor

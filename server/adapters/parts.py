@@ -79,7 +79,9 @@ class ModuleParts:
 
 
 def _moved(parts: _Moved, device: str) -> _Moved:
-    moved = {name: value.to(device) for name, value in vars(parts).items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(parts).items() if isinstance(value, Tensor)
+    }
     return replace(parts, **moved)
 
 
@@ -157,10 +159,9 @@ class PartsHooks:
         if active is None:
             return y
         embedding = isinstance(self._modules[path], nn.Embedding)
-        # Rows come as [1, T, ...] from most callers, as [T, ...] from a mixture's shared expert.
-        batched = x.dim() > (1 if embedding else 2)
-        inputs, out = (x[0], y[0]) if batched else (x, y)
-        if (batched and x.shape[0] != 1) or out.shape[0] != self._rows[path == self._head]:
+        rows = self._rows[path == self._head]
+        inputs, out = _by_row(x, rows, 1 if embedding else 2), _by_row(y, rows, 2)
+        if inputs is None or out is None:
             raise AssertionError(f"{path} is not called once with every row, so its parts cannot be applied")
         # All from the base's own output, before any is added.
         deltas = [(t0, t1, w * _affine(parts, out[t0:t1])) for t0, t1, w, parts in active if _has_affine(parts)]
@@ -171,6 +172,22 @@ class PartsHooks:
         for t0, t1, delta in deltas:
             out[t0:t1] += delta
         return y
+
+
+def _by_row(x: Tensor, rows: int, depth: int) -> Tensor | None:
+    """A view of x with the batch's rows first, or None; `depth`: x's dimensions without a batch dimension.
+
+    Most callers give [1, T, width], a mixture's shared expert [T, width], norms over heads [1, T, H, D] or
+    [1, H, T, D]. These are told apart by size, and where T = H by stride: a token's heads lie together.
+    """
+    if x.dim() > depth:
+        if x.shape[0] != 1:
+            return None
+        x = x[0]
+    if x.dim() == 3:
+        fitting = [axis for axis in (0, 1) if x.shape[axis] == rows]
+        return x.movedim(max(fitting, key=x.stride), 0) if fitting else None
+    return x if x.shape[0] == rows else None
 
 
 def _has_affine(parts: ModuleParts) -> bool:

@@ -13,11 +13,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from server.config import EngineLimits, ModelConfig
 from server.engine.engine import Completion, Engine
 from server.engine.request import AdapterUse, Request, Stopping
+from server.errors import TensorUnbound, UnsupportedAdapter, UnsupportedArchitecture
+from server.model.base import load_base
 from tests.conftest import write_byte_tokenizer
 
 NEW_TOKENS = 32
@@ -199,3 +202,111 @@ def test_a_family_equals_generate(
         engine.close()
     for kind, prompt, answer in zip(kinds, prompts, answers, strict=True):
         assert_same(answer, *generated(models[kind], prompt))
+
+
+# What differs between families for an adapter's parts beside its rank rows: scaled embeddings, soft-capped and tied
+# heads, norms over heads, fused and shared linears.
+PARTS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "saved": {"modules_to_save": ["norm", "embed_tokens"], "target_modules": ["o_proj"]},
+    "tokens": {"trainable_token_indices": [5, 80, 81, 299], "target_modules": ["o_proj"]},
+    "embedding": {"target_modules": ["o_proj", "embed_tokens"]},
+    "head": {"target_modules": ["o_proj", "lm_head"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gemma3", "phi3-longrope", "olmo2", "qwen2-moe"])
+def test_every_part_in_every_family(
+    name: str, tmp_path: Path, directory_fetch: Callable[[dict[str, Path]], Any]
+) -> None:
+    family = FAMILIES[name]
+    base = tmp_path / "base"
+    write_family(base, family)
+    adapters, models = {}, {}
+    for kind, settings in PARTS.items():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        config = {"r": 4, "lora_alpha": 8, "target_modules": list(family.targets), "task_type": "CAUSAL_LM", **settings}
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**config))
+        with torch.no_grad():
+            for key, parameter in adapted.named_parameters():
+                if parameter.requires_grad and "lora_A" not in key:
+                    parameter += torch.randn_like(parameter) * 0.05 * max(1.0, float(parameter.abs().mean()))
+        adapted.save_pretrained(tmp_path / kind)
+        adapters[kind] = tmp_path / kind
+        models[kind] = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / kind)
+    prompts = {kind: [*random.choices(range(256), k=random.choice([3, 40, 70])), 5, 80] for kind in PARTS}
+    engine = build(base, directory_fetch(adapters))
+    try:
+        answers = engine.generate([request(prompt, kind) for kind, prompt in prompts.items()])
+    finally:
+        engine.close()
+    for (kind, prompt), answer in zip(prompts.items(), answers, strict=True):
+        try:
+            assert_same(answer, *generated(models[kind], prompt))
+        except Exception as error:
+            error.add_note(f"adapter: {kind}")
+            raise
+
+
+def test_lora_on_experts_is_refused_by_name(
+    tmp_path: Path, make_adapter: Callable[..., Path], directory_fetch: Callable[[dict[str, Path]], Any]
+) -> None:
+    base = tmp_path / "base"
+    write_family(base, FAMILIES["mixtral"])
+    adapters = {
+        "listed": make_adapter(base, tmp_path / "listed", target_modules=list(ATTENTION)),
+        "packed": make_adapter(
+            base, tmp_path / "packed", target_modules=["q_proj"], target_parameters=["experts.down_proj"], lora_dropout=0.0
+        ),
+    }
+    weights = load_file(adapters["listed"] / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1"
+    weights[f"{key}.lora_A.weight"], weights[f"{key}.lora_B.weight"] = torch.ones(8, 64), torch.ones(96, 8)
+    save_file(weights, adapters["listed"] / "adapter_model.safetensors", metadata={"format": "pt"})
+    engine = build(base, directory_fetch(adapters))
+    try:
+        listed, packed, plain = engine.generate([request([1, 2], "listed"), request([1, 2], "packed"), request([1, 2])])
+    finally:
+        engine.close()
+    assert isinstance(listed.error, TensorUnbound)
+    assert "experts.0.w1" in str(listed.error)
+    assert isinstance(packed.error, UnsupportedAdapter)
+    assert "target_parameters" in str(packed.error)
+    assert plain.error is None
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "named"),
+    [
+        ("FalconConfig", {"num_kv_heads": 2}, "FalconForCausalLM has its own attention"),
+        ("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": 2}, "MptForCausalLM has its own attention"),
+        ("BloomConfig", {"n_layer": 2, "n_head": 4}, "BloomForCausalLM has its own attention"),
+        (
+            "DeepseekV3Config",
+            {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "first_k_dense_replace": 2},
+            "kv_lora_rank",
+        ),
+    ],
+)
+def test_an_architecture_we_cannot_serve_is_refused(
+    config: str, settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    write_family(tmp_path, Family(config, settings))
+    with pytest.raises(UnsupportedArchitecture, match=named) as raised:
+        load_base(ModelConfig(base=str(tmp_path), quantization="none", dtype="float32", threads=1))
+    assert str(tmp_path) not in str(raised.value)
+
+
+def test_a_long_neighbour_does_not_change_a_short_longrope_sequence(
+    tmp_path: Path, directory_fetch: Callable[[dict[str, Path]], Any]
+) -> None:
+    write_family(tmp_path, FAMILIES["phi3-longrope"])
+    short, long = [random.choices(range(256), k=count) for count in (20, 200)]
+    engine = build(tmp_path, directory_fetch({}), max_batch_tokens=64)
+    try:
+        alone = engine.generate([request(short)])[0]
+        beside = engine.generate([request(long), request(short), request(long)])[1]
+    finally:
+        engine.close()
+    assert alone.token_ids == beside.token_ids
