@@ -84,7 +84,10 @@ class _Binder:
         if (saved or tokens is not None) and (pair is not None or given or (saved and tokens is not None)):
             raise UnsupportedAdapter(f"{path} is both replaced and adapted by {_kinds(given) or 'a LoRA'}")
         if saved:
-            self.alone.add("modules_to_save")
+            listed = self._listed(path)
+            if not listed and (self._config.bias != "all" or set(saved) != {"bias"}):
+                raise UnsupportedAdapter(f"{path} is replaced, but modules_to_save does not list it")
+            self.alone.add("modules_to_save" if listed else "bias=all")
             self._put(path, ModuleParts(replacement=self._replacement(path, module, saved)))
         elif tokens is not None:
             self.alone.add("trainable_token_indices")
@@ -226,9 +229,23 @@ class _Binder:
         above = (".".join(parts[: count + 1]) for count in range(len(parts)))
         return any(name.endswith(self._config.modules_to_save) for name in above)
 
+    def _replaceable(self, path: str, module: nn.Module) -> bool:
+        """Whether the module is called once a step, with every row, and gives one output row for each."""
+        if isinstance(module, nn.Embedding):
+            return path == self._base.embedding
+        if isinstance(module, nn.Linear):
+            return ".experts." not in path
+        parameters = list(module.parameters(recurse=False))
+        return not list(module.children()) and bool(parameters) and all(p.dim() == 1 for p in parameters)
+
     def _replacement(self, path: str, module: Any, saved: Mapping[str, Tensor]) -> nn.Module:
         """The module as the adapter has it; parameters it does not bring stay the base's."""
         own = dict(module.named_parameters(recurse=False))
+        if not self._replaceable(path, module):
+            raise UnsupportedAdapter(
+                f"modules_to_save lists {path}, a {type(module).__name__}: only linear layers that every token passes, "
+                "norms, the embedding and the output head can be replaced"
+            )
         for name, tensor in saved.items():
             if name not in own:
                 raise TensorUnbound(f"{path} has no parameter {name}, which the adapter replaces")
@@ -245,12 +262,10 @@ class _Binder:
             if "weight" not in replaced and not own["weight"].is_floating_point():
                 raise UnsupportedAdapter(f"{path}: only the bias of a quantized layer is replaced, which is not served")
             clone: Any = nn.Linear(module.in_features, module.out_features, bias="bias" in own, device="meta")
-        elif isinstance(module, nn.Embedding) or not list(module.children()):
+        else:
             clone = copy.copy(module)
             clone.__dict__.pop("forward", None)  # ours, where the original's is already taken over
             clone._parameters = {}
-        else:
-            raise UnsupportedAdapter(f"{path} is replaced as a whole, which is not served for this kind of module")
         for name, parameter in own.items():
             clone._parameters[name] = nn.Parameter(replaced.get(name, parameter.data), requires_grad=False)
         result: nn.Module = clone.eval()

@@ -79,9 +79,7 @@ class ModuleParts:
 
 
 def _moved(parts: _Moved, device: str) -> _Moved:
-    moved: dict[str, Any] = {
-        name: value.to(device) for name, value in vars(parts).items() if isinstance(value, Tensor)
-    }
+    moved: dict[str, Any] = {name: value.to(device) for name, value in vars(parts).items() if isinstance(value, Tensor)}
     return replace(parts, **moved)
 
 

@@ -296,7 +296,7 @@ class Residency:
         if weights.parts.bytes > self._parts_budget:
             raise RequestTooLarge(
                 f"the adapter brings {weights.parts.bytes} bytes beside its LoRA rows, the server has room for "
-                f"{self._parts_budget} (adapter_parts_memory_bytes)"
+                f"{self._parts_budget} (--adapter-parts-memory)"
             )
         with self._changed:
             while not ticket.cancelled:

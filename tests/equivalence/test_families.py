@@ -257,7 +257,11 @@ def test_lora_on_experts_is_refused_by_name(
     adapters = {
         "listed": make_adapter(base, tmp_path / "listed", target_modules=list(ATTENTION)),
         "packed": make_adapter(
-            base, tmp_path / "packed", target_modules=["q_proj"], target_parameters=["experts.down_proj"], lora_dropout=0.0
+            base,
+            tmp_path / "packed",
+            target_modules=["q_proj"],
+            target_parameters=["experts.down_proj"],
+            lora_dropout=0.0,
         ),
     }
     weights = load_file(adapters["listed"] / "adapter_model.safetensors")
@@ -310,3 +314,20 @@ def test_a_long_neighbour_does_not_change_a_short_longrope_sequence(
     finally:
         engine.close()
     assert alone.token_ids == beside.token_ids
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning")
+def test_a_replaced_router_is_refused_by_name(
+    tmp_path: Path, make_adapter: Callable[..., Path], directory_fetch: Callable[[dict[str, Path]], Any]
+) -> None:
+    base = tmp_path / "base"
+    write_family(base, FAMILIES["qwen3-moe"])
+    adapter = make_adapter(base, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["mlp.gate"])
+    engine = build(base, directory_fetch({"router": adapter}))
+    try:
+        router, plain = engine.generate([request([1, 2], "router"), request([1, 2])])
+    finally:
+        engine.close()
+    assert isinstance(router.error, UnsupportedAdapter)
+    assert "mlp.gate" in str(router.error)
+    assert plain.error is None
