@@ -131,12 +131,11 @@ class PartsHooks:
         self._rows = (0, 0)
 
     def activate(self, tokens: Sequence[PartSpan], sampled: Sequence[PartSpan], rows: tuple[int, int]) -> None:
-        """Say what applies to the batch about to run; both empty: nothing does.
+        """Say what applies to the batch about to run, until `clear`; both empty: nothing does.
 
         `sampled` counts the rows whose logits are wanted: the output head sees only these. `rows`: how many rows
         there are in all, and how many of them are sampled.
         """
-        self._active.clear()
         self._rows = rows
         for spans, wanted in ((tokens, False), (sampled, True)):
             for span in spans:
@@ -144,6 +143,10 @@ class PartsHooks:
                     if (path == self._head) is wanted:
                         self._hook(path)
                         self._active.setdefault(path, []).append((span.t0, span.t1, span.weight, parts))
+
+    def clear(self) -> None:
+        """Let go of the last batch's parts."""
+        self._active.clear()
 
     def _hook(self, path: str) -> None:
         if path not in self._hooked:

@@ -257,7 +257,10 @@ class Engine:
         rope = self._runner.long_rope
         if rope is not None:
             rope.select(((s.tokens, len(s.sequence.tokens)) for s in batch.shares), self.base.device)
-        return self._runner.run(batch.packed)
+        try:
+            return self._runner.run(batch.packed)
+        finally:
+            self._part_hooks.clear()  # an unloaded adapter's tensors shall not live on here
 
     def _postprocess(self, batch: StepBatch, logits: Tensor) -> None:
         for share in batch.shares:

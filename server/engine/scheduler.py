@@ -78,6 +78,7 @@ class Scheduler:
             self.running.remove(sequence)
         self._pages.release(sequence.pages)
         sequence.pages = []
+        sequence.parts = ()
         self._residency.release(sequence.ticket)
 
     def check_integrity(self) -> None:

@@ -1,7 +1,9 @@
 """Adapters that are more than rank rows mean what PEFT makes of them in float32, in one batch with everybody else."""
 
+import gc
 import json
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,6 +277,19 @@ def test_parts_count_against_their_memory(world: World, directory_fetch: Any) ->
         assert len(heads) == 1
         assert resident[heads[0]].device_bytes > head
         engine.check_integrity()
+    finally:
+        engine.close()
+
+
+def test_unloading_frees_the_parts(world: World, directory_fetch: Any) -> None:
+    engine = build(world.base, world.adapters, directory_fetch)
+    try:
+        assert engine.generate([ask(random_prompt(), ("saved-head", 1.0))])[0].error is None
+        held = weakref.ref(engine.adapters._device["saved-head"].parts.modules["lm_head"].replacement.weight)
+        assert held() is not None
+        assert engine.adapters.unload("saved-head")
+        gc.collect()
+        assert held() is None
     finally:
         engine.close()
 
