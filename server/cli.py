@@ -130,6 +130,11 @@ class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     help="Memory for adapters ready to run, on the model's device.",
 )
 @click.option(
+    "--adapter-parts-memory",
+    **_size(_LIMITS.adapter_parts_memory_bytes),
+    help="Device memory for what adapters bring beside LoRA, such as replaced output heads.",
+)
+@click.option(
     "--host-adapter-memory",
     **_size(_LIMITS.host_adapter_memory_bytes),
     help="Memory for adapters kept near, in the host's memory.",
@@ -157,6 +162,7 @@ def serve(hub: str | None, **options: Any) -> int:
             max_batch_tokens=options["max_batch_tokens"],
             kv_memory_bytes=options["kv_memory"],
             adapter_memory_bytes=options["adapter_memory"],
+            adapter_parts_memory_bytes=options["adapter_parts_memory"],
             host_adapter_memory_bytes=options["host_adapter_memory"],
         ),
         hub=hub,

@@ -30,6 +30,7 @@ class EngineLimits:
     kv_memory_bytes: int = 512 * MIB
     page_tokens: int = 16  # tokens in one KV page
     adapter_memory_bytes: int = 512 * MIB  # arena rows on the device
+    adapter_parts_memory_bytes: int = 256 * MIB  # on the device, for what adapters bring beside LoRA rows
     host_adapter_memory_bytes: int = 2048 * MIB  # parsed adapters in host memory
     max_adapter_rank: int = 256
     max_adapters_per_request: int = 8

@@ -36,6 +36,7 @@ class Arena:
     def __init__(self, shapes: Mapping[str, tuple[int, int]], rows: int, dtype: torch.dtype, device: str) -> None:
         self.rows = rows - rows % BLOCK_ROWS
         self.row_bytes = row_bytes(shapes, dtype)
+        self.device = device
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
         for site, (out_features, in_features) in shapes.items():

@@ -1,7 +1,8 @@
 """Decoder layers with fewer, larger operations, for the families whose layers look like Llama's.
 
 q, k and v are one matrix product, and so are gate and up; rotation, cache writes, attention of single tokens, norms
-and activations are native kernels. The layer around them, and every other family, stays transformers' own.
+and activations are native kernels. The layer around them, and every other family, stays transformers' own. A batch in
+which an adapter does more than rank rows runs through the single modules instead, which share the weights.
 """
 
 from __future__ import annotations
@@ -11,67 +12,69 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from server.adapters.arena import Arena
 from server.adapters.linear import ActiveAdapters, LoraLinear, SiteGroup
 from server.kernels import native
 from server.kernels.native import MAX_HEAD_WIDTH, Native
 from server.model.attention import AttentionPlan, PagedKv, prefill
-from server.model.packed import pack_output_head, packed_linear
+from server.model.packed import pack_linears, pack_output_head
 
 # Families whose attention, MLP and norm compute exactly what the modules below do.
 _FAMILIES = ("Llama", "Mistral", "Qwen2")
 
 
-class JointLinear(nn.Module):
+class JointLinear:
     """Linear layers that share their input, their adapters included: x [T, in] → [T, sum of out]."""
 
     def __init__(self, linears: Sequence[LoraLinear], group: SiteGroup, active: ActiveAdapters) -> None:
-        super().__init__()
-        self._whole = _joined([linear.base for linear in linears])
-        # The single layers' weights are let go where the joint one has them.
-        self._parts = nn.ModuleList(() if self._whole is not None else (linear.base for linear in linears))
+        self._parts = [cast(nn.Linear, linear.base) for linear in linears]
         self._widths = [linear.out_features for linear in linears]
         self._group = group
         self._active = active
+        self._together = pack_linears(*self._parts)
+        self._weight, self._bias = (None, None) if self._together is not None else _joined(self._parts)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """All outputs side by side."""
-        if self._whole is not None:
-            y: Tensor = self._whole(x)
+        if self._together is not None:
+            y = self._together(x)
+        elif self._weight is not None:
+            y = functional.linear(x, self._weight, self._bias)
         else:
             y = torch.cat([part(x) for part in self._parts], -1)
         self._active.add(x, self._group, torch.split(y, self._widths, -1))
         return y
 
 
-def _joined(linears: Sequence[nn.Module]) -> nn.Module | None:
-    """One layer for several; None where they are quantized in a way that cannot be joined."""
-    packed = packed_linear(*linears)
-    if packed is not None or any(type(linear) is not nn.Linear for linear in linears):
-        return packed
-    plain = [cast(nn.Linear, linear) for linear in linears]
-    joined = nn.Linear(plain[0].in_features, 1, bias=False)
-    joined.weight = nn.Parameter(torch.cat([linear.weight.data for linear in plain]), requires_grad=False)
-    joined.out_features = joined.weight.shape[0]
-    if all(linear.bias is not None for linear in plain):
-        joined.bias = nn.Parameter(torch.cat([linear.bias.data for linear in plain]), requires_grad=False)
-    elif any(linear.bias is not None for linear in plain):
-        return None
-    return joined
+def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor | None, Tensor | None]:
+    """One weight (and bias) for several plain layers, which become views of it; None for others."""
+    biases = [linear.bias for linear in linears]
+    if any(type(linear) is not nn.Linear for linear in linears) or len({bias is None for bias in biases}) > 1:
+        return None, None
+    weight = torch.cat([linear.weight.data for linear in linears])
+    at = 0
+    for linear in linears:
+        linear.weight.data = weight[at : at + linear.out_features]
+        at += linear.out_features
+    return weight, None if biases[0] is None else torch.cat([bias.data for bias in biases])
 
 
 class FusedAttention(nn.Module):
     """Self-attention of Llama's kind over paged keys and values."""
 
-    def __init__(self, attention: Any, qkv: JointLinear, out: LoraLinear, kernels: Native) -> None:
+    def __init__(self, attention: Any, qkv: JointLinear, active: ActiveAdapters, kernels: Native) -> None:
         super().__init__()
+        self._single = attention
+        self._active = active
         self.layer_idx = int(attention.layer_idx)
         self._scaling = float(attention.scaling)
-        self._window = getattr(attention, "sliding_window", None)
+        # Qwen2 decides by layer, Mistral has one window for all; Llama's config knows none.
+        self._window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
         self._heads = attention.q_proj.out_features // attention.head_dim
         self._qkv = qkv
-        self._out = out
+        self._out: LoraLinear = attention.o_proj
         self._kernels = kernels
 
     def forward(
@@ -79,9 +82,14 @@ class FusedAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         paged: tuple[PagedKv, AttentionPlan],
-        **_: Any,
+        **rest: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states: [1, T, hidden] → ([1, T, hidden], None)."""
+        if not self._active.plain:
+            single: tuple[Tensor, None] = self._single(
+                hidden_states, position_embeddings=position_embeddings, paged=paged, **rest
+            )
+            return single
         kv, plan = paged
         k, v = kv.k[self.layer_idx], kv.v[self.layer_idx]
         cos, sin = position_embeddings
@@ -111,30 +119,39 @@ class FusedAttention(nn.Module):
 class FusedMlp(nn.Module):
     """down(silu(gate(x)) * up(x)); x: [1, T, hidden]."""
 
-    def __init__(self, gate_up: JointLinear, down: LoraLinear, kernels: Native) -> None:
+    def __init__(self, mlp: Any, gate_up: JointLinear, active: ActiveAdapters, kernels: Native) -> None:
         super().__init__()
+        self._single = mlp
+        self._active = active
         self._gate_up = gate_up
-        self._down = down
+        self._down: LoraLinear = mlp.down_proj
         self._kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, T, hidden]."""
-        y: Tensor = self._down(self._kernels.silu_mul(self._gate_up(x[0]))[None])
+        if not self._active.plain:
+            y: Tensor = self._single(x)
+        else:
+            y = self._down(self._kernels.silu_mul(self._gate_up(x[0]))[None])
         return y
 
 
 class NativeRmsNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) * weight."""
 
-    def __init__(self, norm: Any, kernels: Native) -> None:
+    def __init__(self, norm: Any, active: ActiveAdapters, kernels: Native) -> None:
         super().__init__()
-        self.weight = norm.weight
+        self._single = norm
+        self._active = active
         self._eps = float(norm.variance_epsilon)
         self._kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """Of x's shape."""
-        return self._kernels.rms_norm(x, self.weight, self._eps)
+        if not self._active.plain:
+            y: Tensor = self._single(x)
+            return y
+        return self._kernels.rms_norm(x, self._single.weight, self._eps)
 
 
 def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters) -> int:
@@ -153,7 +170,7 @@ def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters) -> int:
         _fuse_layer(cast(Any, layer), name, arena, active, kernels)
     pack_output_head(model)
     decoder = cast(Any, model).model
-    decoder.norm = NativeRmsNorm(decoder.norm, kernels)
+    decoder.norm = NativeRmsNorm(decoder.norm, active, kernels)
     return len(layers)
 
 
@@ -161,14 +178,14 @@ def _fuse_layer(layer: Any, name: str, arena: Arena, active: ActiveAdapters, ker
     attention, mlp = layer.self_attn, layer.mlp
     if attention.head_dim <= MAX_HEAD_WIDTH:
         qkv = _joint(attention, f"{name}.self_attn", ("q_proj", "k_proj", "v_proj"), arena, active)
-        layer.self_attn = FusedAttention(attention, qkv, attention.o_proj, kernels)
+        layer.self_attn = FusedAttention(attention, qkv, active, kernels)
     if isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation":
         gate_up = _joint(mlp, f"{name}.mlp", ("gate_proj", "up_proj"), arena, active)
-        layer.mlp = FusedMlp(gate_up, mlp.down_proj, kernels)
+        layer.mlp = FusedMlp(mlp, gate_up, active, kernels)
     for out in (attention.o_proj, mlp.down_proj):
-        out.base = packed_linear(out.base) or out.base
-    layer.input_layernorm = NativeRmsNorm(layer.input_layernorm, kernels)
-    layer.post_attention_layernorm = NativeRmsNorm(layer.post_attention_layernorm, kernels)
+        pack_linears(out.base)
+    layer.input_layernorm = NativeRmsNorm(layer.input_layernorm, active, kernels)
+    layer.post_attention_layernorm = NativeRmsNorm(layer.post_attention_layernorm, active, kernels)
 
 
 def _joint(owner: Any, path: str, names: Sequence[str], arena: Arena, active: ActiveAdapters) -> JointLinear:

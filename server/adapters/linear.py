@@ -31,17 +31,20 @@ class ActiveAdapters:
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self._dtype = dtype
         self._native = native.load(dtype) if device == "cpu" else None
+        # Whether every row's adapters are rank rows alone; else layers call their single modules, where parts hook in.
+        self.plain = True
         self._segments: tuple[Segment, ...] = ()
         self._decodes = 0
         self._decode_plan: DecodePlan | None = None
         self._prefill_plan: PrefillPlan | None = None
         self._blocks: Sequence[LoraBlock] = ()
 
-    def use(self, segments: tuple[Segment, ...], decodes: int) -> None:
+    def use(self, segments: tuple[Segment, ...], decodes: int, plain: bool = True) -> None:
         """Plan for a batch whose first `decodes` rows are sequences with one new token each.
 
         Decode steps of the same sequences ask for the same plan again and again; it is made once.
         """
+        self.plain = plain
         if (segments, decodes) == (self._segments, self._decodes):
             return
         self._segments, self._decodes = segments, decodes
@@ -66,7 +69,7 @@ class ActiveAdapters:
 
 
 class LoraLinear(nn.Module):
-    """y = base(x) + sum over the row's adapters of w * (x A^T) B; x: [1, T, in], y: [1, T, out]."""
+    """y = base(x) + sum over the row's adapters of w * (x A^T) B; x: [1, T, in] or [T, in], y alike."""
 
     def __init__(self, base: nn.Linear, group: SiteGroup, active: ActiveAdapters) -> None:
         super().__init__()
@@ -78,7 +81,8 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Base plus deltas; costs next to nothing more when no row has an adapter."""
         y: Tensor = self.base(x)
-        self._active.add(x[0], self._group, [y[0]])
+        # Rows come as [1, T, in] from most callers, as [T, in] from a mixture's shared expert.
+        self._active.add(x.reshape(-1, x.shape[-1]), self._group, [y.view(-1, y.shape[-1])])
         return y
 
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from server.adapters.arena import Arena, Rows, blocks
+from server.adapters.parts import AdapterParts
 from server.adapters.weights import AdapterFetch, AdapterFiles, LoraWeights
-from server.errors import Draining, RequestTooLarge, ServerError
+from server.errors import Draining, InvalidRequest, RequestTooLarge, ServerError
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class _Resident:
     rank: int
     version: str
     warnings: tuple[str, ...]
+    parts: AdapterParts
     leases: int = 0
     draining: bool = False
 
@@ -83,11 +85,13 @@ class Residency:
         host_bytes: int,
         wake: Callable[[], None],
         loaded: Callable[[str, float], None],
+        parts_bytes: int = 0,
     ) -> None:
         self._arena = arena
         self._fetch = fetch
         self._parse = parse
         self._host_budget = host_bytes
+        self._parts_budget = parts_bytes
         self._wake = wake
         self._loaded = loaded
         self._changed = threading.Condition()
@@ -131,6 +135,21 @@ class Residency:
         with self._changed:
             resident = self._device[digest]
             return resident.rows.start, resident.rows.start + blocks(resident.rank)
+
+    def parts(self, uses: Sequence[tuple[str, str, float]]) -> tuple[tuple[AdapterParts, float], ...]:
+        """The parts of leased adapters (digest, version, weight) that have any, each with its weight.
+
+        Raises `InvalidRequest` where an adapter's parts have no meaning at that weight or in that company.
+        """
+        with self._changed:
+            found = [(self._device[digest].parts, version, weight) for digest, version, weight in uses]
+        for parts, version, weight in found:
+            if parts.alone and (len(uses) > 1 or weight != 1.0):
+                raise InvalidRequest(
+                    f"{version} uses {', '.join(parts.alone)}, which replaces values of the base: it can be used only "
+                    "alone and with weight 1"
+                )
+        return tuple((parts, weight) for parts, _, weight in found if parts.modules and weight)
 
     # -- for administration ------------------------------------------------------------------------------------
 
@@ -252,9 +271,10 @@ class Residency:
         if rows is None:
             return
         self._arena.write(rows, weights)
+        parts = weights.parts.on(self._arena.device)
         with self._changed:
             self._writing = None
-            self._device[digest] = _Resident(rows, weights.rank, version, weights.warnings)
+            self._device[digest] = _Resident(rows, weights.rank, version, weights.warnings, parts)
             if not ticket.cancelled:
                 self._lease(digest, ticket)
         self._loaded("device", time.monotonic() - started)
@@ -273,13 +293,27 @@ class Residency:
             raise RequestTooLarge(
                 f"the adapter needs {blocks(weights.rank)} rows, the server's adapter memory has {self._arena.rows}"
             )
+        if weights.parts.bytes > self._parts_budget:
+            raise RequestTooLarge(
+                f"the adapter brings {weights.parts.bytes} bytes beside its LoRA rows, the server has room for "
+                f"{self._parts_budget} (--adapter-parts-memory)"
+            )
         with self._changed:
             while not ticket.cancelled:
-                rows = self._arena.allocate(weights.rank)
+                held = sum(resident.parts.bytes for resident in self._device.values())
+                fits = held + weights.parts.bytes <= self._parts_budget
+                rows = self._arena.allocate(weights.rank) if fits else None
                 if rows is not None:
                     self._writing = rows
                     return rows
-                idle = next((digest for digest, resident in self._device.items() if not resident.leases), None)
+                idle = next(
+                    (
+                        digest
+                        for digest, resident in self._device.items()
+                        if not resident.leases and (fits or resident.parts.bytes)
+                    ),
+                    None,
+                )
                 if idle is not None:
                     self._drop(idle)
                     continue
@@ -324,7 +358,7 @@ class Residency:
             tier=Tier.DEVICE if resident else Tier.HOST,
             rank=resident.rank if resident else weights.rank if weights else 0,
             host_bytes=weights.bytes if weights else 0,
-            device_bytes=(resident.rows.stop - resident.rows.start) * row if resident else 0,
+            device_bytes=(resident.rows.stop - resident.rows.start) * row + resident.parts.bytes if resident else 0,
             requests_in_flight=resident.leases if resident else 0,
             draining=bool(resident and resident.draining),
             warnings=resident.warnings if resident else weights.warnings if weights else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,13 +13,27 @@ from torch import Tensor
 
 from hub.base import BaseIdentity
 from hub.lora_config import LoraConfig, parse_tensor_name
+from server.adapters.base_weights import BaseWeights
+from server.adapters.bind_parts import Given, bind_parts
+from server.adapters.parts import NO_PARTS, AdapterParts
 from server.errors import AdapterUnservable, BaseMismatch, RankTooLarge, TensorUnbound, UnsupportedAdapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 # Of `LoraConfig.features`; a plain LoRA needs none of them.
-_SERVED_FEATURES = frozenset({"rslora", "rank_pattern", "alpha_pattern"})
+_SERVED_FEATURES = frozenset(
+    {
+        "rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "lora_bias",
+        "bias",
+        "dora",
+        "modules_to_save",
+        "trainable_tokens",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -52,11 +67,12 @@ class LoraWeights:
     rank: int  # the largest over its sites: rows it needs in the arena
     sites: Mapping[str, SiteWeights]
     warnings: tuple[str, ...]
+    parts: AdapterParts = NO_PARTS
 
     @property
     def bytes(self) -> int:
         """Host memory held."""
-        return sum(t.numel() * t.itemsize for site in self.sites.values() for t in (site.a, site.b))
+        return self.parts.bytes + sum(t.numel() * t.itemsize for site in self.sites.values() for t in (site.a, site.b))
 
 
 def parse_adapter(
@@ -65,6 +81,7 @@ def parse_adapter(
     base: BaseIdentity,
     dtype: torch.dtype,
     max_rank: int,
+    modules: BaseWeights,
 ) -> LoraWeights:
     """Bind every tensor of the adapter to a module of the base.
 
@@ -84,16 +101,19 @@ def parse_adapter(
         raise AdapterUnservable(f"the weights file cannot be read: {error}") from error
 
     halves: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Given] = {}
     for key, tensor in tensors.items():
         site = parse_tensor_name(key)
-        if site.kind not in ("lora_A", "lora_B"):
-            raise UnsupportedAdapter(f"tensor {key} ({site.kind}) is not served yet")
-        if site.module not in shapes:
-            raise TensorUnbound(f"tensor {key} belongs to no linear layer of {base.name}")
+        if modules.get(site.module) is None:
+            experts = "; LoRA on a mixture's experts is not served" if ".experts" in site.module else ""
+            raise TensorUnbound(f"tensor {key} belongs to no module of {base.name}{experts}")
         if not torch.isfinite(tensor).all():
             raise AdapterUnservable(f"tensor {key} holds NaN or infinite values")
-        halves.setdefault(site.module, {})[site.kind] = tensor
-    if not halves:
+        if site.kind in ("lora_A", "lora_B") and site.module in shapes:
+            halves.setdefault(site.module, {})[site.kind] = tensor
+        else:
+            others.setdefault(site.module, {})[site.kind, site.parameter] = tensor
+    if not tensors:
         raise TensorUnbound("the adapter holds no tensors")
 
     sites = {}
@@ -101,11 +121,25 @@ def parse_adapter(
         if len(pair) != 2:
             raise TensorUnbound(f"module {module} has {next(iter(pair))} without its other half")
         sites[module] = _site(module, pair["lora_A"], pair["lora_B"], shapes[module], config, dtype, max_rank)
-    rank = max(site.a.shape[0] for site in sites.values())
+    bound = bind_parts(
+        config,
+        bool(json.loads(files.config).get("ensure_weight_tying")),
+        {module: (pair["lora_A"], pair["lora_B"]) for module, pair in halves.items()},
+        others,
+        modules,
+        dtype,
+        max_rank,
+    )
+    for module, factor in bound.factors.items():
+        pair = halves[module]
+        sites[module] = _site(
+            module, pair["lora_A"], pair["lora_B"].float() * factor[:, None], shapes[module], config, dtype, max_rank
+        )
+    rank = max((site.a.shape[0] for site in sites.values()), default=1)
     warnings: tuple[str, ...] = ()
-    if not any(bool(site.b.any()) and bool(site.a.any()) for site in sites.values()):
+    if bound.inert and not any(bool(site.b.any()) and bool(site.a.any()) for site in sites.values()):
         warnings = ("the adapter changes nothing: its delta is zero everywhere",)
-    return LoraWeights(files.digest, rank, sites, warnings)
+    return LoraWeights(files.digest, rank, sites, warnings, bound.parts)
 
 
 def _site(
@@ -135,4 +169,4 @@ def _refuse_unsupported(config: LoraConfig) -> None:
     if config.fan_in_fan_out:
         unserved.append("fan_in_fan_out")
     if unserved:
-        raise UnsupportedAdapter(f"adapters with {', '.join(unserved)} are not served yet")
+        raise UnsupportedAdapter(f"adapters with {', '.join(unserved)} are not served")

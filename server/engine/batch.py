@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.adapters.parts import PartSpan
 from server.engine.scheduler import Share
 from server.model.attention import AttentionPlan, Span
 from server.model.runner import PackedBatch
@@ -74,6 +75,21 @@ def lay_out(shares: Seq[Share], page_tokens: int, device: str) -> StepBatch:
         shares=tuple(ordered),
         sampling=tuple(share for share in ordered if share.samples),
     )
+
+
+def part_spans(batch: StepBatch) -> tuple[list[PartSpan], list[PartSpan]]:
+    """Where the batch's adapters have parts beside their rows: by token rows, and by sampled rows."""
+    tokens: list[PartSpan] = []
+    sampled: list[PartSpan] = []
+    row = sample = 0
+    for share in batch.shares:
+        for parts, weight in share.sequence.parts:
+            tokens.append(PartSpan(row, row + share.tokens, weight, parts))
+            if share.samples:
+                sampled.append(PartSpan(sample, sample + 1, weight, parts))
+        row += share.tokens
+        sample += share.samples
+    return tokens, sampled
 
 
 def slot(pages: Seq[int], position: int, page_tokens: int) -> int:

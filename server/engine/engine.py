@@ -16,12 +16,14 @@ from functools import partial
 from torch import Tensor
 
 from server.adapters.arena import Arena, row_bytes
+from server.adapters.base_weights import BaseWeights
 from server.adapters.fused import fuse
 from server.adapters.linear import ActiveAdapters, wrap_linears
+from server.adapters.parts import PartsHooks
 from server.adapters.residency import Residency
 from server.adapters.weights import AdapterFetch, parse_adapter
 from server.config import EngineLimits, ModelConfig
-from server.engine.batch import StepBatch, lay_out
+from server.engine.batch import StepBatch, lay_out, part_spans
 from server.engine.kv_cache import PageTable
 from server.engine.observer import EngineObserver, EngineSnapshot, Unobserved
 from server.engine.outbox import BlockingOutbox, Outbox
@@ -78,8 +80,11 @@ class Engine:
         shapes = {site: (m.out_features, m.in_features) for site, m in base.linears().items()}
         arena = Arena(shapes, limits.adapter_memory_bytes // row_bytes(shapes, base.dtype), base.dtype, base.device)
         self._active = ActiveAdapters(base.dtype, base.device)
+        modules = BaseWeights(base.model)
+        self._part_hooks = PartsHooks(modules.modules, modules.head)
         wrap_linears(base.model, arena, self._active)
         fuse(base.model, arena, self._active)
+        modules.settle()
         self._runner = Runner(base, pages, limits.page_tokens)
         self._pages = PageTable(pages, limits.page_tokens)
         self._changed = threading.Condition()
@@ -92,10 +97,12 @@ class Engine:
                 base=base.identity,
                 dtype=base.dtype,
                 max_rank=limits.max_adapter_rank,
+                modules=modules,
             ),
             limits.host_adapter_memory_bytes,
             wake=self._wake,
             loaded=self._observer.adapter_loaded,
+            parts_bytes=limits.adapter_parts_memory_bytes,
         )
         self._scheduler = Scheduler(
             self._pages,
@@ -241,8 +248,16 @@ class Engine:
         )
 
     def _run(self, batch: StepBatch) -> Tensor:
-        self._active.use(batch.segments, batch.decodes)
-        return self._runner.run(batch.packed)
+        tokens, sampled = part_spans(batch)
+        self._active.use(batch.segments, batch.decodes, plain=not (tokens or sampled))
+        self._part_hooks.activate(tokens, sampled, (batch.packed.token_ids.shape[0], len(batch.sampling)))
+        rope = self._runner.long_rope
+        if rope is not None:
+            rope.select(((s.tokens, len(s.sequence.tokens)) for s in batch.shares), self.base.device)
+        try:
+            return self._runner.run(batch.packed)
+        finally:
+            self._part_hooks.clear()  # an unloaded adapter's tensors shall not live on here
 
     def _postprocess(self, batch: StepBatch, logits: Tensor) -> None:
         for share in batch.shares:
@@ -256,6 +271,9 @@ class Engine:
                 continue
             before = sequence.last_token
             delta = sequence.advance(choice)
+            rope = self._runner.long_rope
+            if rope is not None and len(sequence.tokens) == rope.switch + 1:
+                sequence.computed = 0  # all of its tokens rotate differently from here on
             if before is None:
                 self._observer.first_token(request, (sequence.first_token or 0.0) - request.arrival)
             else:

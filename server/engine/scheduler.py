@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from server.adapters.residency import Residency
 from server.engine.kv_cache import PageTable
 from server.engine.sequence import Sequence
+from server.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Scheduler:
             self.running.remove(sequence)
         self._pages.release(sequence.pages)
         sequence.pages = []
+        sequence.parts = ()
         self._residency.release(sequence.ticket)
 
     def check_integrity(self) -> None:
@@ -91,6 +93,11 @@ class Scheduler:
             if not sequence.ticket.ready:
                 continue
             request = sequence.request
+            try:
+                parts = self._residency.parts([(use.digest, use.version, use.weight) for use in request.adapters])
+            except InvalidRequest as error:
+                sequence.ticket.error = error  # `failed` finds it
+                continue
             pages = self._pages.allocate(self._pages.pages_for(len(request.prompt) + request.stopping.max_new_tokens))
             if pages is None:
                 return  # the first that fits no more ends admission, or small requests would starve it
@@ -98,6 +105,7 @@ class Scheduler:
             sequence.adapter_rows = tuple(
                 (*self._residency.rows(use.digest), use.weight) for use in request.adapters if use.weight
             )
+            sequence.parts = parts
             sequence.started = time.monotonic()
             self.waiting.remove(sequence)
             self.running.append(sequence)

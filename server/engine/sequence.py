@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from server.adapters.parts import AdapterParts
 from server.adapters.residency import Ticket
 from server.engine.outbox import Outbox
 from server.engine.request import Delta, Finish, FinishReason, Request, Timing, Usage
@@ -27,6 +28,7 @@ class Sequence:
     computed: int = 0  # leading tokens whose keys and values are in the cache
     pages: list[int] = field(default_factory=list)
     adapter_rows: tuple[tuple[int, int, float], ...] = ()  # (first row, one past the last, weight), while leased
+    parts: tuple[tuple[AdapterParts, float], ...] = ()  # what its adapters do beside their rows, with weights
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None

@@ -21,7 +21,15 @@ ATTENTION_NAME = "loraplex_paged"
 
 # What layers pass along that changes nothing here.
 _HARMLESS = frozenset(
-    {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
+    {
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "is_causal",
+    }
 )
 
 

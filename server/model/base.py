@@ -13,8 +13,9 @@ from torch import nn
 from hub.base import BaseIdentity, locate_base
 from hub.fingerprint import fingerprint_directory
 from server.config import ModelConfig
-from server.errors import BaseUnavailable, UnsupportedArchitecture
+from server.errors import BaseUnavailable
 from server.model import attention
+from server.model.architecture import refuse_unserved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,27 +42,30 @@ class BaseModel:
     @property
     def layers(self) -> int:
         """Decoder layers."""
-        return int(self.model.config.num_hidden_layers)
+        return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads of a layer."""
-        config = self.model.config
+        config: Any = self.model.config.get_text_config()
         return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
     @property
     def head_width(self) -> int:
         """Dimension of one head."""
-        config = self.model.config
+        config: Any = self.model.config.get_text_config()
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def linears(self) -> dict[str, nn.Linear]:
-        """Every linear layer that an adapter may target, by its module path; the output head is not among them."""
+        """Every linear layer that an adapter may target, by its module path; the output head is not among them.
+
+        Nor are linears of a mixture's experts: each sees only the tokens routed to it.
+        """
         head = self.model.get_output_embeddings()
         return {
             name: module
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
+            if isinstance(module, nn.Linear) and module is not head and ".experts." not in name
         }
 
 
@@ -91,10 +95,7 @@ def load_base(config: ModelConfig) -> BaseModel:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise BaseUnavailable(f"the base {config.base!r} cannot be loaded: {_first_line(error)}") from error
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedArchitecture(
-            f"{type(model).__name__} has its own attention, which cannot be replaced by paged attention"
-        )
+    refuse_unserved(model)
     model.set_attn_implementation(attention.ATTENTION_NAME)
     model.requires_grad_(False).eval()
     if config.quantization == "nf4" and config.device == "cpu":

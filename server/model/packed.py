@@ -11,38 +11,62 @@ from server.kernels.native import amx
 from server.kernels.native.amx import PackedNf4, PackedWeight
 
 
-class PackedLinear(nn.Module):
-    """x w^T + bias; x: [..., in] → [..., out]."""
+class PackedLinear(nn.Linear):
+    """A linear layer turned, in place, into one whose weight lies packed; made by `pack_linears` only.
 
-    def __init__(self, packed: PackedWeight | PackedNf4, bias: Tensor | None) -> None:
-        super().__init__()
-        self.packed = packed
-        self.bias = bias
-        self.in_features, self.out_features = packed.in_features, packed.out_features
+    Its `weight` is no parameter any more: reading it unpacks a dense bfloat16 copy.
+    """
+
+    packed: PackedWeight | PackedNf4
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """[out, in] bfloat16; of NF4 what the codes mean."""
+        return self.packed.dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of x's shape but for the last dimension."""
+        """x w^T + bias; x: [..., in] → [..., out]."""
         y = self.packed.multiply(x.reshape(-1, self.in_features), self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def packed_linear(*linears: nn.Module) -> PackedLinear | None:
-    """Layers that share their input as one with its weight packed; None where they cannot be.
+class JointProduct:
+    """Packed layers that share their input, multiplied at once: x [rows, in] → [rows, sum of out]."""
+
+    def __init__(self, packed: PackedWeight | PackedNf4, bias: Tensor | None) -> None:
+        self._packed = packed
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """All outputs side by side."""
+        return self._packed.multiply(x, self._bias)
+
+
+def pack_linears(*linears: nn.Module) -> JointProduct | None:
+    """Pack the weights of layers that share their input; None, with nothing changed, where that cannot be.
 
     The layers must be all plain bfloat16 ones or all bitsandbytes' NF4 ones that have not run yet (on some processors
-    their first forward reorders the codes). Their own weights are not kept.
+    their first forward reorders the codes). Each goes on working alone, on its part of the one packed weight.
     """
-    biases = [cast(Any, linear).bias for linear in linears]
-    bias = None if any(b is None for b in biases) else torch.cat([b.data for b in biases])
-    if bias is None and any(b is not None for b in biases):
+    given = [cast(Any, linear) for linear in linears]
+    if any((linear.bias is None) != (given[0].bias is None) for linear in given):
         return None
     packed: PackedWeight | PackedNf4 | None = None
     if all(type(linear) is nn.Linear for linear in linears):
-        packed = amx.pack(torch.cat([cast(nn.Linear, linear).weight.data for linear in linears]))
+        packed = amx.pack(torch.cat([linear.weight.data for linear in given]))
     elif all(_is_nf4(linear) for linear in linears):
         codes, scales = zip(*(_nf4(linear) for linear in linears), strict=True)
-        packed = amx.pack_nf4(torch.cat(codes), torch.cat(scales), cast(Any, linears[0]).weight.quant_state.code)
-    return PackedLinear(packed, bias) if packed is not None else None
+        packed = amx.pack_nf4(torch.cat(codes), torch.cat(scales), given[0].weight.quant_state.code)
+    if packed is None or any(linear.out_features % amx.BLOCK for linear in given):
+        return None
+    at = 0
+    for linear in given:
+        del linear._parameters["weight"]
+        linear.__class__ = PackedLinear
+        linear.packed = packed.outputs(at, at + linear.out_features)
+        at += linear.out_features
+    bias = None if given[0].bias is None else torch.cat([linear.bias.data for linear in given])
+    return JointProduct(packed, bias)
 
 
 def _is_nf4(linear: Any) -> bool:
@@ -72,10 +96,6 @@ def _nf4(linear: Any) -> tuple[Tensor, Tensor]:
 
 def pack_output_head(model: nn.Module) -> None:
     """Pack the output head; where it is tied to the embeddings, these keep the dense weight for their look-ups."""
-    owner = cast(Any, model)
-    head = owner.get_output_embeddings()
-    packed = packed_linear(head)
-    if packed is not None:
-        name = next(name for name, module in model.named_modules() if module is head)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, packed)
+    head = cast(Any, model).get_output_embeddings()
+    if head is not None:
+        pack_linears(head)

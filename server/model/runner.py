@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.model import longrope
 from server.model.attention import AttentionPlan, PagedKv
 from server.model.base import BaseModel
 
@@ -26,6 +27,7 @@ class Runner:
 
     def __init__(self, base: BaseModel, pages: int, page_tokens: int) -> None:
         self._model = base.model
+        self.long_rope = longrope.install(base.model)
         self.kv = PagedKv(base.layers, base.kv_heads, base.head_width, pages, page_tokens, base.dtype, base.device)
 
     @torch.inference_mode()

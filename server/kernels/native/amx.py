@@ -3,6 +3,7 @@ limited by memory, and a row's result never depends on its company."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import sys
@@ -42,6 +43,13 @@ class PackedWeight:
         )
         return y
 
+    def outputs(self, first: int, last: int) -> PackedWeight:
+        """The weight of outputs first…last alone, whole blocks; shares the memory."""
+        part = copy.copy(self)
+        part.out_features = last - first
+        part._packed = self._packed[first:last]
+        return part
+
     def dense(self) -> Tensor:
         """The weight [out, in] again."""
         blocks = self._packed.view(self.out_features // BLOCK, self.in_features // BLOCK, 2, 16, 16, 2)
@@ -73,6 +81,20 @@ class PackedNf4:
             _pointer(buffer),
         )
         return y
+
+    def outputs(self, first: int, last: int) -> PackedNf4:
+        """The weight of outputs first…last alone, whole blocks; shares the memory."""
+        part = copy.copy(self)
+        part.out_features = last - first
+        part._codes = self._codes[first // BLOCK : last // BLOCK]
+        part._scales = self._scales[first // BLOCK : last // BLOCK]
+        return part
+
+    def dense(self) -> Tensor:
+        """[out, in] bfloat16: what the codes mean."""
+        codes = torch.stack([self._codes & 15, self._codes >> 4], -1)  # [blocks, steps, 2, 16 pairs, 16 outputs, 2]
+        values = self._levels[codes.long()] * self._scales.repeat_interleave(2, 1)[:, :, :, None, :, None]
+        return values.permute(0, 2, 4, 1, 3, 5).reshape(self.out_features, self.in_features).bfloat16()
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:

@@ -35,7 +35,7 @@ def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, make_ada
     root = tmp_path_factory.mktemp("adapters")
     made = {f"a{i}": make_adapter(tiny_base, root / f"a{i}", seed=i, r=8) for i in range(6)}
     made["zero"] = make_adapter(tiny_base, root / "zero", b_std=0.0)
-    made["dora"] = make_adapter(tiny_base, root / "dora", use_dora=True)
+    made["alora"] = make_adapter(tiny_base, root / "alora", alora_invocation_tokens=[5, 6])
     made["big"] = make_adapter(tiny_base, root / "big", r=300)
     return made
 
@@ -121,10 +121,10 @@ def test_a_storm_of_cancels_leaks_nothing(engine: Engine) -> None:
 
 
 def test_what_cannot_be_served_fails_its_request_alone(engine: Engine) -> None:
-    good, dora, big, unknown = engine.generate([request("a0"), request("dora"), request("big"), request("missing")])
+    good, alora, big, unknown = engine.generate([request("a0"), request("alora"), request("big"), request("missing")])
     assert good.error is None
-    assert isinstance(dora.error, UnsupportedAdapter)
-    assert "dora" in str(dora.error)
+    assert isinstance(alora.error, UnsupportedAdapter)
+    assert "alora" in str(alora.error)
     assert isinstance(big.error, RankTooLarge)
     assert isinstance(unknown.error, KeyError)  # whatever the fetch raised
 
@@ -258,7 +258,7 @@ def test_load_is_idempotent_and_needs_no_request(engine: Engine) -> None:
     assert first == again
     assert first.device_bytes > 0
     with pytest.raises(UnsupportedAdapter):
-        engine.adapters.load("dora", "t/dora@1")
+        engine.adapters.load("alora", "t/dora@1")
 
 
 def test_nan_ends_its_own_row_and_leaves_no_trace(

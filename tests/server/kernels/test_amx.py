@@ -35,7 +35,7 @@ def test_nf4_as_bitsandbytes_dequantizes_it(rows: int, nested: bool) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from torch import nn
 
-    from server.model.packed import packed_linear
+    from server.model.packed import pack_linears
 
     layers: list[nn.Module] = []
     for out_features in (96, 64):
@@ -52,7 +52,7 @@ def test_nf4_as_bitsandbytes_dequantizes_it(rows: int, nested: bool) -> None:
         layers.append(layer.to("cpu"))
     dense = torch.cat([dequantize_4bit(layer.weight.data, layer.weight.quant_state) for layer in layers])
     assert dense.dtype == torch.bfloat16
-    packed = packed_linear(*layers)
+    packed = pack_linears(*layers)
     if packed is None:
         pytest.skip("no AMX or no C compiler on this machine")
     x = torch.randn(rows, 320).bfloat16()
@@ -61,3 +61,6 @@ def test_nf4_as_bitsandbytes_dequantizes_it(rows: int, nested: bool) -> None:
     # One input at a time shows single weights: they are bitsandbytes' own, bit for bit.
     one_hot = torch.eye(320).bfloat16()
     assert torch.equal(packed(one_hot), dense.T)
+    # Each layer alone goes on, on its part.
+    assert torch.equal(torch.cat([layer(one_hot) for layer in layers], -1), dense.T)
+    assert torch.equal(torch.cat([layer.weight for layer in layers]), dense)

@@ -1,0 +1,382 @@
+"""Adapters that are more than rank rows mean what PEFT makes of them in float32, in one batch with everybody else."""
+
+import gc
+import json
+import random
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from server.config import EngineLimits, ModelConfig
+from server.engine.engine import Completion, Engine
+from server.engine.request import AdapterUse, Request, Stopping
+from server.errors import InvalidRequest, TensorUnbound, UnsupportedAdapter
+from tests.conftest import ALL_LINEARS, write_byte_tokenizer, write_tiny_llama
+
+# PEFT warns of biases it has no merged form for, of tied weights, and that it saves embeddings.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+NEW_TOKENS = 32
+TOKENS = [3, 65, 66, 100, 200, 299]
+SOME = ["q_proj", "v_proj", "down_proj"]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 8},
+    "plain-24": {"r": 24, "lora_alpha": 12},
+    "lora-bias": {"r": 8, "lora_bias": True, "target_modules": SOME},
+    "trained-bias": {"r": 4, "bias": "lora_only"},
+    "all-biases": {"r": 4, "bias": "all", "target_modules": SOME},
+    "dora": {"r": 8, "use_dora": True},
+    "dora-rslora": {"r": 12, "lora_alpha": 6, "use_dora": True, "use_rslora": True, "target_modules": SOME},
+    "dora-head": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "lm_head"]},
+    "dora-bias": {"r": 4, "use_dora": True, "bias": "lora_only", "target_modules": SOME},
+    "saved-head": {"r": 4, "modules_to_save": ["lm_head"]},
+    "saved-embedding": {"r": 4, "modules_to_save": ["embed_tokens"], "target_modules": SOME},
+    "saved-both": {"r": 4, "modules_to_save": ["embed_tokens", "lm_head"], "target_modules": SOME},
+    "saved-norms": {"r": 4, "modules_to_save": ["norm"], "target_modules": SOME},
+    "saved-linear": {"r": 4, "modules_to_save": ["o_proj", "0.mlp"], "target_modules": ["q_proj"]},
+    "lora-head": {"r": 6, "target_modules": ["lm_head", *SOME]},
+    "lora-embedding": {"r": 6, "target_modules": ["embed_tokens", *SOME]},
+    "lora-both": {"r": 6, "target_modules": ["embed_tokens", "lm_head"]},
+    "tokens": {"r": 4, "trainable_token_indices": TOKENS},
+    "tokens-head": {"r": 4, "trainable_token_indices": {"lm_head": TOKENS}, "target_modules": SOME},
+    "tokens-both": {
+        "r": 4,
+        "trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS[:3]},
+        "target_modules": SOME,
+    },
+}
+# Replace values of the base, so they have no meaning at another weight or beside another adapter.
+ALONE = [
+    "trained-bias",
+    "all-biases",
+    "dora-bias",
+    *(kind for kind in KINDS if kind.startswith(("saved", "tokens"))),
+]
+
+
+@dataclass(frozen=True)
+class World:
+    base: Path
+    adapters: dict[str, Path]
+    engine: Engine
+
+
+@pytest.fixture(scope="module", params=["tied", "untied", "biased"])
+def world(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    directory_fetch: Callable[[dict[str, Path]], Any],
+) -> Iterator[World]:
+    root = tmp_path_factory.mktemp("kinds")
+    base = root / "base"
+    biased = request.param == "biased"
+    write_tiny_llama(
+        base,
+        seed=random.randrange(2**31),
+        tie_word_embeddings=request.param == "tied",
+        attention_bias=biased,
+        mlp_bias=biased,
+    )
+    write_byte_tokenizer(base)
+    if biased:  # transformers starts them at zero
+        weights = load_file(base / "model.safetensors")
+        drawn = {key: torch.randn_like(w) * 0.2 if key.endswith("bias") else w for key, w in weights.items()}
+        save_file(drawn, base / "model.safetensors", metadata={"format": "pt"})
+    adapters = {
+        kind: write_adapter(base, root / kind, settings)
+        for kind, settings in KINDS.items()
+        if biased or settings.get("bias", "none") == "none"
+    }
+    engine = build(base, adapters, directory_fetch)
+    yield World(base, adapters, engine)
+    engine.check_integrity()
+    engine.close()
+
+
+def write_adapter(base: Path, target: Path, settings: dict[str, Any]) -> Path:
+    """A PEFT directory in which everything that trains was moved by random numbers."""
+    torch.manual_seed(random.randrange(2**31))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.LoraConfig(**{"lora_alpha": 16, "target_modules": ALL_LINEARS, "task_type": "CAUSAL_LM", **settings})
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter += torch.randn_like(parameter) * 0.05 * max(1.0, float(parameter.abs().mean()))
+    adapted.save_pretrained(target)
+    return target
+
+
+def build(base: Path, adapters: dict[str, Path], directory_fetch: Any, **limits: int) -> Engine:
+    settings = {"adapter_memory_bytes": 8 << 20, "kv_memory_bytes": 8 << 20, "max_batch_tokens": 96, **limits}
+    return Engine.build(
+        ModelConfig(base=str(base), quantization="none", dtype="float32", threads=1),
+        EngineLimits(**settings),
+        directory_fetch(adapters),
+    )
+
+
+_ids = iter(range(10**9))
+
+
+def ask(prompt: list[int], *uses: tuple[str, float]) -> Request:
+    return Request(
+        id=str(next(_ids)),
+        prompt=tuple(prompt),
+        stopping=Stopping(max_new_tokens=NEW_TOKENS, ignore_eos=True),
+        adapters=tuple(AdapterUse(digest=kind, version=f"t/{kind}@1", weight=weight) for kind, weight in uses),
+        logprobs=0,
+    )
+
+
+def random_prompt() -> list[int]:
+    """With several of the trained tokens in it."""
+    prompt = [random.randrange(256) for _ in range(random.choice([1, 3, 16, 17, 60]))]
+    return [*prompt, *random.sample(TOKENS, 3)]
+
+
+def generated(model: Any, prompt: list[int]) -> tuple[list[int], list[float]]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    tokens = out.sequences[0, len(prompt) :].tolist()
+    return tokens, [row[0].log_softmax(-1)[token].item() for row, token in zip(out.logits, tokens, strict=True)]
+
+
+def assert_same(got: Completion, tokens: list[int], logprobs: list[float]) -> None:
+    if got.error is not None:
+        raise got.error
+    assert list(got.token_ids) == tokens
+    ours = [entry.logprob for delta in got.deltas for entry in delta.logprobs]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(logprobs), rtol=0, atol=1e-4)
+
+
+def load(world: World, kind: str | None) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
+    return base if kind is None else peft.PeftModel.from_pretrained(base, world.adapters[kind])
+
+
+def test_all_kinds_in_one_batch_equal_peft(world: World) -> None:
+    kinds: list[str | None] = [*world.adapters, None, None, "plain"]
+    random.shuffle(kinds)
+    prompts = [random_prompt() for _ in kinds]
+    answers = world.engine.generate(
+        [ask(prompt, *([(kind, 1.0)] if kind else [])) for kind, prompt in zip(kinds, prompts, strict=True)]
+    )
+    for kind, prompt, answer in zip(kinds, prompts, answers, strict=True):
+        try:
+            assert_same(answer, *generated(load(world, kind), prompt))
+        except Exception as error:
+            error.add_note(f"adapter: {kind}")
+            raise
+
+
+def test_every_kind_changes_the_answer(world: World) -> None:
+    """The comparison above would also pass where a kind does nothing on either side."""
+    prompt = random_prompt()
+    kinds = list(world.adapters)
+    base, *adapted = world.engine.generate([ask(prompt), *(ask(prompt, (kind, 1.0)) for kind in kinds)])
+    first = [base.deltas[0].logprobs[0].logprob, *(a.deltas[0].logprobs[0].logprob for a in adapted)]
+    assert len({round(value, 4) for value in first}) >= len(first) - 2
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, -0.5), (-0.4, 1.6)])
+@pytest.mark.parametrize("pair", [("dora", "lora-bias"), ("dora-head", "lora-head"), ("lora-both", "dora-rslora")])
+def test_weighted_kinds_equal_the_sum_of_deltas(
+    world: World, pair: tuple[str, str], weights: tuple[float, float]
+) -> None:
+    """Each adapter's delta, merged by PEFT into a base of its own, times its weight; added up on the pristine base."""
+    prompt = random_prompt()
+    asked = tuple(zip(pair, weights, strict=True))
+    answer = world.engine.generate([ask(prompt, *asked)])[0]
+    summed = untied(load(world, None))
+    original = {name: parameter.clone() for name, parameter in summed.named_parameters()}
+    hooks = []
+    with torch.no_grad():
+        for kind, weight in asked:
+            bias = kind == "lora-bias"
+            adapted = peft.PeftModel.from_pretrained(
+                untied(AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)), world.adapters[kind]
+            )
+            if bias:  # no merged form where the base has no bias: added to the outputs instead
+                for name, module in adapted.base_model.model.named_modules():
+                    if isinstance(module, peft.tuners.lora.Linear):
+                        shift = weight * module.scaling["default"] * module.lora_B["default"].bias
+                        target = summed.get_submodule(name)
+                        hooks.append(target.register_forward_hook(lambda m, i, out, shift=shift: out + shift))
+                        target.weight += weight * module.get_delta_weight("default")
+                continue
+            merged = adapted.merge_and_unload()
+            for name, parameter in merged.named_parameters():
+                summed.get_parameter(name).add_(weight * (parameter - original[name]))
+    assert_same(answer, *generated(summed, prompt))
+
+
+def untied(model: Any) -> Any:
+    """The same function with a head of its own."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return model
+
+
+def test_what_replaces_values_is_used_alone_and_whole(world: World) -> None:
+    prompt = random_prompt()
+    for kind in (kind for kind in ALONE if kind in world.adapters):
+        good, half, together = world.engine.generate(
+            [ask(prompt), ask(prompt, (kind, 0.5)), ask(prompt, ("plain", 1.0), (kind, 1.0))]
+        )
+        assert good.error is None
+        for refused in (half, together):
+            assert isinstance(refused.error, InvalidRequest), kind
+            assert f"t/{kind}@1 uses" in str(refused.error)
+    assert world.engine.adapters.leases() == 0
+
+
+def test_rows_without_parts_run_the_base_modules_own_code(world: World, directory_fetch: Any) -> None:
+    engine = build(world.base, world.adapters, directory_fetch)
+    try:
+        engine.generate([ask(random_prompt(), ("plain", 1.0)), ask(random_prompt())])
+        assert not engine._part_hooks._hooked
+    finally:
+        engine.close()
+
+
+def test_parts_count_against_their_memory(world: World, directory_fetch: Any) -> None:
+    """Room for one replaced head at a time: all are served by turns; an adapter that can never fit is refused."""
+    head = 300 * 64 * 4
+    engine = build(world.base, world.adapters, directory_fetch, adapter_parts_memory_bytes=head + 4096)
+    try:
+        prompt = random_prompt()
+        answers = engine.generate([ask(prompt, (kind, 1.0)) for kind in ("saved-head", "saved-embedding") * 3])
+        assert all(answer.error is None for answer in answers)
+        (too_big,) = engine.generate([ask(prompt, ("saved-both", 1.0))])
+        assert getattr(too_big.error, "reason", None) == "REQUEST_TOO_LARGE"
+        resident = {status.digest: status for status in engine.adapters.list() if status.tier.value == "device"}
+        heads = [kind for kind in ("saved-head", "saved-embedding") if kind in resident]
+        assert len(heads) == 1
+        assert resident[heads[0]].device_bytes > head
+        engine.check_integrity()
+    finally:
+        engine.close()
+
+
+def test_unloading_frees_the_parts(world: World, directory_fetch: Any) -> None:
+    engine = build(world.base, world.adapters, directory_fetch)
+    try:
+        assert engine.generate([ask(random_prompt(), ("saved-head", 1.0))])[0].error is None
+        held = weakref.ref(engine.adapters._device["saved-head"].parts.modules["lm_head"].replacement.weight)
+        assert held() is not None
+        assert engine.adapters.unload("saved-head")
+        gc.collect()
+        assert held() is None
+    finally:
+        engine.close()
+
+
+Files = tuple[dict[str, Any], dict[str, torch.Tensor]]
+
+
+def to_target_parameters(files: Files) -> None:
+    files[0]["target_parameters"] = ["experts.down_proj"]
+
+
+def to_alora(files: Files) -> None:
+    files[0]["alora_invocation_tokens"] = [1, 2]
+
+
+def to_pissa(files: Files) -> None:
+    files[0]["init_lora_weights"] = "pissa"
+
+
+def another_copy(files: Files) -> None:
+    files[1]["base_model.model.model.embed_tokens.base_layer.weight"] += 1e-3
+
+
+def unknown_module(files: Files) -> None:
+    files[1]["base_model.model.model.layers.9.mlp.up_proj.lora_magnitude_vector"] = torch.ones(128)
+
+
+def saved_with_another_shape(files: Files) -> None:
+    files[1]["base_model.model.lm_head.weight"] = torch.zeros(301, 64)
+
+
+def a_parameter_nobody_has(files: Files) -> None:
+    files[1]["base_model.model.lm_head.gain"] = torch.zeros(64)
+
+
+def tied_by_the_config(files: Files) -> None:
+    files[0]["ensure_weight_tying"] = True
+
+
+def a_token_beyond_the_vocabulary(files: Files) -> None:
+    files[0]["trainable_token_indices"] = [*TOKENS[:-1], 300]
+
+
+def a_magnitude_of_another_width(files: Files) -> None:
+    key = next(key for key in files[1] if key.endswith("magnitude_vector"))
+    files[1][key] = files[1][key][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason", "named"),
+    [
+        ("plain", to_target_parameters, UnsupportedAdapter.reason, "target_parameters"),
+        ("plain", to_alora, UnsupportedAdapter.reason, "alora"),
+        ("plain", to_pissa, "BASE_CHANGED_INIT", "pissa"),
+        ("lora-embedding", another_copy, UnsupportedAdapter.reason, "embed_tokens"),
+        ("dora", unknown_module, TensorUnbound.reason, "layers.9"),
+        ("dora", a_magnitude_of_another_width, TensorUnbound.reason, "layers."),
+        ("saved-head", saved_with_another_shape, TensorUnbound.reason, "lm_head"),
+        ("saved-head", a_parameter_nobody_has, TensorUnbound.reason, "gain"),
+        ("tokens", a_token_beyond_the_vocabulary, TensorUnbound.reason, "embed_tokens"),
+        ("saved-embedding", tied_by_the_config, UnsupportedAdapter.reason, "ensure_weight_tying"),
+    ],
+)
+def test_what_has_no_exact_meaning_is_refused_by_name(
+    world: World,
+    kind: str,
+    change: Callable[[Files], None],
+    reason: str,
+    named: str,
+    tmp_path: Path,
+    directory_fetch: Any,
+) -> None:
+    source = world.adapters[kind]
+    config = json.loads((source / "adapter_config.json").read_text())
+    files: Files = (config, load_file(source / "adapter_model.safetensors"))
+    change(files)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(files[0]))
+    save_file(files[1], tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    base_is_tied = load(world, None).config.tie_word_embeddings
+    engine = build(world.base, {"changed": tmp_path, "plain": world.adapters["plain"]}, directory_fetch)
+    try:
+        bad, good = engine.generate([ask([1, 2], ("changed", 1.0)), ask([1, 2], ("plain", 1.0))])
+    finally:
+        engine.close()
+    assert good.error is None
+    if change is tied_by_the_config and not base_is_tied:
+        assert bad.error is None  # it says nothing where there is nothing to tie
+        return
+    assert getattr(bad.error, "reason", bad.error) == reason
+    assert named in str(bad.error)

@@ -1,0 +1,333 @@
+"""Every model family we claim, as a tiny random model: our engine against transformers' generate(), in float32.
+
+Each family is small enough to build in the test, and its initialization wide enough that a wrong window, cap or
+rotation changes tokens.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from server.config import EngineLimits, ModelConfig
+from server.engine.engine import Completion, Engine
+from server.engine.request import AdapterUse, Request, Stopping
+from server.errors import TensorUnbound, UnsupportedAdapter, UnsupportedArchitecture
+from server.model.base import load_base
+from tests.conftest import write_byte_tokenizer
+
+NEW_TOKENS = 32
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = LLAMA_LINEARS[:4]
+# Long enough to leave a window of 16 and to cross longrope's switch at 64 while decoding.
+PROMPT_TOKENS = (1, 7, 40, 50, 64, 65, 90)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: its config class, what it needs beyond `SMALL`, and the linears a LoRA targets."""
+
+    config: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] = LLAMA_LINEARS
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+    "initializer_range": 0.2,
+}
+WINDOWS = {"sliding_window": 16, "num_hidden_layers": 4}
+LONGROPE = {
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+        "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+        "original_max_position_embeddings": 64,
+    },
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaConfig", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": Family("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": Family("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
+    "mistral": Family("MistralConfig", {"sliding_window": 16, "head_dim": 24}),
+    "gemma2": Family(
+        "Gemma2Config",
+        {
+            **WINDOWS,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": Family(
+        "Gemma3TextConfig",
+        {
+            **WINDOWS,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "phi3": Family("Phi3Config", {"sliding_window": 40}, FUSED),
+    "phi3-longrope": Family("Phi3Config", LONGROPE, FUSED),
+    "olmo2": Family("Olmo2Config", {"num_key_value_heads": 4}),
+    "qwen3-moe": Family(
+        "Qwen3MoeConfig", {**EXPERTS, "num_experts": 4, "head_dim": 16, "norm_topk_prob": True}, ATTENTION
+    ),
+    "qwen2-moe": Family(
+        "Qwen2MoeConfig",
+        {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 48},
+        (*ATTENTION, "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"),
+    ),
+    "mixtral": Family("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION),
+}
+
+
+def write_family(directory: Path, family: Family) -> None:
+    import transformers
+
+    torch.manual_seed(random.randrange(2**31))
+    config = getattr(transformers, family.config)(**{**SMALL, **family.settings})
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers starts them at zero, where leaving one out shows nothing
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(directory)
+    write_byte_tokenizer(directory)
+
+
+_ids = iter(range(10**9))
+
+
+def request(prompt: list[int], *kinds: str) -> Request:
+    return Request(
+        id=str(next(_ids)),
+        prompt=tuple(prompt),
+        stopping=Stopping(max_new_tokens=NEW_TOKENS, ignore_eos=True),
+        adapters=tuple(AdapterUse(digest=kind, version=f"t/{kind}@1") for kind in kinds),
+        logprobs=0,
+    )
+
+
+def generated(model: Any, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """generate()'s greedy tokens and their log-probabilities."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    tokens = out.sequences[0, len(prompt) :].tolist()
+    logprobs = [logits[0].log_softmax(-1)[token].item() for logits, token in zip(out.logits, tokens, strict=True)]
+    return tokens, logprobs
+
+
+def assert_same(got: Completion, tokens: list[int], logprobs: list[float]) -> None:
+    if got.error is not None:
+        raise got.error
+    assert list(got.token_ids) == tokens
+    ours = [entry.logprob for delta in got.deltas for entry in delta.logprobs]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(logprobs), rtol=0, atol=1e-4)
+
+
+def build(base: Path, fetch: Any, **limits: int) -> Engine:
+    return Engine.build(
+        ModelConfig(base=str(base), quantization="none", dtype="float32", threads=1),
+        EngineLimits(**{"adapter_memory_bytes": 4 << 20, "kv_memory_bytes": 8 << 20, "max_batch_tokens": 96, **limits}),
+        fetch,
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_equals_generate(
+    name: str,
+    tmp_path: Path,
+    make_adapter: Callable[..., Path],
+    directory_fetch: Callable[[dict[str, Path]], Any],
+) -> None:
+    """Base rows and two adapters of different rank in one batch, prompts of very different lengths, in chunks."""
+    family = FAMILIES[name]
+    base = tmp_path / "base"
+    write_family(base, family)
+    adapters = {
+        kind: make_adapter(base, tmp_path / kind, seed=random.randrange(2**31), r=rank, target_modules=targets)
+        for kind, rank, targets in (("all", 12, list(family.targets)), ("few", 4, list(family.targets[:2])))
+    }
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    models: dict[str | None, Any] = {
+        None: plain,
+        **{
+            kind: peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
+            for kind, path in adapters.items()
+        },
+    }
+    kinds = [None, "all", "few", None, "all", "few", "all"]
+    random.shuffle(kinds)
+    prompts = [[random.randrange(256) for _ in range(count)] for count in PROMPT_TOKENS]
+    engine = build(base, directory_fetch(adapters))
+    try:
+        answers = engine.generate(
+            [request(prompt, *([kind] if kind else [])) for kind, prompt in zip(kinds, prompts, strict=True)]
+        )
+        engine.check_integrity()
+    finally:
+        engine.close()
+    for kind, prompt, answer in zip(kinds, prompts, answers, strict=True):
+        assert_same(answer, *generated(models[kind], prompt))
+
+
+# What differs between families for an adapter's parts beside its rank rows: scaled embeddings, soft-capped and tied
+# heads, norms over heads, fused and shared linears.
+PARTS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "saved": {"modules_to_save": ["norm", "embed_tokens"], "target_modules": ["o_proj"]},
+    "tokens": {"trainable_token_indices": [5, 80, 81, 299], "target_modules": ["o_proj"]},
+    "embedding": {"target_modules": ["o_proj", "embed_tokens"]},
+    "head": {"target_modules": ["o_proj", "lm_head"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gemma3", "phi3-longrope", "olmo2", "qwen2-moe"])
+def test_every_part_in_every_family(
+    name: str, tmp_path: Path, directory_fetch: Callable[[dict[str, Path]], Any]
+) -> None:
+    family = FAMILIES[name]
+    base = tmp_path / "base"
+    write_family(base, family)
+    adapters, models = {}, {}
+    for kind, settings in PARTS.items():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        config = {"r": 4, "lora_alpha": 8, "target_modules": list(family.targets), "task_type": "CAUSAL_LM", **settings}
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**config))
+        with torch.no_grad():
+            for key, parameter in adapted.named_parameters():
+                if parameter.requires_grad and "lora_A" not in key:
+                    parameter += torch.randn_like(parameter) * 0.05 * max(1.0, float(parameter.abs().mean()))
+        adapted.save_pretrained(tmp_path / kind)
+        adapters[kind] = tmp_path / kind
+        models[kind] = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / kind)
+    prompts = {kind: [*random.choices(range(256), k=random.choice([3, 40, 70])), 5, 80] for kind in PARTS}
+    engine = build(base, directory_fetch(adapters))
+    try:
+        answers = engine.generate([request(prompt, kind) for kind, prompt in prompts.items()])
+    finally:
+        engine.close()
+    for (kind, prompt), answer in zip(prompts.items(), answers, strict=True):
+        try:
+            assert_same(answer, *generated(models[kind], prompt))
+        except Exception as error:
+            error.add_note(f"adapter: {kind}")
+            raise
+
+
+def test_lora_on_experts_is_refused_by_name(
+    tmp_path: Path, make_adapter: Callable[..., Path], directory_fetch: Callable[[dict[str, Path]], Any]
+) -> None:
+    base = tmp_path / "base"
+    write_family(base, FAMILIES["mixtral"])
+    adapters = {
+        "listed": make_adapter(base, tmp_path / "listed", target_modules=list(ATTENTION)),
+        "packed": make_adapter(
+            base,
+            tmp_path / "packed",
+            target_modules=["q_proj"],
+            target_parameters=["experts.down_proj"],
+            lora_dropout=0.0,
+        ),
+    }
+    weights = load_file(adapters["listed"] / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1"
+    weights[f"{key}.lora_A.weight"], weights[f"{key}.lora_B.weight"] = torch.ones(8, 64), torch.ones(96, 8)
+    save_file(weights, adapters["listed"] / "adapter_model.safetensors", metadata={"format": "pt"})
+    engine = build(base, directory_fetch(adapters))
+    try:
+        listed, packed, plain = engine.generate([request([1, 2], "listed"), request([1, 2], "packed"), request([1, 2])])
+    finally:
+        engine.close()
+    assert isinstance(listed.error, TensorUnbound)
+    assert "experts.0.w1" in str(listed.error)
+    assert isinstance(packed.error, UnsupportedAdapter)
+    assert "target_parameters" in str(packed.error)
+    assert plain.error is None
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "named"),
+    [
+        ("FalconConfig", {"num_kv_heads": 2}, "FalconForCausalLM has its own attention"),
+        ("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": 2}, "MptForCausalLM has its own attention"),
+        ("BloomConfig", {"n_layer": 2, "n_head": 4}, "BloomForCausalLM has its own attention"),
+        (
+            "DeepseekV3Config",
+            {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "first_k_dense_replace": 2},
+            "kv_lora_rank",
+        ),
+    ],
+)
+def test_an_architecture_we_cannot_serve_is_refused(
+    config: str, settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    write_family(tmp_path, Family(config, settings))
+    with pytest.raises(UnsupportedArchitecture, match=named) as raised:
+        load_base(ModelConfig(base=str(tmp_path), quantization="none", dtype="float32", threads=1))
+    assert str(tmp_path) not in str(raised.value)
+
+
+def test_a_long_neighbour_does_not_change_a_short_longrope_sequence(
+    tmp_path: Path, directory_fetch: Callable[[dict[str, Path]], Any]
+) -> None:
+    write_family(tmp_path, FAMILIES["phi3-longrope"])
+    short, long = [random.choices(range(256), k=count) for count in (20, 200)]
+    engine = build(tmp_path, directory_fetch({}), max_batch_tokens=64)
+    try:
+        alone = engine.generate([request(short)])[0]
+        beside = engine.generate([request(long), request(short), request(long)])[1]
+    finally:
+        engine.close()
+    assert alone.token_ids == beside.token_ids
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning")
+def test_a_replaced_router_is_refused_by_name(
+    tmp_path: Path, make_adapter: Callable[..., Path], directory_fetch: Callable[[dict[str, Path]], Any]
+) -> None:
+    base = tmp_path / "base"
+    write_family(base, FAMILIES["qwen3-moe"])
+    adapter = make_adapter(base, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["mlp.gate"])
+    engine = build(base, directory_fetch({"router": adapter}))
+    try:
+        router, plain = engine.generate([request([1, 2], "router"), request([1, 2])])
+    finally:
+        engine.close()
+    assert isinstance(router.error, UnsupportedAdapter)
+    assert "mlp.gate" in str(router.error)
+    assert plain.error is None
