@@ -45,6 +45,9 @@ class RequestLimits:
     max_stop_token_ids: int = 64
     max_logprobs: int = 20
     max_logit_bias: int = 300
+    max_structure_chars: int = 64 * 1024  # of a JSON schema, a regex, a grammar or all choices
+    max_choices: int = 1024
+    max_samples: int = 16  # answers to one request
     max_message_bytes: int = 4 * MIB
     max_metadata_bytes: int = 16 * 1024
 

@@ -28,12 +28,12 @@ from server.engine.request import Delta, FinishReason, Request
 from server.engine.sampler import SamplerState, sample
 from server.engine.scheduler import Scheduler, Share
 from server.engine.sequence import Sequence
+from server.engine.structure import Structures
 from server.errors import (
     BaseUnavailable,
     Cancelled,
     Draining,
     EngineFailed,
-    NonFiniteLogits,
     QueueFull,
     RequestTooLarge,
 )
@@ -70,6 +70,7 @@ class Engine:
         self.base = base
         self.limits = limits
         self.text = Text(base)
+        self.structures = Structures(base.tokenizer, base.vocabulary_size, self.text.eos_ids)
         self._observer: EngineObserver = observer or Unobserved()
         page = PagedKv.page_bytes(base.layers, base.kv_heads, base.head_width, limits.page_tokens, base.dtype)
         pages = limits.kv_memory_bytes // page
@@ -136,8 +137,11 @@ class Engine:
     def submit(self, request: Request, outbox: Outbox) -> None:
         """Queue a request; its answer arrives in `outbox`, ending with a delta whose `last` is true.
 
-        Raises `QueueFull`, `RequestTooLarge` (it could never run here) or `Draining`.
+        Raises `QueueFull`, `RequestTooLarge` (it could never run here), `Draining`, or `StructureInvalid`. A
+        structure is compiled here unless `structures.compile` has done so before.
         """
+        if request.structure is not None:
+            self.structures.compile(request.structure)
         needed = self._pages.pages_for(len(request.prompt) + request.stopping.max_new_tokens)
         if needed > self._pages.pages:
             raise RequestTooLarge(
@@ -256,7 +260,7 @@ class Engine:
             sequence, request = share.sequence, share.sequence.request
             if choice.token_id is None:
                 self._runner.kv.scrub(sequence.pages)
-                self._end(sequence, NonFiniteLogits("the model's output for this request is not a number"))
+                self._end(sequence, choice.error or EngineFailed("no token was chosen"))
                 continue
             before = sequence.last_token
             delta = sequence.advance(choice)
@@ -319,7 +323,7 @@ class Engine:
             self._changed.notify_all()
 
     def _sequence(self, request: Request, outbox: Outbox) -> Sequence:
-        stopping = request.stopping
+        stopping, structure = request.stopping, request.structure
         stop_ids = frozenset(stopping.stop_token_ids)
         if not stopping.ignore_eos:
             stop_ids |= self.text.eos_ids
@@ -331,7 +335,12 @@ class Engine:
             ),
             stop_ids=stop_ids,
             sampler=SamplerState.begin(
-                request.sampling, request.logprobs, request.prompt, stop_ids, stopping.min_new_tokens
+                request.sampling,
+                request.logprobs,
+                request.prompt,
+                stop_ids,
+                stopping.min_new_tokens,
+                None if structure is None else self.structures.begin(structure, may_end=not stopping.ignore_eos),
             ),
             detokenizer=self.text.stream(),
             scanner=StopScanner(stopping.stop_strings),
