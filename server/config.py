@@ -33,6 +33,7 @@ class EngineLimits:
     host_adapter_memory_bytes: int = 2048 * MIB  # parsed adapters in host memory
     max_adapter_rank: int = 256
     max_adapters_per_request: int = 8
+    deterministic: bool = False  # a request's bits do not depend on what shares its batch; slower
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,12 @@ class BaseUnavailable(ServerError):
     reason = "BASE_UNAVAILABLE"
 
 
+class DeterminismUnavailable(ServerError):
+    """`--deterministic` cannot be promised for this model on this machine; the message says why."""
+
+    reason = "DETERMINISM_UNAVAILABLE"
+
+
 class UnsupportedArchitecture(ServerError):
     """The base model's architecture cannot be served; the message says why."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from server.adapters.residency import Residency
 from server.adapters.weights import AdapterFetch, parse_adapter
 from server.config import EngineLimits, ModelConfig
 from server.engine.batch import StepBatch, lay_out
+from server.engine.fixed_rows import FixedRows, FixedStep
 from server.engine.kv_cache import PageTable
 from server.engine.observer import EngineObserver, EngineSnapshot, Unobserved
 from server.engine.outbox import BlockingOutbox, Outbox
@@ -81,6 +82,11 @@ class Engine:
         self._active = ActiveAdapters()
         wrap_linears(base.model, arena, self._active)
         self._runner = Runner(base, pages, limits.page_tokens)
+        self._forward: Callable[[Seq[Share]], tuple[StepBatch | FixedStep, Tensor]] = self._run_packed
+        if limits.deterministic:
+            fixed = FixedRows(base, self._runner, self._active, limits.page_tokens, limits.max_adapter_rank)
+            fixed.check()
+            self._forward = fixed.run
         self._pages = PageTable(pages, limits.page_tokens)
         self._changed = threading.Condition()
         self.adapters = Residency(
@@ -235,8 +241,7 @@ class Engine:
 
     def _step(self, shares: Seq[Share]) -> None:
         started = time.monotonic()
-        batch = lay_out(shares, self.limits.page_tokens, self.base.device)
-        logits = self._run(batch)
+        batch, logits = self._forward(shares)
         self._postprocess(batch, logits)
         self._observer.step(
             seconds=time.monotonic() - started,
@@ -245,6 +250,10 @@ class Engine:
             tokens=sum(share.tokens for share in shares),
         )
 
+    def _run_packed(self, shares: Seq[Share]) -> tuple[StepBatch, Tensor]:
+        batch = lay_out(shares, self.limits.page_tokens, self.base.device)
+        return batch, self._run(batch)
+
     def _run(self, batch: StepBatch) -> Tensor:
         key = (batch.decodes, batch.segments)
         if key != self._planned[0]:
@@ -252,7 +261,7 @@ class Engine:
         self._active.blocks = self._planned[1]
         return self._runner.run(batch.packed)
 
-    def _postprocess(self, batch: StepBatch, logits: Tensor) -> None:
+    def _postprocess(self, batch: StepBatch | FixedStep, logits: Tensor) -> None:
         for share in batch.shares:
             share.sequence.computed += share.tokens
         choices = sample(logits, [share.sequence.sampler for share in batch.sampling])

@@ -47,6 +47,9 @@ class AttentionPlan:
     lengths: Tensor  # [decodes] int64, new token included
     masks: dict[int | None, Tensor]  # by window: [decodes, 1, P * page_tokens] float32, filled when first asked for
     spans: Sequence[Span]
+    # Deterministic steps only, then there are neither decodes nor spans: each row's pages [P] int64, for a query that
+    # attends by itself. Rows past the last one are padding.
+    alone: Sequence[Tensor] = ()
 
 
 class PagedKv:
@@ -98,9 +101,11 @@ def paged_attention(
     kv, plan = paged
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     k, v = kv.k[layer], kv.v[layer]
+    q = query[0].transpose(0, 1)  # [T, Hq, D]
+    if plan.alone:
+        return _each_alone(q, k, v, key[0], value[0], plan, kv.page_tokens, scaling, sliding_window, softcap), None
     k.index_copy_(1, plan.write_slots, key[0])
     v.index_copy_(1, plan.write_slots, value[0])
-    q = query[0].transpose(0, 1)  # [T, Hq, D]
     parts = []
     if plan.decodes:
         mask = plan.masks.get(sliding_window)
@@ -131,6 +136,32 @@ def paged_attention(
         )
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out[None], None
+
+
+def _each_alone(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    page_tokens: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """[1, T, Hq, D]: one call a row, whose shapes depend on that row alone; padding comes out as zeros."""
+    count = len(plan.alone)
+    k.index_copy_(1, plan.write_slots, key[:, :count])
+    v.index_copy_(1, plan.write_slots, value[:, :count])
+    out = torch.zeros_like(q)
+    for row, pages in enumerate(plan.alone):
+        seen = AttentionPlan(plan.write_slots, 1, pages, plan.lengths[row : row + 1], {}, ())
+        mask = decode_mask(seen, page_tokens, window)
+        out[row] = cpu.decode_attention(
+            q[row : row + 1], k, v, pages, mask, page_tokens=page_tokens, scale=scale, softcap=softcap
+        )[0]
+    return out[None]
 
 
 def decode_mask(plan: AttentionPlan, page_tokens: int, window: int | None) -> Tensor:
