@@ -82,27 +82,23 @@ class FixedRows:
         device = self._base.device
         padding = [0] * (ROWS - len(rows))
         wanted = [index for index, row in enumerate(rows) if row.samples]
-        pages = [row.pages[: row.position // self._page_tokens + 1] for row in rows]
+        alone = [self._alone(row, device) for row in rows]
         self._active.blocks = adapter_blocks(rows, self._base.dtype, device)
         logits = self._runner.run(
             PackedBatch(
                 token_ids=torch.tensor([row.token_id for row in rows] + padding, device=device),
                 positions=torch.tensor([row.position for row in rows] + padding, device=device),
-                attention=AttentionPlan(
-                    write_slots=torch.tensor(
-                        [slot(row.pages, row.position, self._page_tokens) for row in rows], device=device
-                    ),
-                    decodes=0,
-                    pages=torch.zeros(0, dtype=torch.int64, device=device),
-                    lengths=torch.tensor([row.position + 1 for row in rows], device=device),
-                    masks={},
-                    spans=(),
-                    alone=[torch.tensor(own, device=device) for own in pages],
-                ),
+                attention=_plan([slot(row.pages, row.position, self._page_tokens) for row in rows], alone, device),
                 sample_rows=torch.arange(ROWS if wanted else 0, device=device),
             )
         )
         return logits[wanted]
+
+    def _alone(self, row: Row, device: str) -> AttentionPlan:
+        """A plan of one decode, whose shapes come from the row's own position."""
+        pages = torch.tensor(row.pages[: row.position // self._page_tokens + 1], device=device)
+        length = torch.tensor([row.position + 1], device=device)
+        return AttentionPlan(length[:0], 1, pages, length, {}, ())
 
     def check(self) -> None:
         """Compute tokens alone and at every place in random company; raises `DeterminismUnavailable` on any change.
@@ -166,6 +162,11 @@ def adapter_blocks(rows: Seq[Row], dtype: torch.dtype, device: str) -> list[Lora
             factor = None if weight == 1.0 else torch.full((1, 1), weight, dtype=dtype, device=device)
             blocks.append(LoraBlock(0, ROWS, r0, r1, owner, factor))
     return blocks
+
+
+def _plan(write_slots: list[int], alone: list[AttentionPlan], device: str) -> AttentionPlan:
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    return AttentionPlan(torch.tensor(write_slots, device=device), 0, none, none, {}, (), alone)
 
 
 def refuse_coupled(base: BaseModel) -> None:

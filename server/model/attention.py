@@ -47,9 +47,9 @@ class AttentionPlan:
     lengths: Tensor  # [decodes] int64, new token included
     masks: dict[int | None, Tensor]  # by window: [decodes, 1, P * page_tokens] float32, filled when first asked for
     spans: Sequence[Span]
-    # Deterministic steps only, then there are neither decodes nor spans: each row's pages [P] int64, for a query that
+    # Deterministic steps only, then there are neither decodes nor spans: each row as a plan of one decode, for it
     # attends by itself. Rows past the last one are padding.
-    alone: Sequence[Tensor] = ()
+    alone: Sequence[AttentionPlan] = ()
 
 
 class PagedKv:
@@ -155,11 +155,12 @@ def _each_alone(
     k.index_copy_(1, plan.write_slots, key[:, :count])
     v.index_copy_(1, plan.write_slots, value[:, :count])
     out = torch.zeros_like(q)
-    for row, pages in enumerate(plan.alone):
-        seen = AttentionPlan(plan.write_slots, 1, pages, plan.lengths[row : row + 1], {}, ())
-        mask = decode_mask(seen, page_tokens, window)
+    for row, own in enumerate(plan.alone):
+        mask = own.masks.get(window)
+        if mask is None:
+            mask = own.masks[window] = decode_mask(own, page_tokens, window)
         out[row] = cpu.decode_attention(
-            q[row : row + 1], k, v, pages, mask, page_tokens=page_tokens, scale=scale, softcap=softcap
+            q[row : row + 1], k, v, own.pages, mask, page_tokens=page_tokens, scale=scale, softcap=softcap
         )[0]
     return out[None]
 
