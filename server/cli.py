@@ -140,6 +140,12 @@ class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     help="Memory for adapters kept near, in the host's memory.",
 )
 @click.option(
+    "--deterministic",
+    is_flag=True,
+    help="A request gives the same tokens and log-probabilities whatever shares its batch, in the served precision. "
+    "Slower; refused where it cannot be promised.",
+)
+@click.option(
     "--drain-seconds",
     type=click.FloatRange(min=0),
     default=_SERVER.drain_seconds,
@@ -164,6 +170,7 @@ def serve(hub: str | None, **options: Any) -> int:
             adapter_memory_bytes=options["adapter_memory"],
             adapter_parts_memory_bytes=options["adapter_parts_memory"],
             host_adapter_memory_bytes=options["host_adapter_memory"],
+            deterministic=options["deterministic"],
         ),
         hub=hub,
         listen=options["listen"],

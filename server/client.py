@@ -30,6 +30,7 @@ from server.client_messages import (
     Answer,
     AnsweringAdapter,
     AnswerSoFar,
+    Candidate,
     Chunk,
     GenerationError,
     HeldAdapter,
@@ -48,6 +49,7 @@ __all__ = [
     "AnsweringAdapter",
     "AsyncAnswerStream",
     "AsyncClient",
+    "Candidate",
     "Chunk",
     "Client",
     "GenerationError",
@@ -90,7 +92,8 @@ class Client:
     def stream(self, prompt: Prompt, adapters: Adapters = None, **options: Unpack[Options]) -> AnswerStream:
         """The answer as it comes; returns once the server named the versions that answer. Raises as `generate`."""
         request = messages.generate_request(prompt, adapters, options)
-        return AnswerStream(self._inference.GenerateStream(request, timeout=options.get("timeout")), self._address)
+        call = self._inference.GenerateStream(request, timeout=options.get("timeout"))
+        return AnswerStream(call, self._address, max(request.n, 1))
 
     def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[Token]:
         """The tokens of a text, or of chat messages in the base's template."""
@@ -134,10 +137,10 @@ class Client:
 class AnswerStream(Iterator[Chunk]):
     """An answer as it comes; leaving its `with` block early cancels it."""
 
-    def __init__(self, call: Any, address: str) -> None:
+    def __init__(self, call: Any, address: str, candidates: int = 1) -> None:
         self._call = call
         self._address = address
-        self._so_far = AnswerSoFar()
+        self._so_far = AnswerSoFar(candidates)
         self._so_far.add(self._next_message())  # names the versions, holds no text
 
     @property
@@ -197,7 +200,7 @@ class AsyncClient:
         """As `Client.stream`."""
         request = messages.generate_request(prompt, adapters, options)
         stream = AsyncAnswerStream(
-            self._inference.GenerateStream(request, timeout=options.get("timeout")), self._address
+            self._inference.GenerateStream(request, timeout=options.get("timeout")), self._address, max(request.n, 1)
         )
         await stream.begin()
         return stream
@@ -245,11 +248,11 @@ class AsyncClient:
 class AsyncAnswerStream(AsyncIterator[Chunk]):
     """An answer as it comes; leaving its `async with` block early cancels it."""
 
-    def __init__(self, call: Any, address: str) -> None:
+    def __init__(self, call: Any, address: str, candidates: int = 1) -> None:
         self._call = call
         self._messages: AsyncIterator[inference_pb2.GenerateChunk] = aiter(call)
         self._address = address
-        self._so_far = AnswerSoFar()
+        self._so_far = AnswerSoFar(candidates)
 
     async def begin(self) -> None:
         """Wait until the server named the versions that answer; `AsyncClient.stream` has done so."""

@@ -12,7 +12,7 @@ import click
 from server.byte_size import as_text
 
 if TYPE_CHECKING:
-    from server.client import Answer
+    from server.client import Answer, Options
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 
@@ -64,6 +64,23 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 always takes the likeliest token.")
 @click.option("--seed", type=click.IntRange(min=0), help="Same seed, same answer. Default: drawn by the server.")
 @click.option(
+    "--json-schema",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=str),
+    metavar="FILE",
+    help="The answer is JSON by this schema.",
+)
+@click.option("--regex", help="The whole answer matches this regular expression.")
+@click.option(
+    "--grammar",
+    type=click.Path(exists=True, dir_okay=False, path_type=str),
+    metavar="FILE",
+    help="The answer follows this Lark grammar.",
+)
+@click.option("--choice", metavar="A,B,...", help="The answer is one of these texts.")
+@click.option(
+    "--n", "samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers to draw, each its own."
+)
+@click.option(
     "--chat/--raw", default=True, show_default=True, help="PROMPT as a user's message, or continued as it is."
 )
 @_json_option
@@ -74,11 +91,16 @@ def generate(
     max_new_tokens: int | None,
     temperature: float,
     seed: int | None,
+    json_schema: str | None,
+    regex: str | None,
+    grammar: str | None,
+    choice: str | None,
+    samples: int,
     chat: bool,
     as_json: bool,
 ) -> int:
     """Ask a running server; the answer appears as it comes. PROMPT may be - for standard input."""
-    from server.client import Client, Options
+    from server.client import Client
 
     text = sys.stdin.read() if prompt == "-" else prompt
     options: Options = {"temperature": temperature}
@@ -86,10 +108,14 @@ def generate(
         options["max_new_tokens"] = max_new_tokens
     if seed is not None:
         options["seed"] = seed
+    if samples > 1:
+        options["n"] = samples
+    _add_structure(options, json_schema, regex, grammar, choice)
     with Client(server) as client:
         with client.stream([{"role": "user", "content": text}] if chat else text, list(asked), **options) as stream:
             for chunk in stream:
-                if not as_json:
+                # Several answers come side by side: they are shown one after the other, at the end.
+                if not as_json and samples == 1:
                     click.echo(chunk.text, nl=False)
     answer = stream.answer
     if answer is None:
@@ -97,11 +123,40 @@ def generate(
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(answer), indent=2, ensure_ascii=False))
         return 0
-    click.echo()
+    if samples > 1:
+        for candidate in answer.candidates:
+            click.secho(f"[{candidate.index}] ", dim=True, nl=False)
+            click.echo(candidate.text)
+    else:
+        click.echo()
     for warning in answer.warnings:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
     click.secho(_footer(answer), dim=True, err=True)
     return 0
+
+
+def _add_structure(
+    options: Options, json_schema: str | None, regex: str | None, grammar: str | None, choice: str | None
+) -> None:
+    """Fill in what the answer must be. Raises `click.UsageError` for more than one structure."""
+    if sum(given is not None for given in (json_schema, regex, grammar, choice)) > 1:
+        raise click.UsageError("give one of --json-schema, --regex, --grammar and --choice")
+    if json_schema is not None:
+        options["json_schema"] = _text_of(json_schema)
+    if regex is not None:
+        options["regex"] = regex
+    if grammar is not None:
+        options["grammar"] = _text_of(grammar)
+    if choice is not None:
+        options["choice"] = choice.split(",")
+
+
+def _text_of(file: str) -> str:
+    try:
+        with click.open_file(file, encoding="utf-8") as opened:
+            return str(opened.read())
+    except UnicodeDecodeError:
+        raise click.UsageError(f"{file} is not UTF-8 text") from None
 
 
 def _footer(answer: Answer) -> str:

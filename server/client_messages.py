@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -40,6 +41,11 @@ class Options(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int  # n: the log-probability of every token and of the n best at its place
+    n: int  # answers to draw; all of them are in `Answer.candidates`
+    json_schema: Mapping[str, Any] | str  # of these four one at most: what the whole answer must be
+    regex: str
+    grammar: str  # llguidance's dialect of Lark
+    choice: Sequence[str]
     request_id: str
     timeout: float  # seconds; the server gives up too
 
@@ -90,11 +96,24 @@ class Chunk:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprobs, ...]
+    index: int = 0  # the candidate it belongs to, for n > 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the answers to a request."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...]
+    timing: Timing
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer."""
+    """A whole answer; with n > 1, text, tokens and timing are candidate 0's and completion_tokens everybody's."""
 
     text: str
     adapters: tuple[AnsweringAdapter, ...]  # empty: the base answered
@@ -106,12 +125,13 @@ class Answer:
     logprobs: tuple[Logprobs, ...]
     warnings: tuple[str, ...]
     request_id: str
+    candidates: tuple[Candidate, ...]  # all n, the first included
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed, the first token's wait not counted; 0 for answers of one token."""
-        seconds = self.timing.total - self.timing.first_token
-        return (self.completion_tokens - 1) / seconds if self.completion_tokens > 1 and seconds > 0 else 0.0
+        """Decoding speed of `text`, the first token's wait not counted; 0 for answers of one token."""
+        seconds, tokens = self.timing.total - self.timing.first_token, len(self.token_ids)
+        return (tokens - 1) / seconds if tokens > 1 and seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -184,6 +204,9 @@ def generate_request(prompt: Prompt, adapters: Adapters, options: Options) -> in
         message.max_new_tokens = options["max_new_tokens"]
     if "logprobs" in options:
         message.logprobs = options["logprobs"]
+    if "n" in options:
+        message.n = options["n"]
+    _set_structure(message, options)
     if isinstance(prompt, str):
         message.text = prompt
     elif prompt and not isinstance(prompt[0], Mapping):
@@ -191,6 +214,24 @@ def generate_request(prompt: Prompt, adapters: Adapters, options: Options) -> in
     else:
         message.chat.messages.extend(_chat(prompt))  # type: ignore[arg-type]
     return message
+
+
+def _set_structure(message: inference_pb2.GenerateRequest, options: Options) -> None:
+    given = [name for name in ("json_schema", "regex", "grammar", "choice") if name in options]
+    if len(given) > 1:
+        raise ValueError(f"an answer has one structure at most, not {' and '.join(given)}")
+    if "json_schema" in options:
+        schema = options["json_schema"]
+        message.json_schema = schema if isinstance(schema, str) else json.dumps(schema)
+    elif "choice" in options:
+        if isinstance(options["choice"], str):
+            raise TypeError("choice takes a list of texts")
+        message.choice.texts.extend(options["choice"])
+        message.choice.SetInParent()
+    elif "regex" in options:
+        message.regex = options["regex"]
+    elif "grammar" in options:
+        message.grammar = options["grammar"]
 
 
 def tokenize_request(prompt: str | Sequence[Mapping[str, str]]) -> inference_pb2.TokenizeRequest:
@@ -203,9 +244,11 @@ def tokenize_request(prompt: str | Sequence[Mapping[str, str]]) -> inference_pb2
 class AnswerSoFar:
     """Joins a stream's chunks into an answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, candidates: int = 1) -> None:
         self._whole = inference_pb2.GenerateResponse()
-        self._texts: list[str] = []
+        self._parts = [inference_pb2.Candidate(index=index) for index in range(candidates)]
+        self._texts: list[list[str]] = [[] for _ in self._parts]
+        self._unfinished = candidates
         self.answer: Answer | None = None  # set by the last chunk
 
     @property
@@ -220,35 +263,61 @@ class AnswerSoFar:
         if message.adapters:
             del whole.adapters[:]
             whole.adapters.extend(message.adapters)
-        self._texts.append(message.text)
-        whole.token_ids.extend(message.token_ids)
-        whole.logprobs.extend(message.logprobs)
+        part = self._parts[message.index]
+        self._texts[message.index].append(message.text)
+        part.token_ids.extend(message.token_ids)
+        part.logprobs.extend(message.logprobs)
         whole.warnings.extend(message.warnings)
         if message.finish_reason:
-            whole.finish_reason = message.finish_reason
-            whole.usage.CopyFrom(message.usage)
-            whole.timing.CopyFrom(message.timing)
-            whole.text = "".join(self._texts)
-            self.answer = answer(whole)
-        return Chunk(message.text, tuple(message.token_ids), _logprobs(message.logprobs))
+            part.finish_reason = message.finish_reason
+            part.timing.CopyFrom(message.timing)
+            part.text = "".join(self._texts[message.index])
+            whole.usage.prompt_tokens = message.usage.prompt_tokens
+            whole.usage.completion_tokens += message.usage.completion_tokens
+            self._unfinished -= 1
+            if not self._unfinished:
+                self.answer = self._join()
+        return Chunk(message.text, tuple(message.token_ids), _logprobs(message.logprobs), message.index)
+
+    def _join(self) -> Answer:
+        whole, first = self._whole, self._parts[0]
+        whole.text, whole.finish_reason = first.text, first.finish_reason
+        whole.token_ids.extend(first.token_ids)
+        whole.logprobs.extend(first.logprobs)
+        whole.timing.CopyFrom(first.timing)
+        if len(self._parts) > 1:
+            whole.candidates.extend(self._parts)
+        return answer(whole)
 
 
 def answer(message: inference_pb2.GenerateResponse) -> Answer:
     """The answer a message holds."""
-    reason = inference_pb2.FinishReason.Name(message.finish_reason).removeprefix("FINISH_REASON_").lower()
+    first = _candidate(message)
     return Answer(
-        text=message.text,
+        text=first.text,
         adapters=_answering(message.adapters),
-        finish_reason=reason,  # type: ignore[arg-type]
+        finish_reason=first.finish_reason,
         prompt_tokens=message.usage.prompt_tokens,
         completion_tokens=message.usage.completion_tokens,
-        timing=Timing(
-            message.timing.queue_seconds, message.timing.time_to_first_token_seconds, message.timing.total_seconds
-        ),
-        token_ids=tuple(message.token_ids),
-        logprobs=_logprobs(message.logprobs),
+        timing=first.timing,
+        token_ids=first.token_ids,
+        logprobs=first.logprobs,
         warnings=tuple(message.warnings),
         request_id=message.request_id,
+        candidates=tuple(_candidate(each, each.index) for each in message.candidates) or (first,),
+    )
+
+
+def _candidate(message: inference_pb2.GenerateResponse | inference_pb2.Candidate, index: int = 0) -> Candidate:
+    reason = inference_pb2.FinishReason.Name(message.finish_reason).removeprefix("FINISH_REASON_").lower()
+    timing = message.timing
+    return Candidate(
+        index=index,
+        text=message.text,
+        finish_reason=reason,  # type: ignore[arg-type]
+        token_ids=tuple(message.token_ids),
+        logprobs=_logprobs(message.logprobs),
+        timing=Timing(timing.queue_seconds, timing.time_to_first_token_seconds, timing.total_seconds),
     )
 
 

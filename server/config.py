@@ -34,6 +34,7 @@ class EngineLimits:
     host_adapter_memory_bytes: int = 2048 * MIB  # parsed adapters in host memory
     max_adapter_rank: int = 256
     max_adapters_per_request: int = 8
+    deterministic: bool = False  # a request's bits do not depend on what shares its batch; slower
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class RequestLimits:
     max_stop_token_ids: int = 64
     max_logprobs: int = 20
     max_logit_bias: int = 300
+    max_structure_chars: int = 64 * 1024  # of a JSON schema, a regex, a grammar or all choices
+    max_choices: int = 1024
+    max_samples: int = 16  # answers to one request
     max_message_bytes: int = 4 * MIB
     max_metadata_bytes: int = 16 * 1024
 

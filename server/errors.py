@@ -31,6 +31,18 @@ class ContextExceeded(InvalidRequest):
     reason = "CONTEXT_EXCEEDED"
 
 
+class StructureInvalid(InvalidRequest):
+    """The JSON schema, regex, grammar or choice cannot be kept to; the message says what is wrong with it."""
+
+    reason = "STRUCTURE_INVALID"
+
+
+class StructureFailed(InvalidRequest):
+    """No token could follow in the asked structure, or finding out took too long; the message says which."""
+
+    reason = "STRUCTURE_FAILED"
+
+
 class AdapterUnservable(ServerError):
     """The adapter is sound, but this server's base or settings cannot serve it; the message names what."""
 
@@ -107,6 +119,12 @@ class BaseUnavailable(ServerError):
     """The base model cannot be loaded; the message says what to do."""
 
     reason = "BASE_UNAVAILABLE"
+
+
+class DeterminismUnavailable(ServerError):
+    """`--deterministic` cannot be promised for this model on this machine; the message says why."""
+
+    reason = "DETERMINISM_UNAVAILABLE"
 
 
 class UnsupportedArchitecture(ServerError):

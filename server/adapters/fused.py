@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from server.adapters.arena import Arena
 from server.adapters.linear import ActiveAdapters, LoraLinear, SiteGroup
-from server.kernels import native
 from server.kernels.native import MAX_HEAD_WIDTH, Native
 from server.model.attention import AttentionPlan, PagedKv, prefill
 from server.model.packed import pack_linears, pack_output_head
@@ -154,14 +153,13 @@ class NativeRmsNorm(nn.Module):
         return self._kernels.rms_norm(x, self._single.weight, self._eps)
 
 
-def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters) -> int:
+def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters, kernels: Native) -> int:
     """Replace what can be replaced in a model whose linears are wrapped; returns the number of layers fused.
 
-    0 where the family is another, where there are no native kernels, or off the CPU.
+    0 where the family is another.
     """
     family = type(model).__name__.removesuffix("ForCausalLM")
-    kernels = native.load(cast(torch.dtype, model.dtype)) if cast(torch.device, model.device).type == "cpu" else None
-    if family not in _FAMILIES or kernels is None:
+    if family not in _FAMILIES:
         return 0
     layers = [
         (name, module) for name, module in model.named_modules() if type(module).__name__ == f"{family}DecoderLayer"

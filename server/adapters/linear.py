@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from server.adapters.arena import Arena
-from server.kernels import native
 from server.kernels.cpu import LoraBlock, lora_add, lora_blocks
-from server.kernels.native import DecodePlan, PrefillPlan, Sites
+from server.kernels.native import DecodePlan, Native, PrefillPlan, Sites
 
 Segment = tuple[int, int, int, int, float]
 """(t0, t1, r0, r1, weight): batch rows t0…t1 use arena rows r0…r1."""
@@ -28,9 +27,9 @@ class SiteGroup:
 class ActiveAdapters:
     """Which arena rows belong to which rows of the batch being run; one object shared by all wrapped layers."""
 
-    def __init__(self, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, dtype: torch.dtype, kernels: Native | None) -> None:
         self._dtype = dtype
-        self._native = native.load(dtype) if device == "cpu" else None
+        self._native = kernels
         # Whether every row's adapters are rank rows alone; else layers call their single modules, where parts hook in.
         self.plain = True
         self._segments: tuple[Segment, ...] = ()
@@ -55,6 +54,10 @@ class ActiveAdapters:
         self._decode_plan = DecodePlan(rows) if rows else None
         spans = [segment for segment in segments if segment[1] > decodes]
         self._prefill_plan = PrefillPlan(spans) if spans else None
+
+    def use_blocks(self, blocks: Sequence[LoraBlock]) -> None:
+        """A plan made elsewhere, of plain torch operations; only where there are no native kernels."""
+        self._blocks = blocks
 
     def add(self, x: Tensor, group: SiteGroup, ys: Sequence[Tensor]) -> None:
         """Add every row's deltas in place; x: [T, in] contiguous, ys: one [T, out] for each site of the group."""

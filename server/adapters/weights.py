@@ -82,10 +82,12 @@ def parse_adapter(
     dtype: torch.dtype,
     max_rank: int,
     modules: BaseWeights,
+    parts: bool = True,
 ) -> LoraWeights:
     """Bind every tensor of the adapter to a module of the base.
 
-    `shapes` maps a module path to (out, in). Raises `BaseMismatch`, `RankTooLarge`, `UnsupportedAdapter`,
+    `shapes` maps a module path to (out, in); without `parts` only plain rank rows are taken. Raises `BaseMismatch`,
+    `RankTooLarge`, `UnsupportedAdapter`,
     `TensorUnbound` or the hub's `AdapterRejected`, each naming what it is about.
     """
     if files.base_fingerprint and base.fingerprint and files.base_fingerprint != base.fingerprint:
@@ -130,6 +132,9 @@ def parse_adapter(
         dtype,
         max_rank,
     )
+    if bound.parts.modules and not parts:
+        module = next(iter(bound.parts.modules))
+        raise UnsupportedAdapter(f"with --deterministic only plain LoRA is served; this adapter also changes {module}")
     for module, factor in bound.factors.items():
         pair = halves[module]
         sites[module] = _site(

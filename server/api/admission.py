@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 from protos.loraplex.v1 import inference_pb2 as wire
 from server.adapters.directory import AdapterDirectory
 from server.api.parse import AskedAdapter, ChatPrompt, Prompt, RequestParser, TextPrompt, TokenPrompt
-from server.engine.request import AdapterUse, Request
+from server.engine.request import AdapterUse, Request, Structure
 from server.errors import PromptEmpty, QueueFull
 
 # Tokenizing this much takes about a millisecond; more is done off the event loop.
@@ -40,24 +40,48 @@ class Tokenizer(Protocol):
         """Each token's text."""
 
 
+class StructureCompiler(Protocol):
+    """The part of `server.engine.structure.Structures` that admission uses."""
+
+    def compile(self, structure: Structure) -> None:
+        """Check a structure and keep it ready; raises `StructureInvalid`."""
+
+
+# An odd constant far from small numbers (2^64 / the golden ratio): callers that count their seeds up by one never
+# draw one request's second candidate as another's first.
+SEED_STEP = 0x9E3779B97F4A7C15
+
+
 @dataclass(frozen=True)
 class Admitted:
-    """A request ready to submit."""
+    """One call's requests, ready to submit: one a candidate, alike but for the seed."""
 
     caller_id: str  # what the answer echoes
-    request: Request  # its id is unique in this server, whatever ids callers choose
+    requests: tuple[Request, ...]  # ids are unique in this server, whatever ids callers choose
+
+    @property
+    def adapters(self) -> tuple[AdapterUse, ...]:
+        """The versions that answer."""
+        return self.requests[0].adapters
 
 
 class Admission:
     """Turns messages into requests. Used on the event loop; `close` ends its threads."""
 
     def __init__(
-        self, parser: RequestParser, directory: AdapterDirectory, tokenizer: Tokenizer, *, max_pending: int
+        self,
+        parser: RequestParser,
+        directory: AdapterDirectory,
+        tokenizer: Tokenizer,
+        structures: StructureCompiler,
+        *,
+        max_pending: int,
     ) -> None:
         """`max_pending`: calls that may wait for the hub or the tokenizer; more are refused with `QueueFull`."""
         self._parser = parser
         self._directory = directory
         self._tokenizer = tokenizer
+        self._structures = structures
         self._max_pending = max_pending
         self._pending = 0
         self._serial = itertools.count(1)
@@ -73,7 +97,9 @@ class Admission:
         adapters = await self.resolve(parsed.adapters)
         prompt = await self.tokenize(parsed.prompt)
         self._parser.check_fits(len(prompt), parsed.stopping.max_new_tokens)
-        request = Request(
+        if parsed.structure is not None:
+            await self._off_loop(self._tokenizing, partial(self._structures.compile, parsed.structure))
+        first = Request(
             # Two callers may choose one id, and cancelling by id must end only one of them.
             id=f"{parsed.id}#{next(self._serial)}",
             prompt=tuple(prompt),
@@ -81,8 +107,9 @@ class Admission:
             sampling=parsed.sampling,
             adapters=adapters,
             logprobs=parsed.logprobs,
+            structure=parsed.structure,
         )
-        return Admitted(parsed.id, request)
+        return Admitted(parsed.id, tuple(_candidate(first, index) for index in range(parsed.samples)))
 
     async def tokenize(self, prompt: Prompt) -> Sequence[int]:
         """The prompt's token ids, at least one."""
@@ -134,3 +161,11 @@ class Admission:
             return await asyncio.get_running_loop().run_in_executor(pool, work)
         finally:
             self._pending -= 1
+
+
+def _candidate(first: Request, index: int) -> Request:
+    """The request that answers as candidate `index`; 0 is the first itself."""
+    if not index:
+        return first
+    seed = (first.sampling.seed + index * SEED_STEP) % 2**64
+    return replace(first, id=f"{first.id}.{index}", sampling=replace(first.sampling, seed=seed))

@@ -22,8 +22,8 @@ from protos.loraplex.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, i
 from server.adapters.directory import AdapterDirectory, ResolvedAdapter
 from server.api import encode
 from server.api.admission import Admission, Admitted
+from server.api.candidates import Candidates
 from server.api.parse import RequestParser
-from server.engine.outbox import AsyncOutbox
 from server.engine.request import Delta
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.GenerateResponse:
         """Answer when generation ended."""
         admitted = await self._admission.admit(request)
-        deltas: list[Delta] = []
-        with self._running(admitted) as answer:
-            async for delta in answer:
+        deltas: list[list[Delta]] = [[] for _ in admitted.requests]
+        with self._running(admitted) as answers:
+            async for index, delta in answers:
                 _raise_error(delta)
-                deltas.append(delta)
-        return encode.response(admitted.caller_id, admitted.request.adapters, deltas)
+                deltas[index].append(delta)
+        return encode.response(admitted.caller_id, admitted.adapters, deltas)
 
     async def GenerateStream(self, request: inference_pb2.GenerateRequest, context: Context) -> None:  # noqa: N802
         """Send tokens as they come.
@@ -70,12 +70,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         while an abandoned generator would be closed whenever the garbage collector finds it.
         """
         admitted = await self._admission.admit(request)
-        caller_id, adapters = admitted.caller_id, admitted.request.adapters
-        with self._running(admitted) as answer:
+        caller_id, adapters = admitted.caller_id, admitted.adapters
+        with self._running(admitted) as answers:
             await context.write(encode.first_chunk(caller_id, adapters))
-            async for delta in answer:
+            async for index, delta in answers:
                 _raise_error(delta)
-                await context.write(encode.chunk(caller_id, adapters, delta))
+                await context.write(encode.chunk(caller_id, adapters, delta, index))
 
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Context
@@ -91,14 +91,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return self._model_info
 
     @contextmanager
-    def _running(self, admitted: Admitted) -> Iterator[AsyncOutbox]:
-        """Submit; whatever happens inside, the engine holds nothing of the request afterwards."""
-        outbox = AsyncOutbox()
-        self._engine.submit(admitted.request, outbox)
+    def _running(self, admitted: Admitted) -> Iterator[Candidates]:
+        """Submit; whatever happens inside, the engine holds nothing of the call afterwards."""
+        answers = Candidates(len(admitted.requests))
+        submitted: list[str] = []
         try:
-            yield outbox
+            # All or none: when one is refused, those before it end in `finally`.
+            for request, outbox in zip(admitted.requests, answers.outboxes, strict=True):
+                self._engine.submit(request, outbox)
+                submitted.append(request.id)
+            yield answers
         finally:
-            self._engine.cancel(admitted.request.id)
+            for request_id in submitted:
+                self._engine.cancel(request_id)
 
 
 class AdaptersService(adapters_pb2_grpc.AdaptersServicer):

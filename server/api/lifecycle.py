@@ -113,7 +113,9 @@ class Server:
             vocabulary_size=base.vocabulary_size,
             context_tokens=base.context_tokens,
         )
-        admission = Admission(parser, directory, engine.text, max_pending=self._config.engine.max_waiting)
+        admission = Admission(
+            parser, directory, engine.text, engine.structures, max_pending=self._config.engine.max_waiting
+        )
         administration = AdaptersService(engine, directory)
         self._closers += [admission.close, administration.close]
         self._inference.servicer = InferenceService(engine, admission, parser, model_info(engine, self._config))

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from hub.refs import AdapterRef
 from protos.loraplex.v1 import inference_pb2 as wire
 from server.config import RequestLimits
-from server.engine.request import Sampling, Stopping
-from server.errors import ContextExceeded, InvalidRequest, PromptEmpty
+from server.engine.request import Sampling, Stopping, Structure
+from server.errors import ContextExceeded, InvalidRequest, PromptEmpty, StructureInvalid
 
 MAX_REQUEST_ID_CHARS = 128
 ROLES = frozenset({"system", "user", "assistant"})
@@ -74,6 +74,8 @@ class ParsedRequest:
     sampling: Sampling
     stopping: Stopping
     logprobs: int | None
+    structure: Structure | None  # its size is bounded; compiling it is left to admission
+    samples: int  # answers to draw, >= 1
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class RequestParser:
             sampling=self._sampling(message.sampling),
             stopping=stopping,
             logprobs=self._logprobs(message),
+            structure=self._structure(message),
+            samples=self._samples(message),
         )
 
     def prompt(self, message: wire.GenerateRequest | wire.TokenizeRequest) -> Prompt:
@@ -232,6 +236,31 @@ class RequestParser:
         if message.logprobs > self.limits.max_logprobs:
             raise InvalidRequest(f"logprobs must be from 0 to {self.limits.max_logprobs}, not {message.logprobs}")
         return message.logprobs
+
+    def _structure(self, message: wire.GenerateRequest) -> Structure | None:
+        limit = self.limits.max_structure_chars
+        match message.WhichOneof("structured"):
+            case None:
+                return None
+            case "choice":
+                texts = tuple(message.choice.texts)
+                if len(texts) > self.limits.max_choices:
+                    raise StructureInvalid(f"choice: {len(texts)} texts; at most {self.limits.max_choices} are allowed")
+                structure, size = Structure("choice", choices=texts), sum(map(len, texts))
+            case "json_schema" | "regex" | "grammar" as kind:
+                structure = Structure(kind, getattr(message, kind))
+                size = len(structure.text)
+        if not size:
+            raise StructureInvalid(f"{structure.kind} is empty")
+        if size > limit:
+            raise StructureInvalid(f"{structure.kind} has {size} characters; at most {limit} are allowed")
+        return structure
+
+    def _samples(self, message: wire.GenerateRequest) -> int:
+        samples = message.n if message.HasField("n") else 1
+        if not 1 <= samples <= self.limits.max_samples:
+            raise InvalidRequest(f"n must be from 1 to {self.limits.max_samples}, not {samples}")
+        return samples
 
     def _check_token_ids(self, field: str, ids: Sequence[int]) -> None:
         for token_id in ids:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from server.adapters.residency import Residency
 from server.adapters.weights import AdapterFetch, parse_adapter
 from server.config import EngineLimits, ModelConfig
 from server.engine.batch import StepBatch, lay_out, part_spans
+from server.engine.fixed_rows import FixedRows, FixedStep
 from server.engine.kv_cache import PageTable
 from server.engine.observer import EngineObserver, EngineSnapshot, Unobserved
 from server.engine.outbox import BlockingOutbox, Outbox
@@ -31,15 +32,16 @@ from server.engine.request import Delta, FinishReason, Request
 from server.engine.sampler import SamplerState, sample
 from server.engine.scheduler import Scheduler, Share
 from server.engine.sequence import Sequence
+from server.engine.structure import Structures
 from server.errors import (
     BaseUnavailable,
     Cancelled,
     Draining,
     EngineFailed,
-    NonFiniteLogits,
     QueueFull,
     RequestTooLarge,
 )
+from server.kernels import native
 from server.model.attention import PagedKv
 from server.model.base import BaseModel, load_base
 from server.model.runner import Runner
@@ -72,6 +74,7 @@ class Engine:
         self.base = base
         self.limits = limits
         self.text = Text(base)
+        self.structures = Structures(base.tokenizer, base.vocabulary_size, self.text.eos_ids)
         self._observer: EngineObserver = observer or Unobserved()
         page = PagedKv.page_bytes(base.layers, base.kv_heads, base.head_width, limits.page_tokens, base.dtype)
         pages = limits.kv_memory_bytes // page
@@ -79,13 +82,21 @@ class Engine:
             raise BaseUnavailable(f"the KV memory holds no page: {limits.kv_memory_bytes} bytes, one page takes {page}")
         shapes = {site: (m.out_features, m.in_features) for site, m in base.linears().items()}
         arena = Arena(shapes, limits.adapter_memory_bytes // row_bytes(shapes, base.dtype), base.dtype, base.device)
-        self._active = ActiveAdapters(base.dtype, base.device)
+        # Deterministic steps have a scheme of their own, made of plain torch operations that it checks at start.
+        kernels = None if limits.deterministic or base.device != "cpu" else native.load(base.dtype)
+        self._active = ActiveAdapters(base.dtype, kernels)
         modules = BaseWeights(base.model)
         self._part_hooks = PartsHooks(modules.modules, modules.head)
         wrap_linears(base.model, arena, self._active)
-        fuse(base.model, arena, self._active)
+        if kernels is not None:
+            fuse(base.model, arena, self._active, kernels)
         modules.settle()
         self._runner = Runner(base, pages, limits.page_tokens)
+        self._forward: Callable[[Seq[Share]], tuple[StepBatch | FixedStep, Tensor]] = self._run_packed
+        if limits.deterministic:
+            fixed = FixedRows(base, self._runner, self._active, limits.page_tokens, limits.max_adapter_rank)
+            fixed.check()
+            self._forward = fixed.run
         self._pages = PageTable(pages, limits.page_tokens)
         self._changed = threading.Condition()
         self.adapters = Residency(
@@ -98,6 +109,7 @@ class Engine:
                 dtype=base.dtype,
                 max_rank=limits.max_adapter_rank,
                 modules=modules,
+                parts=not limits.deterministic,
             ),
             limits.host_adapter_memory_bytes,
             wake=self._wake,
@@ -142,8 +154,11 @@ class Engine:
     def submit(self, request: Request, outbox: Outbox) -> None:
         """Queue a request; its answer arrives in `outbox`, ending with a delta whose `last` is true.
 
-        Raises `QueueFull`, `RequestTooLarge` (it could never run here) or `Draining`.
+        Raises `QueueFull`, `RequestTooLarge` (it could never run here), `Draining`, or `StructureInvalid`. A
+        structure is compiled here unless `structures.compile` has done so before.
         """
+        if request.structure is not None:
+            self.structures.compile(request.structure)
         needed = self._pages.pages_for(len(request.prompt) + request.stopping.max_new_tokens)
         if needed > self._pages.pages:
             raise RequestTooLarge(
@@ -237,8 +252,7 @@ class Engine:
 
     def _step(self, shares: Seq[Share]) -> None:
         started = time.monotonic()
-        batch = lay_out(shares, self.limits.page_tokens, self.base.device)
-        logits = self._run(batch)
+        batch, logits = self._forward(shares)
         self._postprocess(batch, logits)
         self._observer.step(
             seconds=time.monotonic() - started,
@@ -246,6 +260,10 @@ class Engine:
             adapters=len({use.digest for share in shares for use in share.sequence.request.adapters}),
             tokens=sum(share.tokens for share in shares),
         )
+
+    def _run_packed(self, shares: Seq[Share]) -> tuple[StepBatch, Tensor]:
+        batch = lay_out(shares, self.limits.page_tokens, self.base.device)
+        return batch, self._run(batch)
 
     def _run(self, batch: StepBatch) -> Tensor:
         tokens, sampled = part_spans(batch)
@@ -259,7 +277,7 @@ class Engine:
         finally:
             self._part_hooks.clear()  # an unloaded adapter's tensors shall not live on here
 
-    def _postprocess(self, batch: StepBatch, logits: Tensor) -> None:
+    def _postprocess(self, batch: StepBatch | FixedStep, logits: Tensor) -> None:
         for share in batch.shares:
             share.sequence.computed += share.tokens
         choices = sample(logits, [share.sequence.sampler for share in batch.sampling])
@@ -267,7 +285,7 @@ class Engine:
             sequence, request = share.sequence, share.sequence.request
             if choice.token_id is None:
                 self._runner.kv.scrub(sequence.pages)
-                self._end(sequence, NonFiniteLogits("the model's output for this request is not a number"))
+                self._end(sequence, choice.error or EngineFailed("no token was chosen"))
                 continue
             before = sequence.last_token
             delta = sequence.advance(choice)
@@ -333,7 +351,7 @@ class Engine:
             self._changed.notify_all()
 
     def _sequence(self, request: Request, outbox: Outbox) -> Sequence:
-        stopping = request.stopping
+        stopping, structure = request.stopping, request.structure
         stop_ids = frozenset(stopping.stop_token_ids)
         if not stopping.ignore_eos:
             stop_ids |= self.text.eos_ids
@@ -345,7 +363,12 @@ class Engine:
             ),
             stop_ids=stop_ids,
             sampler=SamplerState.begin(
-                request.sampling, request.logprobs, request.prompt, stop_ids, stopping.min_new_tokens
+                request.sampling,
+                request.logprobs,
+                request.prompt,
+                stop_ids,
+                stopping.min_new_tokens,
+                None if structure is None else self.structures.begin(structure, may_end=not stopping.ignore_eos),
             ),
             detokenizer=self.text.stream(),
             scanner=StopScanner(stopping.stop_strings),

@@ -7,9 +7,8 @@ tokens whatever the reader does.
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 from server.engine.request import Delta
 
@@ -60,32 +59,6 @@ class BlockingOutbox(Outbox):
         """Deltas until the last one; raises nothing of its own (a failed answer is a delta with `error`)."""
         while True:
             self._ready.wait()
-            self._ready.clear()
-            delta = self.take()
-            if delta is not None:
-                yield delta
-                if delta.last:
-                    return
-
-
-class AsyncOutbox(Outbox):
-    """An outbox for a reader on an asyncio loop; build it on that loop."""
-
-    def __init__(self) -> None:
-        self._ready = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def wake() -> None:
-            # The loop may be gone when a request outlives its server; then nobody reads.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._ready.set)
-
-        super().__init__(wake)
-
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        """Deltas until the last one."""
-        while True:
-            await self._ready.wait()
             self._ready.clear()
             delta = self.take()
             if delta is not None:

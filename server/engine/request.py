@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 class FinishReason(enum.Enum):
@@ -59,6 +60,18 @@ class Stopping:
     stop_token_ids: tuple[int, ...] = ()
 
 
+StructureKind = Literal["json_schema", "regex", "grammar", "choice"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What an answer's text must be; compiled once by `server.engine.structure`, which checks it too."""
+
+    kind: StructureKind
+    text: str = ""  # a JSON Schema as JSON, a regular expression, or a Lark grammar
+    choices: tuple[str, ...] = ()  # of the kind "choice" only
+
+
 @dataclass(frozen=True)
 class Request:
     """One generation, ready to run."""
@@ -69,12 +82,13 @@ class Request:
     sampling: Sampling = Sampling()
     adapters: tuple[AdapterUse, ...] = ()  # empty: the base; digests distinct
     logprobs: int | None = None  # None: no log-probabilities; n >= 0: the chosen token's and the n best
+    structure: Structure | None = None
     arrival: float = field(default_factory=time.monotonic)  # seconds
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural log-probabilities at one position, before temperature and filters, after penalties and bias."""
+    """Natural log-probabilities at one position: before temperature and filters, after penalties, bias, structure."""
 
     token_id: int
     logprob: float

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from server.engine.request import Sampling, TokenLogprobs
+from server.engine.structure import StructureState
+from server.errors import NonFiniteLogits, ServerError, StructureFailed
 
 
 @dataclass
@@ -23,6 +25,7 @@ class SamplerState:
     min_new_tokens: int
     produced: list[int] = field(default_factory=list)
     generator: torch.Generator | None = None
+    structure: StructureState | None = None
 
     @classmethod
     def begin(
@@ -32,6 +35,7 @@ class SamplerState:
         prompt: Sequence[int],
         stop_ids: frozenset[int],
         min_new_tokens: int,
+        structure: StructureState | None = None,
     ) -> SamplerState:
         """State before the first token; the random draws come from `sampling.seed` alone."""
         generator = None
@@ -39,7 +43,8 @@ class SamplerState:
             generator = torch.Generator()
             # torch takes 64 bits as signed or unsigned; any one-to-one mapping will do.
             generator.manual_seed(sampling.seed % 2**63)
-        return cls(sampling, logprobs, frozenset(prompt), tuple(sorted(stop_ids)), min_new_tokens, [], generator)
+        forbidden = tuple(sorted(stop_ids))
+        return cls(sampling, logprobs, frozenset(prompt), forbidden, min_new_tokens, [], generator, structure)
 
     @property
     def adjusts(self) -> bool:
@@ -56,12 +61,14 @@ class SamplerState:
 
 @dataclass(frozen=True)
 class Choice:
-    """One row's next token; `token_id` None means that the logits were not finite."""
+    """One row's next token; `token_id` None means that there is none, for the reason that `error` gives."""
 
     token_id: int | None
     logprobs: TokenLogprobs | None
+    error: ServerError | None = None
 
 
+@torch.inference_mode()  # the runner's logits were made in it, and may be changed in place only in it
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Choice]:
     """Choose the next token of every row; logits: [S, vocabulary] float32, one state a row, changed in place."""
     for row, state in enumerate(states):
@@ -74,10 +81,19 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Choice]:
     choices = []
     for row, state in enumerate(states):
         if not healthy[row]:
-            choices.append(Choice(None, None))
+            error = NonFiniteLogits("the model's output for this request is not a number")
+            choices.append(Choice(None, None, error))
             continue
+        if state.structure is not None:
+            failed = state.structure.restrict(logits[row])
+            if failed is not None:
+                choices.append(Choice(None, None, StructureFailed(failed)))
+                continue
+            greedy[row] = int(logits[row].argmax())
         token = greedy[row] if state.generator is None else draw(logits[row], state)
         state.produced.append(token)
+        if state.structure is not None:
+            state.structure.accept(token)
         choices.append(Choice(token, None if state.logprobs is None else _logprobs(logits[row], token, state.logprobs)))
     return choices
 
@@ -113,7 +129,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     if sampling.top_k:
         values, ids = values[: sampling.top_k], ids[: sampling.top_k]
     probabilities = values.softmax(-1)
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    keep = probabilities > 0  # what is forbidden must not be drawn even where the sum is rounded below 1
     if sampling.top_p < 1.0:
         keep &= probabilities.cumsum(-1) - probabilities < sampling.top_p
     if sampling.min_p > 0.0:
@@ -134,5 +150,6 @@ def draw(logits: Tensor, state: SamplerState) -> int:
 def _logprobs(logits: Tensor, token: int, best: int) -> TokenLogprobs:
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(best) if best else (logprobs[:0], logprobs[:0])
-    top = tuple(zip((int(i) for i in ids), values.tolist(), strict=True))
+    # What is forbidden is not among the best, however few are left.
+    top = tuple((int(i), value) for i, value in zip(ids, values.tolist(), strict=True) if value > float("-inf"))
     return TokenLogprobs(token, float(logprobs[token]), top)

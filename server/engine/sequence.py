@@ -68,6 +68,8 @@ class Sequence:
                 delta.text, stopped = self.scanner.push(text)
                 if stopped:
                     reason = FinishReason.STOP_STRING
+        if reason is None and self.sampler.structure is not None and self.sampler.structure.complete:
+            reason = FinishReason.STOP
         if reason is None and self.produced >= stopping.max_new_tokens:
             reason = FinishReason.LENGTH
         if reason is not None:

@@ -56,6 +56,9 @@ class AttentionPlan:
     longest: int  # the largest of lengths, 0 without decodes
     masks: dict[int | None, Tensor]  # by window: [decodes, 1, P * page_tokens] float32, filled when first asked for
     spans: Sequence[Span]
+    # Deterministic steps only, then there are neither decodes nor spans: each row as a plan of one decode, for it
+    # attends by itself. Rows past the last one are padding.
+    alone: Sequence[AttentionPlan] = ()
 
 
 class PagedKv:
@@ -107,9 +110,11 @@ def paged_attention(
     kv, plan = paged
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     k, v = kv.k[layer], kv.v[layer]
+    q = query[0].transpose(0, 1)  # [T, Hq, D]
+    if plan.alone:
+        return _each_alone(q, k, v, key[0], value[0], plan, kv.page_tokens, scaling, sliding_window, softcap), None
     k.index_copy_(1, plan.write_slots, key[0])
     v.index_copy_(1, plan.write_slots, value[0])
-    q = query[0].transpose(0, 1)  # [T, Hq, D]
     parts = []
     if plan.decodes:
         mask = plan.masks.get(sliding_window)
@@ -144,6 +149,33 @@ def prefill(
         window=window,
         softcap=softcap,
     )
+
+
+def _each_alone(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    page_tokens: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """[1, T, Hq, D]: one call a row, whose shapes depend on that row alone; padding comes out as zeros."""
+    count = len(plan.alone)
+    k.index_copy_(1, plan.write_slots, key[:, :count])
+    v.index_copy_(1, plan.write_slots, value[:, :count])
+    out = torch.zeros_like(q)
+    for row, own in enumerate(plan.alone):
+        mask = own.masks.get(window)
+        if mask is None:
+            mask = own.masks[window] = decode_mask(own, page_tokens, window)
+        out[row] = cpu.decode_attention(
+            q[row : row + 1], k, v, own.pages, mask, page_tokens=page_tokens, scale=scale, softcap=softcap
+        )[0]
+    return out[None]
 
 
 def decode_mask(plan: AttentionPlan, page_tokens: int, window: int | None) -> Tensor:

@@ -20,8 +20,8 @@ from server.api.lifecycle import Server
 from server.config import ServerConfig
 from server.engine.observer import EngineSnapshot
 from server.engine.outbox import Outbox
-from server.engine.request import Delta, Finish, FinishReason, Request, Timing, TokenLogprobs, Usage
-from server.errors import Cancelled, Draining, InvalidRequest
+from server.engine.request import Delta, Finish, FinishReason, Request, Structure, Timing, TokenLogprobs, Usage
+from server.errors import Cancelled, Draining, InvalidRequest, StructureInvalid
 from server.metrics import Metrics
 
 T = TypeVar("T")
@@ -45,6 +45,18 @@ class FakeBase:
     dtype: str = "torch.bfloat16"
     context_tokens: int = CONTEXT
     vocabulary_size: int = VOCABULARY
+
+
+class FakeStructures:
+    """Refuses what says so."""
+
+    def __init__(self) -> None:
+        self.threads: set[str] = set()  # who compiled
+
+    def compile(self, structure: Structure) -> None:
+        self.threads.add(threading.current_thread().name)
+        if "invalid" in structure.text:
+            raise StructureInvalid(f"{structure.kind}: it says so")
 
 
 class FakeText:
@@ -121,6 +133,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.base = FakeBase()
         self.text = FakeText()
+        self.structures = FakeStructures()
         self.adapters = FakeAdapters()
         self.gate = threading.Event()
         self.gate.set()

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from server.client_cli import adapters, generate
+from server.engine.request import Structure
 from tests.server.api.fakes import FakeEngine, FakeHub, RunningServer
 
 
@@ -46,6 +48,30 @@ def test_json(server: RunningServer) -> None:
     answer = json.loads(result.stdout)
     assert (answer["text"], answer["adapters"][0]["version"]) == ("ab", "team/a@1")
     assert result.stderr == ""
+
+
+def test_structures_reach_the_engine(server: RunningServer, tmp_path: Path) -> None:
+    schema, grammar = tmp_path / "schema.json", tmp_path / "g.lark"
+    schema.write_text('{"type": "null"}')
+    grammar.write_text('start: "a"')
+    for arguments, structure in [
+        (("--json-schema", str(schema)), Structure("json_schema", '{"type": "null"}')),
+        (("--regex", "a|b"), Structure("regex", "a|b")),
+        (("--grammar", str(grammar)), Structure("grammar", 'start: "a"')),
+        (("--choice", "a,b c"), Structure("choice", choices=("a", "b c"))),
+    ]:
+        assert ask(server, "x", "--max-new-tokens", "1", *arguments).exit_code == 0
+        assert server.engine.submitted[-1].structure == structure
+    both = ask(server, "x", "--regex", "a", "--choice", "a")
+    assert both.exit_code == 2
+    assert "give one of" in both.stderr
+
+
+def test_several_answers_are_shown_one_after_the_other(server: RunningServer) -> None:
+    result = ask(server, "x", "--n", "2", "--max-new-tokens", "3")
+    assert result.stdout == "[0] abc\n[1] abc\n"
+    answer = json.loads(ask(server, "x", "--n", "2", "--max-new-tokens", "3", "--json").stdout)
+    assert [each["text"] for each in answer["candidates"]] == ["abc", "abc"]
 
 
 def test_a_weight_that_is_no_number_is_wrong_usage(server: RunningServer) -> None:

@@ -1,0 +1,197 @@
+"""Deterministic steps: every token is computed as if it were alone, in forward passes of one fixed shape.
+
+What a GEMM returns for a row may change with the number of rows, because the library picks another kernel; so a
+request's bits would depend on its company. Here nothing has a shape that depends on other requests:
+
+- The model runs on exactly ROWS rows, always; a step of more tokens is several passes, a shorter one is padded. The
+  output head runs on all of them or on none.
+- Every token attends by itself over its own pages, whether it belongs to a prompt or to an answer, so that it does
+  not matter either where a prompt was cut into chunks or which part of it was in the cache.
+- An adapter's two GEMMs run over all ROWS rows, with what is not its own masked, one adapter after the other in
+  the order of the request.
+
+What is left to believe is that at a fixed shape a row's result depends neither on its place nor on the other rows.
+No library promises that, so `check` tries it with the loaded model before anything is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.adapters.arena import BLOCK_ROWS
+from server.adapters.linear import ActiveAdapters
+from server.engine.batch import slot
+from server.engine.scheduler import Share
+from server.engine.sequence import Sequence
+from server.errors import DeterminismUnavailable
+from server.kernels.cpu import LoraBlock
+from server.model.attention import AttentionPlan
+from server.model.base import BaseModel
+from server.model.runner import PackedBatch, Runner
+
+ROWS = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One token to compute: what it is, where it stands, which pages and adapter rows are its sequence's."""
+
+    token_id: int
+    position: int
+    pages: Seq[int]
+    adapter_rows: tuple[tuple[int, int, float], ...] = ()
+    samples: bool = False
+
+
+@dataclass(frozen=True)
+class FixedStep:
+    """A step that was run: all its shares, and those whose next token is wanted, in the order of the logits."""
+
+    shares: tuple[Share, ...]
+    sampling: tuple[Share, ...]
+
+
+class FixedRows:
+    """Runs steps for one engine. Raises `DeterminismUnavailable` when made for a model it cannot promise for."""
+
+    def __init__(
+        self, base: BaseModel, runner: Runner, active: ActiveAdapters, page_tokens: int, max_rank: int
+    ) -> None:
+        refuse_coupled(base)
+        self._base = base
+        self._runner = runner
+        self._active = active
+        self._page_tokens = page_tokens
+        self._max_rank = max_rank
+
+    def run(self, shares: Seq[Share]) -> tuple[FixedStep, Tensor]:
+        """The step and its logits [S, vocabulary] in float32."""
+        # Rows of the same adapters lie together, or each of them would need its own pass over the adapter.
+        ordered = sorted(shares, key=lambda share: (share.tokens > 1, share.sequence.adapter_rows))
+        rows = [row for share in ordered for row in _rows(share.sequence, share.tokens, share.samples)]
+        logits = [self.forward(rows[start : start + ROWS]) for start in range(0, len(rows), ROWS)]
+        step = FixedStep(tuple(ordered), tuple(share for share in ordered if share.samples))
+        return step, torch.cat(logits)
+
+    def forward(self, rows: Seq[Row]) -> Tensor:
+        """One pass over at most ROWS rows; the logits of those that sample, in order."""
+        device = self._base.device
+        padding = [0] * (ROWS - len(rows))
+        wanted = [index for index, row in enumerate(rows) if row.samples]
+        alone = [self._alone(row, device) for row in rows]
+        self._active.use_blocks(adapter_blocks(rows, self._base.dtype, device))
+        logits = self._runner.run(
+            PackedBatch(
+                token_ids=torch.tensor([row.token_id for row in rows] + padding, device=device),
+                positions=torch.tensor([row.position for row in rows] + padding, device=device),
+                attention=_plan([slot(row.pages, row.position, self._page_tokens) for row in rows], alone, device),
+                sample_rows=torch.arange(ROWS if wanted else 0, device=device),
+            )
+        )
+        return logits[wanted]
+
+    def _alone(self, row: Row, device: str) -> AttentionPlan:
+        """A plan of one decode, whose shapes come from the row's own position."""
+        pages = torch.tensor(row.pages[: row.position // self._page_tokens + 1], device=device)
+        length = torch.tensor([row.position + 1], device=device)
+        return AttentionPlan(length[:0], 1, pages, length, row.position + 1, {}, ())
+
+    def check(self) -> None:
+        """Compute tokens alone and at every place in random company; raises `DeterminismUnavailable` on any change.
+
+        Overwrites the first KV pages: only before requests come. Costs some forty passes.
+        """
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self._base.vocabulary_size, (ROWS + 1,), generator=generator).tolist()
+        own = range(-(-len(ids) // self._page_tokens))
+        strangers = len(own)
+        if self._runner.kv.pages <= strangers:
+            raise DeterminismUnavailable(f"--deterministic needs at least {strangers + 1} pages of KV memory")
+
+        def company(count: int) -> list[Row]:
+            drawn = torch.randint(self._base.vocabulary_size, (count,), generator=generator).tolist()
+            return [Row(token, 0, [strangers]) for token in drawn]
+
+        for position, token in enumerate(ids):
+            row = Row(token, position, own, samples=True)
+            alone = self.forward([row])
+            place = position % ROWS
+            crowd = self.forward([*company(place), row, *company(ROWS - place - 1)])
+            if not torch.equal(alone, crowd):
+                raise DeterminismUnavailable(
+                    f"on this machine a row's result depends on its neighbours ({self._base.architecture}, "
+                    f"{self._base.quantization}, {self._base.dtype}): --deterministic cannot be kept"
+                )
+        self._runner.kv.scrub(range(strangers + 1))
+        self._check_adapters(generator)
+
+    def _check_adapters(self, generator: torch.Generator) -> None:
+        """The same for the GEMMs of adapters, whose shapes the passes above do not have."""
+        # Not the weights' own shape: a packed weight has another one.
+        widths = {w for linear in self._base.linears().values() for w in (linear.in_features, linear.out_features)}
+        for width in sorted(widths):
+            for rank in range(BLOCK_ROWS, self._max_rank + 1, BLOCK_ROWS):
+                for into, out in ((width, rank), (rank, width)):
+                    weight = torch.randn(into, out, generator=generator).to(self._base.dtype)
+                    company, one = (
+                        torch.randn(count, into, generator=generator).to(self._base.dtype) for count in (ROWS, 1)
+                    )
+                    results = []
+                    for place in range(ROWS):
+                        x = company.roll(place, 0)
+                        x[place] = one[0]
+                        results.append((x @ weight)[place])
+                    if not all(torch.equal(results[0], other) for other in results):
+                        raise DeterminismUnavailable(
+                            f"on this machine an adapter's product of {into} by {out} depends on its place in the "
+                            "batch: --deterministic cannot be kept"
+                        )
+
+
+def adapter_blocks(rows: Seq[Row], dtype: torch.dtype, device: str) -> list[LoraBlock]:
+    """A pair of GEMMs over all ROWS rows for every adapter of every distinct list of adapters, in its order."""
+    blocks = []
+    for adapter_rows in dict.fromkeys(row.adapter_rows for row in rows):
+        for r0, r1, weight in adapter_rows:
+            owner = torch.zeros(ROWS, 1, dtype=torch.bool, device=device)
+            owner[[index for index, row in enumerate(rows) if row.adapter_rows == adapter_rows]] = True
+            factor = None if weight == 1.0 else torch.full((1, 1), weight, dtype=dtype, device=device)
+            blocks.append(LoraBlock(0, ROWS, r0, r1, owner, factor))
+    return blocks
+
+
+def _plan(write_slots: list[int], alone: list[AttentionPlan], device: str) -> AttentionPlan:
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    return AttentionPlan(torch.tensor(write_slots, device=device), 0, none, none, 0, {}, (), alone)
+
+
+def refuse_coupled(base: BaseModel) -> None:
+    """Raise `DeterminismUnavailable` for models whose layers look at other rows by design, and for GPUs."""
+    if not base.device.startswith("cpu"):
+        raise DeterminismUnavailable("--deterministic is promised on CPUs only so far")
+    text = base.model.config.get_text_config()
+    experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(text, name, None)]
+    if experts:
+        raise DeterminismUnavailable(f"{base.architecture} routes rows to experts together, {experts[0]} > 0")
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = {str(each.get("rope_type", "default")) for each in (rope, *rope.values()) if isinstance(each, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        raise DeterminismUnavailable(f"{base.architecture} takes its rotary scale from the longest row of a batch")
+
+
+def _rows(sequence: Sequence, tokens: int, samples: bool) -> list[Row]:
+    stop = sequence.computed + tokens
+    return [
+        Row(
+            sequence.tokens[position],
+            position,
+            sequence.pages,
+            sequence.adapter_rows,
+            samples and position == stop - 1,
+        )
+        for position in range(sequence.computed, stop)
+    ]
