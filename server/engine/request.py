@@ -70,6 +70,7 @@ class Request:
     adapters: tuple[AdapterUse, ...] = ()  # empty: the base; digests distinct
     logprobs: int | None = None  # None: no log-probabilities; n >= 0: the chosen token's and the n best
     arrival: float = field(default_factory=time.monotonic)  # seconds
+    tenant: str = ""  # whose share of the server it uses; "" is everybody who has no name
 
 
 @dataclass(frozen=True)
