@@ -7,8 +7,8 @@ ticket may hold some of its adapters while it waits for rows, so two half-served
 
 Rows are leased to tickets. An adapter without leases may be evicted (least recently used first), one with leases or a
 pin never. When all rows are leased and a ticket waits for some, the adapter longest not asked for *yields*: tickets
-of requests that do not run yet give their leases back and queue again, new ones queue, and the rows are free when the
-running requests end. Without that, a popular adapter would keep its rows for ever.
+of requests that do not run yet, and had their chance to, give their leases back and queue again, new ones queue, and
+the rows are free when the running requests end. Without that, a popular adapter would keep its rows for ever.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Ticket:
     error: Exception | None = None
     cancelled: bool = False
     running: bool = False
+    passed_over: bool = False  # it was ready when a step was scheduled, and was not begun
     held: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -153,6 +154,17 @@ class Residency:
             ticket.running = False
             if any(self._device[digest].yielding for digest in ticket.digests):
                 self._recall(ticket)
+
+    def passed_over(self) -> None:
+        """A step was scheduled, and the tickets still ready were not begun: now they may lose their adapters.
+
+        Not before: a ticket taken back while nobody could have begun it would go round for ever.
+        """
+        with self._changed:
+            for ticket in list(self._ready):
+                if ticket.passed_over and any(self._device[digest].yielding for digest in ticket.digests):
+                    self._recall(ticket)
+                ticket.passed_over = True
 
     def release(self, ticket: Ticket) -> None:
         """Give a ticket back, ready or not; idempotent."""
@@ -375,8 +387,10 @@ class Residency:
             resident = self._device.get(digest)
             if resident is not None:
                 # Should it have been about to make room for others: its turn came again before that happened.
-                resident.yielding = False
                 self._lease(digest, ticket)
+                if resident.yielding:
+                    resident.yielding = False
+                    self._serve_resident()
                 return True
             weights = self._host.get(digest)
         if weights is None:
@@ -395,6 +409,7 @@ class Residency:
         with self._changed:
             self._writing = None
             self._device[digest] = _Resident(rows, weights.rank, version, weights.warnings)
+            self._evict_from_host()  # it may go from there now
             if ticket in self._queue:
                 self._lease(digest, ticket)
         self._loaded("device", time.monotonic() - started)
@@ -420,8 +435,6 @@ class Residency:
                     raise Draining("the server is shutting down")
                 if not self._yield_one(ticket):
                     raise RequestTooLarge("the request's adapters together need more rows than the server can free")
-                if any(not r.leases and d not in self._pinned for d, r in self._device.items()):
-                    continue
                 self._changed.wait()
         return None
 
@@ -433,8 +446,6 @@ class Residency:
         for digest, resident in self._device.items():
             if digest not in ticket.held and digest not in self._pinned:
                 resident.yielding = True
-                for other in [t for t in self._ready if digest in t.digests]:
-                    self._recall(other)
                 return True
         return False
 
@@ -456,8 +467,7 @@ class Residency:
         del self._queue[ticket]
         ticket.error = error
         if error is None:
-            ticket.ready = True
-            self._ready[ticket] = None
+            self._set_ready(ticket)
         else:
             self._return(ticket)
         self._evict_from_host()
@@ -476,7 +486,10 @@ class Residency:
     def _lease_all(self, ticket: Ticket) -> None:
         for digest in ticket.digests:
             self._lease(digest, ticket)
-        ticket.ready = True
+        self._set_ready(ticket)
+
+    def _set_ready(self, ticket: Ticket) -> None:
+        ticket.ready, ticket.passed_over = True, False
         self._ready[ticket] = None
 
     def _lease(self, digest: str, ticket: Ticket) -> None:

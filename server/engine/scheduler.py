@@ -92,6 +92,7 @@ class Scheduler:
         """The next step's shares, empty when nothing can run now."""
         self.waiting.tick()
         self._admit()
+        self._residency.passed_over()
         budget = self._max_batch_tokens
         shares = []
         for sequence in self._turns():
@@ -117,7 +118,7 @@ class Scheduler:
     def keep(self, sequence: Sequence) -> None:
         """Offer the sequence's full pages to later ones. Only pages without NaN and infinity are taken."""
         full = sequence.computed // self._pages.page_tokens
-        if not self._prefix_cache or full <= sequence.kept:
+        if not self._prefix_cache or full <= sequence.kept or sequence.tainted:
             return
         self._extend_keys(sequence, full)
         numbers = range(sequence.kept, full)
