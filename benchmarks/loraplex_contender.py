@@ -37,7 +37,8 @@ class LoraplexContender:
             )
 
         model = ModelConfig(base=str(setup.base), quantization=quantization, threads=setup.threads)
-        self._engine = Engine.build(model, EngineLimits(), fetch)
+        # Every round asks the same; answering from the cache would measure nothing.
+        self._engine = Engine.build(model, EngineLimits(prefix_cache=False), fetch)
 
     def run(self, case: Case) -> list[list[int]]:
         """See `Contender.run`."""

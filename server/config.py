@@ -27,11 +27,14 @@ class EngineLimits:
     max_sequences: int = 64  # sequences in one step
     max_batch_tokens: int = 512  # tokens in one step, prompts and decodes together
     max_waiting: int = 1024  # requests queued for admission
+    max_waiting_per_tenant: int = 768  # of those, how many one tenant may have
     kv_memory_bytes: int = 512 * MIB
     page_tokens: int = 16  # tokens in one KV page
+    prefix_cache: bool = True  # keep finished pages for requests that begin the same with the same adapters
     adapter_memory_bytes: int = 512 * MIB  # arena rows on the device
     adapter_parts_memory_bytes: int = 256 * MIB  # on the device, for what adapters bring beside LoRA rows
     host_adapter_memory_bytes: int = 2048 * MIB  # parsed adapters in host memory
+    adapter_fetches: int = 8  # adapters fetched from the hub and parsed at once
     max_adapter_rank: int = 256
     max_adapters_per_request: int = 8
     deterministic: bool = False  # a request's bits do not depend on what shares its batch; slower

@@ -105,6 +105,14 @@ class Metrics:
         self._tokens = Counter(
             "loraplex_tokens", "Tokens, by kind: prompt or completion.", ["adapter", "kind"], registry=registry
         )
+        self._prefix_hits = Counter(
+            "loraplex_prefix_hit_tokens", "Tokens found in the KV cache instead of computed.", registry=registry
+        )
+        self._preemptions = Counter(
+            "loraplex_preemptions",
+            "Times a running request gave its place up and went back to the queue.",
+            registry=registry,
+        )
         self._step = Histogram(
             "loraplex_step_seconds", "Seconds of one engine step.", registry=registry, buckets=_STEP_BUCKETS
         )
@@ -168,6 +176,14 @@ class Metrics:
         label = BASE_LABEL if name is None else self._labels.used(name)
         self._queue.labels(label).observe(queue_seconds)
         self._tokens.labels(label, "prompt").inc(len(request.prompt))
+
+    def prefix_hit(self, request: Request, tokens: int) -> None:
+        """The first `tokens` tokens of a request were found in the KV cache."""
+        self._prefix_hits.inc(tokens)
+
+    def preempted(self, request: Request) -> None:
+        """A running request went back to the queue."""
+        self._preemptions.inc()
 
     def first_token(self, request: Request, seconds: float) -> None:
         """A request's first token is out."""

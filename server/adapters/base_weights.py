@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from server.errors import UnsupportedAdapter
+from server.model.packed import PackedLinear
 
 
 class BaseWeights:
@@ -60,8 +61,10 @@ class BaseWeights:
         """Let bitsandbytes repack its 4-bit weights now (it does so in a layer's first call on the CPU), not in some
         step while the loader reads them."""
         for module in self._modules.values():
-            weight: Any = getattr(module, "weight", None)
-            if isinstance(module, nn.Linear) and getattr(weight, "quant_state", None) is not None:
+            if not isinstance(module, nn.Linear) or isinstance(module, PackedLinear):
+                continue
+            weight: Any = module.weight
+            if getattr(weight, "quant_state", None) is not None:
                 module(torch.zeros(1, module.in_features, dtype=torch.bfloat16, device=weight.device))
 
     def _path(self, wanted: Any) -> str | None:

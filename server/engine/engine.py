@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -115,19 +116,24 @@ class Engine:
             wake=self._wake,
             loaded=self._observer.adapter_loaded,
             parts_bytes=limits.adapter_parts_memory_bytes,
+            fetches=limits.adapter_fetches,
         )
         self._scheduler = Scheduler(
             self._pages,
+            self._runner.kv,
             self.adapters,
             limits.max_sequences,
             limits.max_batch_tokens,
-            admitted=lambda s: self._observer.admitted(s.request, (s.started or 0.0) - s.request.arrival),
+            watcher=self,
+            # longrope turns a sequence's keys anew when it grows past a length: pages are not the prefix's alone.
+            prefix_cache=limits.prefix_cache and self._runner.long_rope is None,
         )
+        self._prefix_hit_tokens = 0
         # Shared with other threads, under _changed:
         self._arrivals: list[Sequence] = []
         self._cancelled: set[str] = set()
         self._unfinished: dict[str, Sequence] = {}
-        self._waiting = 0
+        self._waiting: Counter[str] = Counter()  # by tenant
         self._draining = False
         self._closed = False
         self._awake = False
@@ -168,13 +174,15 @@ class Engine:
         with self._changed:
             if self._draining or self._closed:
                 raise Draining("the server is shutting down")
-            if self._waiting >= self.limits.max_waiting:
-                raise QueueFull(f"{self._waiting} requests wait already")
+            if self._waiting.total() >= self.limits.max_waiting:
+                raise QueueFull(f"{self._waiting.total()} requests wait already")
+            if self._waiting[request.tenant] >= self.limits.max_waiting_per_tenant:
+                raise QueueFull(f"{self._waiting[request.tenant]} requests of yours wait already")
             if request.id in self._unfinished:
                 raise AssertionError(f"request id {request.id} is in use")
             sequence = self._sequence(request, outbox)
             self._unfinished[request.id] = sequence
-            self._waiting += 1
+            self._waiting[request.tenant] += 1
             self._arrivals.append(sequence)
             self._changed.notify_all()
 
@@ -234,21 +242,41 @@ class Engine:
         """Raise AssertionError unless pages, rows and leases add up; only while no step runs."""
         self._scheduler.check_integrity()
 
+    # -- the scheduler's watcher ----------------------------------------------------------------------------------
+
+    def admitted(self, request: Request, queue_seconds: float) -> None:
+        """See `EngineObserver`."""
+        self._observer.admitted(request, queue_seconds)
+
+    def prefix_hit(self, request: Request, tokens: int) -> None:
+        """See `EngineObserver`."""
+        self._prefix_hit_tokens += tokens
+        self._observer.prefix_hit(request, tokens)
+
+    def preempted(self, request: Request) -> None:
+        """See `EngineObserver`."""
+        self._observer.preempted(request)
+
     # -- the engine's thread --------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while self._take_in():
-            shares = self._scheduler.schedule()
-            if shares:
-                try:
-                    self._step(shares)
-                except Exception:
-                    log.exception("an engine step failed")
-                    for share in shares:
-                        self._end(share.sequence, EngineFailed("the step failed; the request may be sent again"))
-            self._note()
+        while self._wait():
+            self._advance()
         for sequence in list(self._unfinished.values()):
             self._end(sequence, Draining("the server is shutting down"))
+
+    def _advance(self) -> None:
+        """Take in what came, run one step if there is something to run, note the state; never waits."""
+        self._take_in()
+        shares = self._scheduler.schedule()
+        if shares:
+            try:
+                self._step(shares)
+            except Exception:
+                log.exception("an engine step failed")
+                for share in shares:
+                    self._end(share.sequence, EngineFailed("the step failed; the request may be sent again"))
+        self._note()
 
     def _step(self, shares: Seq[Share]) -> None:
         started = time.monotonic()
@@ -284,7 +312,7 @@ class Engine:
         for share, choice in zip(batch.sampling, choices, strict=True):
             sequence, request = share.sequence, share.sequence.request
             if choice.token_id is None:
-                self._runner.kv.scrub(sequence.pages)
+                sequence.tainted = True  # its pages are scrubbed before anybody else gets them
                 self._end(sequence, choice.error or EngineFailed("no token was chosen"))
                 continue
             before = sequence.last_token
@@ -296,30 +324,34 @@ class Engine:
                 self._observer.first_token(request, (sequence.first_token or 0.0) - request.arrival)
             else:
                 self._observer.tokens(request, 1, (sequence.last_token or 0.0) - before)
+            if before is None or delta.finish is not None:
+                self._scheduler.keep(sequence)
             if delta.finish is not None:
                 self._leave(sequence)
                 self._observer.finished(request, delta.finish, None)
             sequence.outbox.put(delta)
 
-    def _take_in(self) -> bool:
-        """Wait for something to do, then take arrivals and cancellations in; False when it is time to stop."""
+    def _wait(self) -> bool:
+        """Wait for something to do; False when it is time to stop."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or self._awake or self._arrivals or self._cancelled or self._scheduler.has_work()
             )
+            return not self._closed
+
+    def _take_in(self) -> None:
+        """Take arrivals and cancellations in, and end what failed to load."""
+        with self._changed:
             self._awake = False
             arrivals, self._arrivals = self._arrivals, []
             cancelled = [self._unfinished[i] for i in self._cancelled if i in self._unfinished]
             self._cancelled.clear()
-            if self._closed:
-                return False
-        self._scheduler.waiting += arrivals
+        for sequence in arrivals:
+            self._scheduler.waiting.add(sequence)
         for sequence in cancelled:
             self._end(sequence, Cancelled("the caller went away"))
         for sequence in self._scheduler.failed():
-            if sequence.ticket.error is not None:
-                self._end(sequence, sequence.ticket.error)
-        return True
+            self._end(sequence, sequence.ticket.error or sequence.refused or EngineFailed("no reason was recorded"))
 
     def _end(self, sequence: Sequence, error: Exception) -> None:
         self._leave(sequence)
@@ -339,11 +371,14 @@ class Engine:
             waiting=len(scheduler.waiting),
             kv_pages_used=self._pages.used,
             kv_pages_total=self._pages.pages,
+            kv_pages_cached=self._pages.cached,
+            prefix_hit_tokens=self._prefix_hit_tokens,
             running_adapters=frozenset(u.version for s in scheduler.running for u in s.request.adapters),
             waiting_adapters=frozenset(u.version for s in scheduler.waiting for u in s.request.adapters),
         )
         with self._changed:
-            self._waiting = len(scheduler.waiting) + len(self._arrivals)
+            self._waiting = Counter(scheduler.waiting.waiting_of())
+            self._waiting.update(sequence.request.tenant for sequence in self._arrivals)
 
     def _wake(self) -> None:
         with self._changed:

@@ -16,6 +16,8 @@ class EngineSnapshot:
     waiting: int = 0
     kv_pages_used: int = 0
     kv_pages_total: int = 0
+    kv_pages_cached: int = 0  # of those not used: pages whose content may be asked for again
+    prefix_hit_tokens: int = 0  # since start: tokens whose pages were found
     running_adapters: frozenset[str] = frozenset()  # versions, "team/sentiment@3"
     waiting_adapters: frozenset[str] = frozenset()
 
@@ -28,6 +30,12 @@ class EngineObserver(Protocol):
 
     def admitted(self, request: Request, queue_seconds: float) -> None:
         """A request got its pages and joins the next step."""
+
+    def prefix_hit(self, request: Request, tokens: int) -> None:
+        """The first `tokens` tokens of a request that joins were found in the KV cache."""
+
+    def preempted(self, request: Request) -> None:
+        """A request gave its place up and waits again; what it produced so far stands."""
 
     def first_token(self, request: Request, seconds: float) -> None:
         """Seconds since arrival."""
@@ -49,6 +57,12 @@ class Unobserved:
         """Nothing."""
 
     def admitted(self, request: Request, queue_seconds: float) -> None:
+        """Nothing."""
+
+    def prefix_hit(self, request: Request, tokens: int) -> None:
+        """Nothing."""
+
+    def preempted(self, request: Request) -> None:
         """Nothing."""
 
     def first_token(self, request: Request, seconds: float) -> None:

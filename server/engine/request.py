@@ -84,6 +84,7 @@ class Request:
     logprobs: int | None = None  # None: no log-probabilities; n >= 0: the chosen token's and the n best
     structure: Structure | None = None
     arrival: float = field(default_factory=time.monotonic)  # seconds
+    tenant: str = ""  # whose share of the server it uses; "" is everybody who has no name
 
 
 @dataclass(frozen=True)

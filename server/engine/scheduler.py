@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Protocol
 
 from server.adapters.residency import Residency
+from server.engine.fair_queue import FairQueue
 from server.engine.kv_cache import PageTable
+from server.engine.prefix import extend_keys, root_key
+from server.engine.request import Request
 from server.engine.sequence import Sequence
 from server.errors import InvalidRequest
 
@@ -26,87 +31,273 @@ class Share:
         return self.tokens == self.sequence.pending
 
 
-class Scheduler:
-    """First come, first served, with continuous batching and chunked prompts.
+class PageMemory(Protocol):
+    """What the scheduler needs of the pages' memory, `model.attention.PagedKv`."""
 
-    Running sequences get one token each first; what is left of the token budget goes to prompts. A waiting request
-    joins when its adapters are on the device and pages for its whole answer are free, so it never has to be
-    interrupted; requests whose adapters are still loading are passed over, not waited for.
+    def finite(self, pages: Seq[int]) -> list[bool]:
+        """For each page, whether it holds neither NaN nor infinity."""
+
+    def scrub(self, pages: Seq[int]) -> None:
+        """Zero pages."""
+
+
+class Watcher(Protocol):
+    """Who is told what the scheduler decided."""
+
+    def admitted(self, request: Request, queue_seconds: float) -> None:
+        """A request joins the next step for the first time."""
+
+    def prefix_hit(self, request: Request, tokens: int) -> None:
+        """`tokens` need not be computed."""
+
+    def preempted(self, request: Request) -> None:
+        """A request gave its pages up and waits again."""
+
+
+class Scheduler:
+    """Continuous batching with chunked prompts, fair between tenants and between a tenant's adapters.
+
+    Running sequences get one token each first; what is left of the token budget goes to prompts, the least served
+    line first. A waiting request joins when it is its turn, its adapters are on the device and there is room for the
+    tokens it has now; pages for its answer are taken as it grows. When they run out, the youngest sequence of the
+    line with the most running ones goes back to the queue with its tokens and is computed anew later. The same
+    happens to it when a line that runs at least two fewer has its turn and finds no place.
+
+    A sequence begins with the pages that an earlier one with the same adapters, weights and tokens left, except for
+    the page of its last token: that one must be computed, for its logits choose the next token.
     """
 
     def __init__(
         self,
         pages: PageTable,
+        memory: PageMemory,
         residency: Residency,
         max_sequences: int,
         max_batch_tokens: int,
-        admitted: Callable[[Sequence], None],
+        watcher: Watcher,
+        *,
+        prefix_cache: bool = True,
     ) -> None:
         self._pages = pages
+        self._memory = memory
         self._residency = residency
-        self._max_sequences = max_sequences
+        # One token each for all that run is the least a step must have room for, or a prompt could wait for ever.
+        self._slots = min(max_sequences, max_batch_tokens)
         self._max_batch_tokens = max_batch_tokens
-        self._admitted = admitted
-        self.waiting: deque[Sequence] = deque()
+        self._watcher = watcher
+        self._prefix_cache = prefix_cache
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
 
     def schedule(self) -> list[Share]:
         """The next step's shares, empty when nothing can run now."""
+        self.waiting.tick()
         self._admit()
+        self._residency.passed_over()
         budget = self._max_batch_tokens
         shares = []
-        for sequence in sorted(self.running, key=lambda s: s.pending > 1):
-            tokens = min(sequence.pending, budget)
+        for sequence in self._turns():
+            if sequence not in self.running:
+                continue  # it gave its pages to one before it
+            tokens = self._grow(sequence, min(sequence.pending, budget))
             if tokens:
                 shares.append(Share(sequence, tokens))
                 budget -= tokens
+        shares = [share for share in shares if share.sequence in self.running]
+        for share in shares:
+            self._charge(share.sequence, share.sequence.computed + share.tokens)
         return shares
 
     def has_work(self) -> bool:
         """Whether the next `schedule` or `failed` has something to give."""
-        return bool(self.running) or any(s.ticket.ready or s.ticket.error for s in self.waiting)
+        return bool(self.running) or self.waiting.next() is not None or any(s.ticket.error for s in self.waiting)
 
     def failed(self) -> list[Sequence]:
-        """The waiting sequences whose adapters could not be loaded."""
-        return [s for s in self.waiting if s.ticket.error is not None]
+        """Sequences whose adapters could not be loaded, or mean nothing in the way they are asked for."""
+        return [s for s in self.waiting if s.ticket.error is not None] + [s for s in self.running if s.refused]
+
+    def keep(self, sequence: Sequence) -> None:
+        """Offer the sequence's full pages to later ones. Only pages without NaN and infinity are taken."""
+        full = sequence.computed // self._pages.page_tokens
+        if not self._prefix_cache or full <= sequence.kept or sequence.tainted:
+            return
+        self._extend_keys(sequence, full)
+        numbers = range(sequence.kept, full)
+        finite = self._memory.finite([sequence.pages[i] for i in numbers])
+        for i, clean in zip(numbers, finite, strict=True):
+            if not clean:
+                sequence.tainted = True
+                return  # nor may the pages after it be found: they saw it
+            self._pages.publish(sequence.pages[i], sequence.keys[i])
+            sequence.kept = i + 1
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its pages and leases."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        if sequence in self.running:
-            self.running.remove(sequence)
-        self._pages.release(sequence.pages)
-        sequence.pages = []
+        if sequence.order:
+            running = sequence in self.running
+            if running:
+                self.running.remove(sequence)
+            self.waiting.leave(sequence, running=running)
+            sequence.order = 0
+        self._release_pages(sequence)
         sequence.parts = ()
         self._residency.release(sequence.ticket)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless pages and leases add up."""
+        """Raise AssertionError unless pages, counts and leases add up."""
+        if any(s.pages for s in self.waiting):
+            raise AssertionError("a waiting sequence holds pages")
         self._pages.check_integrity(page for s in self.running for page in s.pages)
+        self.waiting.check_integrity(self.running)
         self._residency.check_integrity()
 
+    # -- joining ------------------------------------------------------------------------------------------------
+
     def _admit(self) -> None:
-        for sequence in list(self.waiting):
-            if len(self.running) >= self._max_sequences:
-                return
-            if not sequence.ticket.ready:
+        while (sequence := self.waiting.next()) is not None:
+            sequence.pages = self._known_pages(sequence)
+            victims = self._make_room(sequence)
+            if victims is None or not self._residency.begin(sequence.ticket):
+                self._release_pages(sequence)
+                if victims is None:
+                    return  # whose turn it is ends admission when it does not fit, or small requests would starve it
                 continue
-            request = sequence.request
-            try:
-                parts = self._residency.parts([(use.digest, use.version, use.weight) for use in request.adapters])
-            except InvalidRequest as error:
-                sequence.ticket.error = error  # `failed` finds it
-                continue
-            pages = self._pages.allocate(self._pages.pages_for(len(request.prompt) + request.stopping.max_new_tokens))
-            if pages is None:
-                return  # the first that fits no more ends admission, or small requests would starve it
-            sequence.pages = pages
-            sequence.adapter_rows = tuple(
-                (*self._residency.rows(use.digest), use.weight) for use in request.adapters if use.weight
+            for victim in victims:
+                self._preempt(victim)
+            self._start(sequence)
+
+    def _start(self, sequence: Sequence) -> None:
+        known = len(sequence.pages)
+        sequence.computed = known * self._pages.page_tokens
+        sequence.kept = known
+        sequence.adapter_rows = tuple(
+            (*self._residency.rows(use.digest), use.weight) for use in sequence.request.adapters if use.weight
+        )
+        try:
+            sequence.parts = self._residency.parts(
+                [(use.digest, use.version, use.weight) for use in sequence.request.adapters]
             )
-            sequence.parts = parts
+        except InvalidRequest as error:
+            sequence.refused = error  # `failed` finds it; until then it takes no turn
+        self.waiting.start(sequence)
+        self.running.append(sequence)
+        sequence.charged = max(sequence.charged, sequence.computed)
+        self._charge(sequence, len(sequence.tokens))
+        if sequence.started is None:
             sequence.started = time.monotonic()
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
-            self._admitted(sequence)
+            self._watcher.admitted(sequence.request, sequence.started - sequence.request.arrival)
+        if known:
+            self._watcher.prefix_hit(sequence.request, sequence.computed)
+
+    def _make_room(self, sequence: Sequence) -> list[Sequence] | None:
+        """Whom to preempt so that `sequence` can join, often nobody; None when it must wait."""
+        victims: list[Sequence] = []
+        richer = self._richer(sequence)
+        lacking = self._pages.pages_for(len(sequence.tokens)) - len(sequence.pages)
+        while True:
+            others = [s for s in self.running if s not in victims]
+            gained = sum(self._pages.alone(victim.pages) for victim in victims)
+            promised = sum(self._pages.pages_for(len(s.tokens)) - len(s.pages) for s in others)
+            # One page for each of the others to grow by: who joins into the last free page is soon thrown out.
+            room = self._pages.free + gained - promised - len(others)
+            if len(others) < self._slots and (lacking <= room or not others):
+                return victims
+            victim = next(richer, None)
+            if victim is None:
+                return None
+            victims.append(victim)
+
+    def _richer(self, sequence: Sequence) -> Iterator[Sequence]:
+        """Running sequences, one after the other, whose places `sequence` may claim.
+
+        Of another tenant, or within its own tenant of another flow, as long as that one then still runs at least as
+        many as the claimant: so nobody is thrown out to and fro.
+        """
+        claims = self.waiting.lines(sequence)
+        left = list(self.running)
+        while True:
+            victim = None
+            for level in (0, 1):
+                lines = [(self.waiting.lines(s), s) for s in left]
+                if level == 1:
+                    lines = [(own, s) for own, s in lines if own[0] is claims[0]]
+                counts = Counter(id(own[level]) for own, _ in lines)
+                if counts and max(counts.values()) >= counts[id(claims[level])] + 2:
+                    most = {line for line, count in counts.items() if count == max(counts.values())}
+                    victim = self._heaviest([s for own, s in lines if id(own[level]) in most])
+                    break
+            if victim is None:
+                return
+            left.remove(victim)
+            yield victim
+
+    def _known_pages(self, sequence: Sequence) -> list[int]:
+        if not self._prefix_cache:
+            return []
+        usable = (len(sequence.tokens) - 1) // self._pages.page_tokens
+        self._extend_keys(sequence, usable)
+        return self._pages.share(sequence.keys[:usable])
+
+    def _extend_keys(self, sequence: Sequence, pages: int) -> None:
+        root = root_key(sequence.request.adapters) if not sequence.keys else b""
+        extend_keys(sequence.keys, root, sequence.tokens, self._pages.page_tokens, pages)
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def _turns(self) -> list[Sequence]:
+        """Running sequences in the order in which they take from the budget."""
+        running = [s for s in self.running if s.refused is None]
+        decodes = sorted((s for s in running if s.pending == 1), key=lambda s: s.order)
+        prompts = sorted((s for s in running if s.pending > 1), key=self.waiting.standing)
+        return decodes + prompts
+
+    def _grow(self, sequence: Sequence, tokens: int) -> int:
+        """Give `sequence` pages for its next `tokens` tokens; for how many of them there were some."""
+        while True:
+            held = len(sequence.pages) * self._pages.page_tokens - sequence.computed
+            if tokens <= held:
+                return tokens
+            wanted = self._pages.pages_for(tokens - held)
+            pages = self._pages.allocate(min(wanted, self._pages.free))
+            if pages:
+                sequence.pages += pages
+            elif held:
+                return held
+            else:
+                victim = self._heaviest(self.running)
+                self._preempt(victim)
+                if victim is sequence:
+                    return 0
+                continue
+            tokens = min(tokens, len(sequence.pages) * self._pages.page_tokens - sequence.computed)
+
+    def _heaviest(self, sequences: Seq[Sequence]) -> Sequence:
+        """The youngest of the flow with the most running sequences, of the tenant with the most."""
+        running = [(self.waiting.lines(s), s) for s in sequences]
+        return max(running, key=lambda r: (r[0][0].running, r[0][1].running, r[1].order))[1]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue: pages freed, tokens and the sampler's state kept, so that the answer goes on the same."""
+        self.keep(sequence)  # if nobody needs the pages meanwhile, little has to be computed anew
+        self._release_pages(sequence)
+        sequence.computed = 0
+        sequence.adapter_rows = ()
+        sequence.parts = ()
+        self.running.remove(sequence)
+        self.waiting.put_back(sequence)
+        self._residency.pause(sequence.ticket)
+        self._watcher.preempted(sequence.request)
+
+    def _release_pages(self, sequence: Sequence) -> None:
+        if sequence.tainted:
+            # Pages without a key are this sequence's alone; those with one were looked at and are sound.
+            self._memory.scrub([page for page in sequence.pages if not self._pages.keyed(page)])
+            sequence.tainted = False
+        self._pages.release(sequence.pages)
+        sequence.pages = []
+        sequence.kept = 0
+
+    def _charge(self, sequence: Sequence, tokens: int) -> None:
+        """Count the sequence's first `tokens` tokens as served, each only once however often it is computed."""
+        self.waiting.charge(sequence, max(0, tokens - sequence.charged))
+        sequence.charged = max(sequence.charged, tokens)

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from server.adapters.parts import AdapterParts
 from server.adapters.residency import Ticket
 from server.engine.outbox import Outbox
+from server.engine.prefix import PageKey
 from server.engine.request import Delta, Finish, FinishReason, Request, Timing, Usage
 from server.engine.sampler import Choice, SamplerState
 from server.model.text import Detokenizer, StopScanner
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """One answer in the making."""
 
@@ -29,6 +30,12 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     adapter_rows: tuple[tuple[int, int, float], ...] = ()  # (first row, one past the last, weight), while leased
     parts: tuple[tuple[AdapterParts, float], ...] = ()  # what its adapters do beside their rows, with weights
+    refused: Exception | None = None  # why its adapters mean nothing together
+    order: int = 0  # of arrival, from 1; 0 while the scheduler does not know it
+    charged: int = 0  # leading tokens that its tenant was charged for
+    keys: list[PageKey] = field(default_factory=list)  # of its first full pages
+    kept: int = 0  # leading pages that were offered to others
+    tainted: bool = False  # a page of its own may hold NaN or infinity
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None

@@ -79,6 +79,15 @@ class PagedKv:
         for cache in (*self.k, *self.v):
             cache.view(cache.shape[0], self.pages, -1)[:, list(pages)] = 0
 
+    def finite(self, pages: Sequence[int]) -> list[bool]:
+        """For each page, whether all its keys and values are finite numbers."""
+        total = torch.zeros(len(pages), device=self.k[0].device)
+        for cache in (*self.k, *self.v):
+            rows = cache.view(cache.shape[0], self.pages, -1)[:, list(pages)]
+            # Zero times a finite number is zero, times anything else NaN: no sum of large values can overflow.
+            total += (rows * 0).sum((0, 2), dtype=torch.float32)
+        return torch.isfinite(total).tolist()
+
     @staticmethod
     def page_bytes(layers: int, kv_heads: int, width: int, page_tokens: int, dtype: torch.dtype) -> int:
         """Bytes one page takes over all layers."""
