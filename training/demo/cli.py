@@ -33,12 +33,12 @@ class Plan:
 
 
 PLANS = (
-    Plan("sentiment", "team/sentiment", train=600, evaluate=120, headline="accuracy"),
-    Plan("iam-policy", "team/iam", train=400, evaluate=60, headline="policy_accuracy"),
-    Plan("aws-summary", "team/summary", train=320, evaluate=60, headline="rouge_l"),
+    Plan("sentiment", "team/sentiment", train=480, evaluate=120, headline="accuracy"),
+    Plan("iam-policy", "team/iam", train=320, evaluate=60, headline="policy_accuracy"),
+    Plan("aws-summary", "team/summary", train=240, evaluate=60, headline="rouge_l"),
 )
 # The second version of the sentiment adapter: other examples, fewer.
-SECOND = Plan("sentiment", "team/sentiment", train=200, evaluate=1, headline="accuracy")
+SECOND = Plan("sentiment", "team/sentiment", train=160, evaluate=1, headline="accuracy")
 BASE = "smollm2-135m"
 
 
