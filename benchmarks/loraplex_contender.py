@@ -56,3 +56,13 @@ class LoraplexContender:
             if completion.error is not None:
                 raise completion.error
         return [list(completion.token_ids) for completion in completions]
+
+
+def in_bfloat16(setup: Setup) -> LoraplexContender:
+    """The base in bfloat16."""
+    return LoraplexContender(setup, quantization="none")
+
+
+def in_nf4(setup: Setup) -> LoraplexContender:
+    """The base in NF4, the default."""
+    return LoraplexContender(setup, quantization="nf4")

