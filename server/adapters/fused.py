@@ -1,191 +1,223 @@
-"""Decoder layers with fewer, larger operations, for the families whose layers look like Llama's.
+"""Decoder layers as one native call, for the families whose layers look like Llama's.
 
-q, k and v are one matrix product, and so are gate and up; rotation, cache writes, attention of single tokens, norms
-and activations are native kernels. The layer around them, and every other family, stays transformers' own. A batch in
-which an adapter does more than rank rows runs through the single modules instead, which share the weights.
+transformers' model stays around them: embedding, rotation, last norm and output head are its own, but where it would
+loop over its layers it finds a single one, which runs them all. A batch in which an adapter does more than rank rows
+goes through the original layers instead, which share the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from server.adapters.arena import Arena
 from server.adapters.linear import ActiveAdapters, LoraLinear, SiteGroup
 from server.kernels.native import MAX_HEAD_WIDTH, Native
+from server.kernels.native.decoder import Decoder, JointLinears, LayerParts, Shape
+from server.kernels.native.packing import PackedProduct
 from server.model.attention import AttentionPlan, PagedKv, prefill
-from server.model.packed import pack_linears, pack_output_head
-
-# Families whose attention, MLP and norm compute exactly what the modules below do.
-_FAMILIES = ("Llama", "Mistral", "Qwen2")
+from server.model.packed import PackedLinear, pack_linear, pack_output_head, packable
 
 
-class JointLinear:
-    """Linear layers that share their input, their adapters included: x [T, in] → [T, sum of out]."""
+@dataclass(frozen=True)
+class _Family:
+    """How a family's layer differs from Llama's; names are transformers'."""
 
-    def __init__(self, linears: Sequence[LoraLinear], group: SiteGroup, active: ActiveAdapters) -> None:
-        self._parts = [cast(nn.Linear, linear.base) for linear in linears]
-        self._widths = [linear.out_features for linear in linears]
-        self._group = group
-        self._active = active
-        self._together = pack_linears(*self._parts)
-        self._weight, self._bias = (None, None) if self._together is not None else _joined(self._parts)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """All outputs side by side."""
-        if self._together is not None:
-            y = self._together(x)
-        elif self._weight is not None:
-            y = functional.linear(x, self._weight, self._bias)
-        else:
-            y = torch.cat([part(x) for part in self._parts], -1)
-        self._active.add(x, self._group, torch.split(y, self._widths, -1))
-        return y
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+    head_norms: bool = False  # q_norm and k_norm in the attention
+    flat_norm: bool = False
+    late_norm: bool = False
 
 
-def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor | None, Tensor | None]:
-    """One weight (and bias) for several plain layers, which become views of it; None for others."""
-    biases = [linear.bias for linear in linears]
-    if any(type(linear) is not nn.Linear for linear in linears) or len({bias is None for bias in biases}) > 1:
-        return None, None
-    weight = torch.cat([linear.weight.data for linear in linears])
-    at = 0
-    for linear in linears:
-        linear.weight.data = weight[at : at + linear.out_features]
-        at += linear.out_features
-    return weight, None if biases[0] is None else torch.cat([bias.data for bias in biases])
+_FAMILIES = {
+    "Llama": _Family(),
+    "Mistral": _Family(),
+    "Qwen2": _Family(),
+    "Qwen3": _Family(head_norms=True),
+    "Phi3": _Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
+    "Olmo2": _Family(
+        before_attention=None,
+        after_attention="post_attention_layernorm",
+        before_mlp=None,
+        after_mlp="post_feedforward_layernorm",
+        head_norms=True,
+        flat_norm=True,
+        late_norm=True,
+    ),
+}
 
 
-class FusedAttention(nn.Module):
-    """Self-attention of Llama's kind over paged keys and values."""
+class FusedLayers(nn.Module):
+    """All decoder layers; takes the place of the first and only one in transformers' loop."""
 
-    def __init__(self, attention: Any, qkv: JointLinear, active: ActiveAdapters, kernels: Native) -> None:
+    def __init__(
+        self, single: nn.ModuleList, shape: Shape, parts: Sequence[LayerParts], active: ActiveAdapters, kernels: Native
+    ) -> None:
         super().__init__()
-        self._single = attention
+        self._single = single
+        self._shape = shape
+        self._parts = parts
         self._active = active
-        self.layer_idx = int(attention.layer_idx)
-        self._scaling = float(attention.scaling)
-        # Qwen2 decides by layer, Mistral has one window for all; Llama's config knows none.
-        self._window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-        self._heads = attention.q_proj.out_features // attention.head_dim
-        self._qkv = qkv
-        self._out: LoraLinear = attention.o_proj
         self._kernels = kernels
+        self._decoder: Decoder | None = None
 
     def forward(
         self,
         hidden_states: Tensor,
+        *,
         position_embeddings: tuple[Tensor, Tensor],
         paged: tuple[PagedKv, AttentionPlan],
         **rest: Any,
-    ) -> tuple[Tensor, None]:
-        """hidden_states: [1, T, hidden] → ([1, T, hidden], None)."""
-        if not self._active.plain:
-            single: tuple[Tensor, None] = self._single(
-                hidden_states, position_embeddings=position_embeddings, paged=paged, **rest
-            )
-            return single
+    ) -> Tensor:
+        """hidden_states: [1, T, hidden] → the same after all layers."""
         kv, plan = paged
-        k, v = kv.k[self.layer_idx], kv.v[self.layer_idx]
+        if not self._active.plain or plan.listed is None:
+            for layer in self._single:
+                hidden_states = layer(hidden_states, position_embeddings=position_embeddings, paged=paged, **rest)
+            return hidden_states
+        if self._decoder is None:
+            self._decoder = Decoder(self._kernels, self._shape, self._parts, list(zip(kv.k, kv.v, strict=True)))
         cos, sin = position_embeddings
-        qkv = self._qkv(hidden_states[0])
-        q = self._kernels.rope_store(qkv, cos[0], sin[0], plan.write_slots, k, v, self._heads)
-        parts = []
-        if plan.decodes:
-            parts.append(
-                self._kernels.paged_decode(
-                    q[: plan.decodes],
-                    k,
-                    v,
-                    plan.pages,
-                    plan.lengths,
-                    plan.longest,
-                    kv.page_tokens,
-                    self._scaling,
-                    self._window,
-                    None,
-                )
-            )
-        parts += [prefill(q, k, v, span, self._scaling, self._window, None) for span in plan.spans]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self._out(out.reshape(1, q.shape[0], -1)), None
 
+        def others(layer: int, q: Tensor, out: Tensor) -> None:
+            for span in plan.spans:
+                window = self._parts[layer].window
+                out[span.t0 : span.t1] = prefill(q, kv.k[layer], kv.v[layer], span, self._shape.scale, window, None)
 
-class FusedMlp(nn.Module):
-    """down(silu(gate(x)) * up(x)); x: [1, T, hidden]."""
-
-    def __init__(self, mlp: Any, gate_up: JointLinear, active: ActiveAdapters, kernels: Native) -> None:
-        super().__init__()
-        self._single = mlp
-        self._active = active
-        self._gate_up = gate_up
-        self._down: LoraLinear = mlp.down_proj
-        self._kernels = kernels
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[1, T, hidden]."""
-        if not self._active.plain:
-            y: Tensor = self._single(x)
-        else:
-            y = self._down(self._kernels.silu_mul(self._gate_up(x[0]))[None])
-        return y
+        return self._decoder.run(
+            hidden_states[0],
+            (cos[0], sin[0]),
+            plan.write_slots,
+            plan.listed,
+            kv.page_tokens,
+            self._active.native_plans,
+            others if plan.spans else None,
+        )[None]
 
 
 class NativeRmsNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight."""
+    """The last norm; x / sqrt(mean(x²) + eps) * weight."""
 
-    def __init__(self, norm: Any, active: ActiveAdapters, kernels: Native) -> None:
+    def __init__(self, norm: Any, late: bool, kernels: Native) -> None:
         super().__init__()
-        self._single = norm
-        self._active = active
+        self._weight = norm.weight.data.float()
         self._eps = float(norm.variance_epsilon)
+        self._late = late
         self._kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """Of x's shape."""
-        if not self._active.plain:
-            y: Tensor = self._single(x)
-            return y
-        return self._kernels.rms_norm(x, self._single.weight, self._eps)
+        return self._kernels.rms_norm(x, self._weight, self._eps, self._late)
 
 
-def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters, kernels: Native) -> int:
-    """Replace what can be replaced in a model whose linears are wrapped; returns the number of layers fused.
+def pack_weights(model: nn.Module) -> None:
+    """Pack what native products compute faster than torch: bfloat16 and NF4 weights, those of the output head too.
 
-    0 where the family is another.
+    The model's linears are wrapped.
     """
-    family = type(model).__name__.removesuffix("ForCausalLM")
-    if family not in _FAMILIES:
-        return 0
-    layers = [
-        (name, module) for name, module in model.named_modules() if type(module).__name__ == f"{family}DecoderLayer"
-    ]
-    for name, layer in layers:
-        _fuse_layer(cast(Any, layer), name, arena, active, kernels)
+    for module in list(model.modules()):
+        if isinstance(module, LoraLinear) and not _is_float32(module.base):
+            pack_linear(module.base)
     pack_output_head(model)
+
+
+def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters, kernels: Native) -> bool:
+    """Replace the layers of a model whose linears are wrapped; False where the family or a layer is another."""
+    name = type(model).__name__.removesuffix("ForCausalLM")
+    family = _FAMILIES.get(name)
+    if family is None:
+        return False
     decoder = cast(Any, model).model
-    decoder.norm = NativeRmsNorm(decoder.norm, active, kernels)
-    return len(layers)
+    single: nn.ModuleList = decoder.layers
+    layers = [cast(Any, layer) for layer in single]
+    if not all(_fits(layer, family) for layer in layers):
+        return False
+    parts = [
+        _parts(layer, f"model.layers.{index}", family, arena, _window(layer.self_attn))
+        for index, layer in enumerate(layers)
+    ]
+    attention, mlp = layers[0].self_attn, layers[0].mlp
+    width = int(attention.head_dim)
+    heads = attention.o_proj.base.in_features // width
+    qkv = sum(getattr(attention, each).out_features for each in family.qkv)
+    norm = decoder.norm
+    shape = Shape(
+        hidden=attention.o_proj.out_features,
+        heads=heads,
+        kv_heads=(qkv // width - heads) // 2,
+        width=width,
+        inner=mlp.down_proj.base.in_features,
+        late_norm=family.late_norm,
+        flat_norm=family.flat_norm,
+        eps=float(norm.variance_epsilon),
+        scale=float(attention.scaling),
+    )
+    decoder.layers = nn.ModuleList([FusedLayers(single, shape, parts, active, kernels)])
+    decoder.norm = NativeRmsNorm(norm, family.late_norm, kernels)
+    return True
 
 
-def _fuse_layer(layer: Any, name: str, arena: Arena, active: ActiveAdapters, kernels: Native) -> None:
+def _fits(layer: Any, family: _Family) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
-    if attention.head_dim <= MAX_HEAD_WIDTH:
-        qkv = _joint(attention, f"{name}.self_attn", ("q_proj", "k_proj", "v_proj"), arena, active)
-        layer.self_attn = FusedAttention(attention, qkv, active, kernels)
-    if isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation":
-        gate_up = _joint(mlp, f"{name}.mlp", ("gate_proj", "up_proj"), arena, active)
-        layer.mlp = FusedMlp(mlp, gate_up, active, kernels)
-    for out in (attention.o_proj, mlp.down_proj):
-        pack_linears(out.base)
-    layer.input_layernorm = NativeRmsNorm(layer.input_layernorm, active, kernels)
-    layer.post_attention_layernorm = NativeRmsNorm(layer.post_attention_layernorm, active, kernels)
+    linears = [
+        *(getattr(attention, name) for name in (*family.qkv, "o_proj")),
+        *(getattr(mlp, name) for name in (*family.gate_up, "down_proj")),
+    ]
+    activation = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+    silu = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+    wrapped = all(isinstance(linear, LoraLinear) and packable(linear.base) for linear in linears)
+    return silu and wrapped and attention.head_dim <= MAX_HEAD_WIDTH
 
 
-def _joint(owner: Any, path: str, names: Sequence[str], arena: Arena, active: ActiveAdapters) -> JointLinear:
+def _parts(layer: Any, path: str, family: _Family, arena: Arena, window: int | None) -> LayerParts:
+    attention, mlp = layer.self_attn, layer.mlp
+
+    def norm(owner: Any, name: str | None) -> Tensor | None:
+        return None if name is None else getattr(owner, name).weight.data.float()
+
+    return LayerParts(
+        qkv=_joint(attention, f"{path}.self_attn", family.qkv, arena),
+        out=_joint(attention, f"{path}.self_attn", ("o_proj",), arena),
+        gate_up=_joint(mlp, f"{path}.mlp", family.gate_up, arena),
+        down=_joint(mlp, f"{path}.mlp", ("down_proj",), arena),
+        before_attention=norm(layer, family.before_attention),
+        after_attention=norm(layer, family.after_attention),
+        before_mlp=norm(layer, family.before_mlp),
+        after_mlp=norm(layer, family.after_mlp),
+        q_norm=norm(attention, "q_norm" if family.head_norms else None),
+        k_norm=norm(attention, "k_norm" if family.head_norms else None),
+        window=window,
+    )
+
+
+def _joint(owner: Any, path: str, names: Sequence[str], arena: Arena) -> JointLinears:
     group = SiteGroup(arena, [f"{path}.{name}" for name in names])
-    return JointLinear([getattr(owner, name) for name in names], group, active)
+    linears = []
+    for name in names:
+        base = getattr(owner, name).base
+        pack_linear(base)
+        linears.append(cast(PackedLinear, base))
+    product = PackedProduct(
+        [linear.packed for linear in linears],
+        [None if linear.bias is None else linear.bias.data for linear in linears],
+    )
+    return JointLinears(product, group.native)
+
+
+def _window(attention: Any) -> int | None:
+    # Qwen2 and 3 decide by layer, Mistral and Phi-3 have one window for all; Llama's config knows none.
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    return None if window is None else int(window)
+
+
+def _is_float32(linear: nn.Module) -> bool:
+    return type(linear) is nn.Linear and linear.weight.dtype == torch.float32

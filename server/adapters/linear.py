@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from server.adapters.arena import Arena
 from server.kernels.cpu import LoraBlock, lora_add, lora_blocks
-from server.kernels.native import DecodePlan, Native, PrefillPlan, Sites
-
-Segment = tuple[int, int, int, int, float]
-"""(t0, t1, r0, r1, weight): batch rows t0…t1 use arena rows r0…r1."""
+from server.kernels.native import Native
+from server.kernels.native.plans import DecodePlan, PrefillPlan, Segment, Sites
 
 
 class SiteGroup:
@@ -59,16 +57,18 @@ class ActiveAdapters:
         """A plan made elsewhere, of plain torch operations; only where there are no native kernels."""
         self._blocks = blocks
 
-    def add(self, x: Tensor, group: SiteGroup, ys: Sequence[Tensor]) -> None:
-        """Add every row's deltas in place; x: [T, in] contiguous, ys: one [T, out] for each site of the group."""
+    @property
+    def native_plans(self) -> tuple[DecodePlan | None, PrefillPlan | None]:
+        """What `use` planned, for the native kernels."""
+        return self._decode_plan, self._prefill_plan
+
+    def add(self, x: Tensor, group: SiteGroup, y: Tensor) -> None:
+        """Add every row's deltas in place; x: [T, in], y: [T, out], for a group of one site."""
         if self._native is not None:
-            if self._decode_plan is not None:
-                self._native.lora_decode(x, group.native, ys, self._decode_plan)
-            if self._prefill_plan is not None:
-                self._native.lora_prefill(x, group.native, ys, self._prefill_plan)
+            if self._decode_plan is not None or self._prefill_plan is not None:
+                self._native.lora(x.contiguous(), group.native, y, self._decode_plan, self._prefill_plan)
         elif self._blocks:
-            for y, a, b in zip(ys, group.a, group.b, strict=True):
-                lora_add(y, x, a, b, self._blocks)
+            lora_add(y, x, group.a[0], group.b[0], self._blocks)
 
 
 class LoraLinear(nn.Module):
@@ -85,7 +85,7 @@ class LoraLinear(nn.Module):
         """Base plus deltas; costs next to nothing more when no row has an adapter."""
         y: Tensor = self.base(x)
         # Rows come as [1, T, in] from most callers, as [T, in] from a mixture's shared expert.
-        self._active.add(x.reshape(-1, x.shape[-1]), self._group, [y.view(-1, y.shape[-1])])
+        self._active.add(x.reshape(-1, x.shape[-1]), self._group, y.view(-1, y.shape[-1]))
         return y
 
 

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from server.adapters.arena import Arena, row_bytes
 from server.adapters.base_weights import BaseWeights
-from server.adapters.fused import fuse
+from server.adapters.fused import fuse, pack_weights
 from server.adapters.linear import ActiveAdapters, wrap_linears
 from server.adapters.parts import PartsHooks
 from server.adapters.residency import Residency
 from server.adapters.weights import AdapterFetch, parse_adapter
 from server.config import EngineLimits, ModelConfig
-from server.engine.batch import StepBatch, lay_out, part_spans
+from server.engine.batch import LISTED_TOKENS, StepBatch, lay_out, part_spans
 from server.engine.fixed_rows import FixedRows, FixedStep
 from server.engine.kv_cache import PageTable
 from server.engine.observer import EngineObserver, EngineSnapshot, Unobserved
@@ -91,6 +91,8 @@ class Engine:
         wrap_linears(base.model, arena, self._active)
         if kernels is not None:
             fuse(base.model, arena, self._active, kernels)
+            pack_weights(base.model)
+        self._listed_tokens = LISTED_TOKENS if kernels is not None else 0
         modules.settle()
         self._runner = Runner(base, pages, limits.page_tokens)
         self._forward: Callable[[Seq[Share]], tuple[StepBatch | FixedStep, Tensor]] = self._run_packed
@@ -290,7 +292,7 @@ class Engine:
         )
 
     def _run_packed(self, shares: Seq[Share]) -> tuple[StepBatch, Tensor]:
-        batch = lay_out(shares, self.limits.page_tokens, self.base.device)
+        batch = lay_out(shares, self.limits.page_tokens, self.base.device, self._listed_tokens)
         return batch, self._run(batch)
 
     def _run(self, batch: StepBatch) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from server.errors import UnsupportedArchitecture
-from server.kernels import cpu
+from server.kernels import cpu, native
+from server.kernels.native.decoder import ListedRows
 
 ATTENTION_NAME = "loraplex_paged"
 
@@ -46,7 +47,8 @@ class Span:
 class AttentionPlan:
     """How the rows of one packed batch attend; built once a step, used by every layer.
 
-    Rows 0 … decodes - 1 are sequences with one new token each, the spans follow.
+    With native kernels the rows that are worth it are `listed` and the others in spans; `decodes` is 0 then. Without
+    them rows 0 … decodes - 1 are sequences with one new token each, and the spans follow.
     """
 
     write_slots: Tensor  # [T] int64: where each row's key and value go
@@ -56,6 +58,7 @@ class AttentionPlan:
     longest: int  # the largest of lengths, 0 without decodes
     masks: dict[int | None, Tensor]  # by window: [decodes, 1, P * page_tokens] float32, filled when first asked for
     spans: Sequence[Span]
+    listed: ListedRows | None = None
     # Deterministic steps only, then there are neither decodes nor spans: each row as a plan of one decode, for it
     # attends by itself. Rows past the last one are padding.
     alone: Sequence[AttentionPlan] = ()
@@ -124,6 +127,8 @@ def paged_attention(
         return _each_alone(q, k, v, key[0], value[0], plan, kv.page_tokens, scaling, sliding_window, softcap), None
     k.index_copy_(1, plan.write_slots, key[0])
     v.index_copy_(1, plan.write_slots, value[0])
+    if plan.listed is not None:
+        return _listed(q, k, v, plan, plan.listed, kv.page_tokens, scaling, sliding_window, softcap)[None], None
     parts = []
     if plan.decodes:
         mask = plan.masks.get(sliding_window)
@@ -144,6 +149,40 @@ def paged_attention(
     parts += [prefill(q, k, v, span, scaling, sliding_window, softcap) for span in plan.spans]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out[None], None
+
+
+def _listed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    listed: ListedRows,
+    page_tokens: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """[T, Hq, D]: listed rows by the native kernel, spans by torch."""
+    kernels = native.load(q.dtype)
+    if kernels is None:
+        raise AssertionError("rows were listed for kernels that are not there")
+    out = kernels.attention(
+        q.contiguous(),
+        k,
+        v,
+        listed.rows,
+        listed.sequences,
+        listed.lengths,
+        listed.pages,
+        page_tokens,
+        listed.longest,
+        scale,
+        window,
+        softcap,
+    )
+    for span in plan.spans:
+        out[span.t0 : span.t1] = prefill(q, k, v, span, scale, window, softcap)
+    return out
 
 
 def prefill(

@@ -1,4 +1,4 @@
-"""Linear layers whose bfloat16 or NF4 weight lies packed for AMX."""
+"""Linear layers whose weight lies packed for the native matrix product."""
 
 from __future__ import annotations
 
@@ -7,72 +7,84 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from server.kernels.native import amx
-from server.kernels.native.amx import PackedNf4, PackedWeight
+from server.kernels.native import packing
+from server.kernels.native.library import library
+from server.kernels.native.packing import Packed, PackedProduct, PackedWeight
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer turned, in place, into one whose weight lies packed; made by `pack_linears` only.
+    """A linear layer turned, in place, into one whose weight lies packed; made by `pack_linear` only.
 
-    Its `weight` is no parameter any more: reading it unpacks a dense bfloat16 copy.
+    Its `weight` is no parameter any more: reading it unpacks a dense copy.
     """
 
-    packed: PackedWeight | PackedNf4
+    packed: Packed
+    product: PackedProduct
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """[out, in] bfloat16; of NF4 what the codes mean."""
+        """[out, in]; of NF4 what the codes mean, in bfloat16."""
         return self.packed.dense()
 
     def forward(self, x: Tensor) -> Tensor:
         """x w^T + bias; x: [..., in] → [..., out]."""
-        y = self.packed.multiply(x.reshape(-1, self.in_features), self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        return self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
 
-class JointProduct:
-    """Packed layers that share their input, multiplied at once: x [rows, in] → [rows, sum of out]."""
+class PackedEmbedding(nn.Embedding):
+    """An embedding, turned in place, that looks its rows up in the packed weight of the output head it is tied to."""
 
-    def __init__(self, packed: PackedWeight | PackedNf4, bias: Tensor | None) -> None:
-        self._packed = packed
-        self._bias = bias
+    packed: PackedWeight
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """All outputs side by side."""
-        return self._packed.multiply(x, self._bias)
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """[vocabulary, hidden]."""
+        return self.packed.dense()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Token ids [...] → [..., hidden]."""
+        return self.packed.rows(input.reshape(-1)).view(*input.shape, self.embedding_dim)
 
 
-def pack_linears(*linears: nn.Module) -> JointProduct | None:
-    """Pack the weights of layers that share their input; None, with nothing changed, where that cannot be.
+def packable(linear: nn.Module) -> bool:
+    """Whether `pack_linear` can do something: a plain layer or bitsandbytes' NF4 one that has not run yet (on some
+    processors its first forward reorders the codes)."""
+    if library() is None:
+        return False
+    if type(linear) is nn.Linear:
+        weight = linear.weight
+        fits = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and linear.in_features % 32 == 0)
+        return fits and weight.device.type == "cpu"
+    return isinstance(linear, PackedLinear) or _is_nf4(linear)
 
-    The layers must be all plain bfloat16 ones or all bitsandbytes' NF4 ones that have not run yet (on some processors
-    their first forward reorders the codes). Each goes on working alone, on its part of the one packed weight.
-    """
-    given = [cast(Any, linear) for linear in linears]
-    if any((linear.bias is None) != (given[0].bias is None) for linear in given):
-        return None
-    packed: PackedWeight | PackedNf4 | None = None
-    if all(type(linear) is nn.Linear for linear in linears):
-        packed = amx.pack(torch.cat([linear.weight.data for linear in given]))
-    elif all(_is_nf4(linear) for linear in linears):
-        codes, scales = zip(*(_nf4(linear) for linear in linears), strict=True)
-        packed = amx.pack_nf4(torch.cat(codes), torch.cat(scales), given[0].weight.quant_state.code)
-    if packed is None or any(linear.out_features % amx.BLOCK for linear in given):
-        return None
-    at = 0
-    for linear in given:
-        del linear._parameters["weight"]
-        linear.__class__ = PackedLinear
-        linear.packed = packed.outputs(at, at + linear.out_features)
-        at += linear.out_features
-    bias = None if given[0].bias is None else torch.cat([linear.bias.data for linear in given])
-    return JointProduct(packed, bias)
+
+def pack_linear(linear: nn.Module) -> bool:
+    """Pack the weight in place; False, with nothing changed, where that cannot be."""
+    if not packable(linear):
+        return False
+    if isinstance(linear, PackedLinear):
+        return True
+    given = cast(Any, linear)
+    if type(linear) is nn.Linear:
+        packed: Packed | None = packing.pack(given.weight.data)
+    else:
+        packed = packing.pack_nf4(*_nf4(given), given.weight.quant_state.code)
+    if packed is None:
+        raise AssertionError("a packable layer was not packed")
+    del given._parameters["weight"]
+    given.__class__ = PackedLinear
+    given.packed = packed
+    given.product = PackedProduct([packed], [None if given.bias is None else given.bias.data])
+    return True
 
 
 def _is_nf4(linear: Any) -> bool:
-    state = getattr(getattr(linear, "weight", None), "quant_state", None)
+    weight = getattr(linear, "weight", None)
+    state = getattr(weight, "quant_state", None)
     return (
-        state is not None
+        isinstance(weight, Tensor)
+        and weight.device.type == "cpu"
+        and state is not None
         and state.quant_type == "nf4"
         and state.blocksize == 64
         and state.dtype == torch.bfloat16
@@ -95,7 +107,14 @@ def _nf4(linear: Any) -> tuple[Tensor, Tensor]:
 
 
 def pack_output_head(model: nn.Module) -> None:
-    """Pack the output head; where it is tied to the embeddings, these keep the dense weight for their look-ups."""
-    head = cast(Any, model).get_output_embeddings()
-    if head is not None:
-        pack_linears(head)
+    """Pack the output head; embeddings tied to it, where they are plain ones, then read their rows from it."""
+    given = cast(Any, model)
+    head, embedding = given.get_output_embeddings(), given.get_input_embeddings()
+    if head is None or embedding is None:
+        return
+    tied = head.weight is embedding.weight
+    if not pack_linear(head) or not tied or type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        return
+    del embedding._parameters["weight"]
+    embedding.__class__ = PackedEmbedding
+    embedding.packed = head.packed

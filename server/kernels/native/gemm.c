@@ -1,0 +1,243 @@
+/* y = x w^T + bias from weights packed once into panels of 32 outputs, which a thread reads front to back: a step of few
+ * rows runs at the speed of memory.
+ *
+ * bfloat16: panel [K / 32][2][16][16][2]: for 32 inputs two tiles one after the other, each 16 pairs of inputs by 16
+ * outputs, as AMX wants them. float: panel [K][32].
+ */
+
+#ifndef GEMM_BF16
+#define GEMM_BF16
+
+#define PACKED_AT_bf16(k, i, o) ((((i) / 32) * 2 + (o) / 16) * 512 + ((i) % 32 / 2 * 16 + (o) % 16) * 2 + (i) % 2)
+
+static inline void store_bf16(const float *c, bf16 *y, int64_t stride, int64_t rows, int64_t columns,
+                              const float *bias) {
+#ifdef __AVX512BF16__
+  if (columns == 16) {
+    const __m512 more = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();
+    for (int64_t r = 0; r < rows; r++)
+      _mm256_storeu_si256((__m256i *)(y + r * stride),
+                          (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_loadu_ps(c + r * 16), more)));
+    return;
+  }
+#endif
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < columns; i++) y[r * stride + i] = narrow(c[r * 16 + i] + (bias ? bias[i] : 0.0f));
+}
+
+/* Without tiles: four rows by 32 outputs at a time. The last rows are repeated, so that all take the same way. */
+static void panel_by_fours(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, int64_t m, int64_t k,
+                           int64_t stride, int64_t columns) {
+  for (int64_t t = 0; t < m; t += 4) {
+    const bf16 *rows[4];
+    for (int j = 0; j < 4; j++) rows[j] = x + (t + j < m ? t + j : m - 1) * k;
+    float acc[4][32];
+#ifdef __AVX512BF16__
+    __m512 sums[4][2];
+    for (int j = 0; j < 4; j++) sums[j][0] = sums[j][1] = _mm512_setzero_ps();
+    for (int64_t s = 0; s < k / 32; s++)
+      for (int64_t pair = 0; pair < 16; pair++) {
+        const __m512bh left = (__m512bh)_mm512_loadu_si512(w + s * 1024 + pair * 32);
+        const __m512bh right = (__m512bh)_mm512_loadu_si512(w + s * 1024 + 512 + pair * 32);
+        for (int j = 0; j < 4; j++) {
+          int32_t both;
+          memcpy(&both, rows[j] + s * 32 + pair * 2, 4);
+          const __m512bh input = (__m512bh)_mm512_set1_epi32(both);
+          sums[j][0] = _mm512_dpbf16_ps(sums[j][0], left, input);
+          sums[j][1] = _mm512_dpbf16_ps(sums[j][1], right, input);
+        }
+      }
+    for (int j = 0; j < 4; j++) {
+      _mm512_storeu_ps(acc[j], sums[j][0]);
+      _mm512_storeu_ps(acc[j] + 16, sums[j][1]);
+    }
+#else
+    memset(acc, 0, sizeof acc);
+    for (int64_t s = 0; s < k / 32; s++)
+      for (int64_t pair = 0; pair < 16; pair++) {
+        float even[32], odd[32];
+        for (int64_t o = 0; o < 32; o++) {
+          uint32_t both;
+          memcpy(&both, w + s * 1024 + o / 16 * 512 + pair * 32 + o % 16 * 2, 4);
+          const uint32_t low = both << 16, high = both & 0xffff0000u;
+          memcpy(even + o, &low, 4);
+          memcpy(odd + o, &high, 4);
+        }
+        for (int j = 0; j < 4; j++) {
+          const float x0 = widen(rows[j][s * 32 + pair * 2]), x1 = widen(rows[j][s * 32 + pair * 2 + 1]);
+          for (int64_t o = 0; o < 32; o++) acc[j][o] += x0 * even[o] + x1 * odd[o];
+        }
+      }
+#endif
+    for (int64_t j = 0; j < 4 && t + j < m; j++)
+      for (int64_t o = 0; o < columns; o++)
+        y[(t + j) * stride + o] = narrow(acc[j][o] + (bias ? bias[o] : 0.0f));
+  }
+}
+
+/* 32 columns of y from one panel. x: rows of K up to whole tiles of 16 must be readable; what lies there beyond m is
+ * not used. */
+static void panel_bf16(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, int64_t m, int64_t k, int64_t stride,
+                       int64_t columns) {
+#ifdef __AMX_BF16__
+  if (tiles_granted) {
+    const int64_t steps = k / 32, left = columns < 16 ? columns : 16, right = columns - left;
+    const float *more = bias ? bias + 16 : NULL;
+    float c[4][256] __attribute__((aligned(64)));
+    int64_t t = 0;
+    for (; t + 16 < m; t += 32) {
+      const bf16 *x0 = x + t * k, *x1 = x0 + 16 * k;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t s = 0; s < steps; s++) {
+        _tile_loadd(4, x0 + s * 32, k * 2);
+        _tile_loadd(6, w + s * 1024, 64);
+        _tile_loadd(7, w + s * 1024 + 512, 64);
+        _tile_loadd(5, x1 + s * 32, k * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, c[0], 64);
+      _tile_stored(1, c[1], 64);
+      _tile_stored(2, c[2], 64);
+      _tile_stored(3, c[3], 64);
+      const int64_t last = m - t - 16 < 16 ? m - t - 16 : 16;
+      bf16 *out = y + t * stride;
+      store_bf16(c[0], out, stride, 16, left, bias);
+      store_bf16(c[2], out + 16 * stride, stride, last, left, bias);
+      if (right) {
+        store_bf16(c[1], out + 16, stride, 16, right, more);
+        store_bf16(c[3], out + 16 * stride + 16, stride, last, right, more);
+      }
+    }
+    if (t < m) {
+      const bf16 *x0 = x + t * k;
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int64_t s = 0; s < steps; s++) {
+        _tile_loadd(4, x0 + s * 32, k * 2);
+        _tile_loadd(6, w + s * 1024, 64);
+        _tile_loadd(7, w + s * 1024 + 512, 64);
+        prefetch(w + s * 1024 + 4096, 2048);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      _tile_stored(0, c[0], 64);
+      _tile_stored(1, c[1], 64);
+      store_bf16(c[0], y + t * stride, stride, m - t, left, bias);
+      if (right) store_bf16(c[1], y + t * stride + 16, stride, m - t, right, more);
+    }
+    return;
+  }
+#endif
+  panel_by_fours(x, w, bias, y, m, k, stride, columns);
+}
+
+/* One NF4 panel as bitsandbytes rounds it: codes [K / 32][2][16][16] bytes, a pair of inputs each, the even one in the
+ * low nibble; scales [K / 64][2][16]; w: the panel in bfloat16. */
+static void widen_nf4(const uint8_t *codes, const float *scales, const float *levels, bf16 *w, int64_t k) {
+#ifdef __AVX512BF16__
+  const __m512 table = _mm512_loadu_ps(levels);
+  const __m512i nibble = _mm512_set1_epi32(15);
+#endif
+  for (int64_t s = 0; s < k / 32; s++)
+    for (int64_t half = 0; half < 2; half++) {
+      const float *scale = scales + (s / 2) * 32 + half * 16;
+      const uint8_t *tile = codes + s * 512 + half * 256;
+      bf16 *wide = w + s * 1024 + half * 512;
+#ifdef __AVX512BF16__
+      const __m512 factor = _mm512_loadu_ps(scale);
+      for (int64_t pair = 0; pair < 16; pair++) {
+        const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(tile + pair * 16)));
+        const __m512 even = _mm512_permutexvar_ps(_mm512_and_epi32(both, nibble), table);
+        const __m512 odd = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), table);
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(even, factor)));
+        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(odd, factor)));
+        _mm512_storeu_si512(wide + pair * 32, _mm512_or_epi32(low, _mm512_slli_epi32(high, 16)));
+      }
+#else
+      for (int64_t pair = 0; pair < 16; pair++)
+        for (int64_t o = 0; o < 16; o++) {
+          const uint8_t code = tile[pair * 16 + o];
+          wide[(pair * 16 + o) * 2] = narrow(levels[code & 15] * scale[o]);
+          wide[(pair * 16 + o) * 2 + 1] = narrow(levels[code >> 4] * scale[o]);
+        }
+#endif
+    }
+}
+
+static void widen_nf4_into_bf16(const product *p, int64_t nb, bf16 *buffer) {
+  widen_nf4((const uint8_t *)p->weight + nb * p->k * 16, p->scales + nb * (p->k / 64) * 32, p->levels, buffer, p->k);
+}
+
+#define PACKED_AT_f32(k, i, o) ((i) * 32 + (o))
+
+static void panel_f32(const float *x, const float *w, const float *bias, float *y, int64_t m, int64_t k,
+                      int64_t stride, int64_t columns) {
+  for (int64_t t = 0; t < m; t += 4) {
+    const float *rows[4];
+    for (int j = 0; j < 4; j++) rows[j] = x + (t + j < m ? t + j : m - 1) * k;
+    float acc[4][32];
+    memset(acc, 0, sizeof acc);
+    for (int64_t i = 0; i < k; i++)
+      for (int j = 0; j < 4; j++) {
+        const float input = rows[j][i];
+        for (int64_t o = 0; o < 32; o++) acc[j][o] += input * w[i * 32 + o];
+      }
+    for (int64_t j = 0; j < 4 && t + j < m; j++)
+      for (int64_t o = 0; o < columns; o++) y[(t + j) * stride + o] = acc[j][o] + (bias ? bias[o] : 0.0f);
+  }
+}
+
+static void widen_nf4_into_f32(const product *p, int64_t nb, float *buffer) {
+  (void)p, (void)nb, (void)buffer; /* NF4 computes in bfloat16 only */
+}
+#endif
+
+/* w: [n, k] -> packed: [ceil(n / 32)] panels, outputs beyond n zero. bfloat16: k % 32 == 0. */
+void NAME(pack)(const T *w, T *packed, int64_t n, int64_t k) {
+#pragma omp parallel for schedule(static)
+  for (int64_t nb = 0; nb < (n + 31) / 32; nb++)
+    for (int64_t i = 0; i < k; i++)
+      for (int64_t o = 0; o < 32; o++)
+        packed[nb * 32 * k + NAME(PACKED_AT)(k, i, o)] = nb * 32 + o < n ? w[(nb * 32 + o) * k + i] : 0;
+}
+
+/* The outputs of several products of one input side by side. buffer: [threads, 32 * k] where there is NF4. Threads do
+ * not wait for each other at the end. */
+static void NAME(multiply_part)(const product *products, int64_t count, const T *x, T *y, int64_t rows, int64_t stride,
+                                T *buffer) {
+  int64_t panels = 0;
+  for (int64_t i = 0; i < count; i++) panels += (products[i].n + 31) / 32;
+#pragma omp for schedule(static) nowait
+  for (int64_t at = 0; at < panels; at++) {
+    const product *p = products;
+    int64_t nb = at, column = 0;
+    for (; nb >= (p->n + 31) / 32; p++) {
+      nb -= (p->n + 31) / 32;
+      column += p->n;
+    }
+    const T *w = (const T *)p->weight + nb * 32 * p->k;
+    if (p->scales) {
+      T *wide = buffer + omp_get_thread_num() * 32 * p->k;
+      NAME(widen_nf4_into)(p, nb, wide);
+      w = wide;
+    }
+    const int64_t columns = p->n - nb * 32 < 32 ? p->n - nb * 32 : 32;
+    NAME(panel)(x, w, p->bias ? p->bias + nb * 32 : NULL, y + column + nb * 32, rows, p->k, stride, columns);
+  }
+}
+
+/* x: [rows up to whole 16s, k]; y: [rows, stride]. */
+void NAME(multiply)(const product *products, int64_t count, const T *x, T *y, int64_t rows, int64_t stride, T *buffer) {
+#pragma omp parallel
+  {
+    tiles_on();
+    NAME(multiply_part)(products, count, x, y, rows, stride, buffer);
+    tiles_off();
+  }
+}
