@@ -14,7 +14,7 @@ from hub.lora_config import LoraConfig
 from server.adapters.base_weights import BaseWeights
 from server.adapters.parts import NO_PARTS, AdapterParts, LowRank, ModuleParts, TokenRows
 from server.errors import RankTooLarge, TensorUnbound, UnsupportedAdapter
-from server.model.packed import PackedLinear
+from server.model.packed import PackedEmbedding, PackedLinear
 
 # (kind, parameter) of `hub.tensor_names.TensorSite` -> tensor
 Given = dict[tuple[str, str], Tensor]
@@ -242,7 +242,7 @@ class _Binder:
     def _replacement(self, path: str, module: Any, saved: Mapping[str, Tensor]) -> nn.Module:
         """The module as the adapter has it; parameters it does not bring stay the base's."""
         own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear | PackedEmbedding):
             own["weight"] = nn.Parameter(module.weight, requires_grad=False)
         if not self._replaceable(path, module):
             raise UnsupportedAdapter(
@@ -265,6 +265,8 @@ class _Binder:
             if "weight" not in replaced and not own["weight"].is_floating_point():
                 raise UnsupportedAdapter(f"{path}: only the bias of a quantized layer is replaced, which is not served")
             clone: Any = nn.Linear(module.in_features, module.out_features, bias="bias" in own, device="meta")
+        elif isinstance(module, PackedEmbedding):
+            clone = nn.Embedding(module.num_embeddings, module.embedding_dim, device="meta")
         else:
             clone = copy.copy(module)
             clone.__dict__.pop("forward", None)  # ours, where the original's is already taken over

@@ -107,15 +107,20 @@ class FusedLayers(nn.Module):
 class NativeRmsNorm(nn.Module):
     """The last norm; x / sqrt(mean(x²) + eps) * weight."""
 
-    def __init__(self, norm: Any, late: bool, kernels: Native) -> None:
+    def __init__(self, norm: Any, late: bool, active: ActiveAdapters, kernels: Native) -> None:
         super().__init__()
+        self._single = norm
         self._weight = norm.weight.data.float()
         self._eps = float(norm.variance_epsilon)
         self._late = late
+        self._active = active
         self._kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """Of x's shape."""
+        if not self._active.plain:
+            y: Tensor = self._single(x)
+            return y
         return self._kernels.rms_norm(x, self._weight, self._eps, self._late)
 
 
@@ -130,17 +135,20 @@ def pack_weights(model: nn.Module) -> None:
     pack_output_head(model)
 
 
-def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters, kernels: Native) -> bool:
-    """Replace the layers of a model whose linears are wrapped; False where the family or a layer is another."""
-    name = type(model).__name__.removesuffix("ForCausalLM")
-    family = _FAMILIES.get(name)
+def fusable(model: nn.Module) -> bool:
+    """Whether `fuse` can replace the model's layers; asked before or after its linears are wrapped."""
+    family = _family(model)
+    return family is not None and all(_fits(layer, family) for layer in cast(Any, model).model.layers)
+
+
+def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters, kernels: Native) -> None:
+    """Replace the layers of a fusable model whose linears are wrapped."""
+    family = _family(model)
     if family is None:
-        return False
+        raise AssertionError(f"{type(model).__name__} has no native layers")
     decoder = cast(Any, model).model
     single: nn.ModuleList = decoder.layers
     layers = [cast(Any, layer) for layer in single]
-    if not all(_fits(layer, family) for layer in layers):
-        return False
     parts = [
         _parts(layer, f"model.layers.{index}", family, arena, _window(layer.self_attn))
         for index, layer in enumerate(layers)
@@ -162,8 +170,11 @@ def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters, kernels: Native
         scale=float(attention.scaling),
     )
     decoder.layers = nn.ModuleList([FusedLayers(single, shape, parts, active, kernels)])
-    decoder.norm = NativeRmsNorm(norm, family.late_norm, kernels)
-    return True
+    decoder.norm = NativeRmsNorm(norm, family.late_norm, active, kernels)
+
+
+def _family(model: nn.Module) -> _Family | None:
+    return _FAMILIES.get(type(model).__name__.removesuffix("ForCausalLM"))
 
 
 def _fits(layer: Any, family: _Family) -> bool:
@@ -174,8 +185,8 @@ def _fits(layer: Any, family: _Family) -> bool:
     ]
     activation = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
     silu = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
-    wrapped = all(isinstance(linear, LoraLinear) and packable(linear.base) for linear in linears)
-    return silu and wrapped and attention.head_dim <= MAX_HEAD_WIDTH
+    linears_fit = all(packable(linear.base if isinstance(linear, LoraLinear) else linear) for linear in linears)
+    return silu and linears_fit and attention.head_dim <= MAX_HEAD_WIDTH
 
 
 def _parts(layer: Any, path: str, family: _Family, arena: Arena, window: int | None) -> LayerParts:

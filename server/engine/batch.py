@@ -44,7 +44,7 @@ def lay_out(shares: Seq[Share], page_tokens: int, device: str, listed_tokens: in
     sample_rows: list[int] = []
     spans: list[Span] = []
     segments: list[tuple[int, int, int, int, float]] = []
-    listing = _Listing(page_tokens)
+    listing = Listing(page_tokens)
     for share in ordered:
         sequence, t0 = share.sequence, len(token_ids)
         start, stop = sequence.computed, sequence.computed + share.tokens
@@ -88,7 +88,7 @@ def lay_out(shares: Seq[Share], page_tokens: int, device: str, listed_tokens: in
     )
 
 
-class _Listing:
+class Listing:
     """Gathers `ListedRows`."""
 
     def __init__(self, page_tokens: int) -> None:
@@ -106,6 +106,7 @@ class _Listing:
         self._pages.append(pages[: -(-stop // self._page_tokens)])
 
     def tensors(self) -> ListedRows:
+        """What was gathered."""
         widest = max(map(len, self._pages), default=0)
         # A shorter row repeats its own first page, never a neighbour's.
         padded = [[*own, *[own[0]] * (widest - len(own))] for own in self._pages]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from server.adapters.arena import Arena, row_bytes
 from server.adapters.base_weights import BaseWeights
-from server.adapters.fused import fuse, pack_weights
+from server.adapters.fused import fusable, fuse, pack_weights
 from server.adapters.linear import ActiveAdapters, wrap_linears
 from server.adapters.parts import PartsHooks
 from server.adapters.residency import Residency
@@ -30,6 +30,7 @@ from server.engine.kv_cache import PageTable
 from server.engine.observer import EngineObserver, EngineSnapshot, Unobserved
 from server.engine.outbox import BlockingOutbox, Outbox
 from server.engine.request import Delta, FinishReason, Request
+from server.engine.row_by_row import RowByRow
 from server.engine.sampler import SamplerState, sample
 from server.engine.scheduler import Scheduler, Share
 from server.engine.sequence import Sequence
@@ -83,23 +84,30 @@ class Engine:
             raise BaseUnavailable(f"the KV memory holds no page: {limits.kv_memory_bytes} bytes, one page takes {page}")
         shapes = {site: (m.out_features, m.in_features) for site, m in base.linears().items()}
         arena = Arena(shapes, limits.adapter_memory_bytes // row_bytes(shapes, base.dtype), base.dtype, base.device)
-        # Deterministic steps have a scheme of their own, made of plain torch operations that it checks at start.
-        kernels = None if limits.deterministic or base.device != "cpu" else native.load(base.dtype)
+        kernels = native.load(base.dtype) if base.device == "cpu" else None
+        fused = kernels is not None and fusable(base.model)
+        if limits.deterministic and not fused:
+            kernels = None  # the scheme for what is not fused is made of plain torch operations
         self._active = ActiveAdapters(base.dtype, kernels)
         modules = BaseWeights(base.model)
         self._part_hooks = PartsHooks(modules.modules, modules.head)
         wrap_linears(base.model, arena, self._active)
         if kernels is not None:
-            fuse(base.model, arena, self._active, kernels)
+            if fused:
+                fuse(base.model, arena, self._active, kernels)
             pack_weights(base.model)
         self._listed_tokens = LISTED_TOKENS if kernels is not None else 0
         modules.settle()
         self._runner = Runner(base, pages, limits.page_tokens)
         self._forward: Callable[[Seq[Share]], tuple[StepBatch | FixedStep, Tensor]] = self._run_packed
         if limits.deterministic:
-            fixed = FixedRows(base, self._runner, self._active, limits.page_tokens, limits.max_adapter_rank)
-            fixed.check()
-            self._forward = fixed.run
+            steps: RowByRow | FixedRows
+            if fused:
+                steps = RowByRow(base, self._runner, self._active, limits.page_tokens)
+            else:
+                steps = FixedRows(base, self._runner, self._active, limits.page_tokens, limits.max_adapter_rank)
+            steps.check()
+            self._forward = steps.run
         self._pages = PageTable(pages, limits.page_tokens)
         self._changed = threading.Condition()
         self.adapters = Residency(

@@ -1,4 +1,4 @@
-"""Deterministic steps: every token is computed as if it were alone, in forward passes of one fixed shape.
+"""Deterministic steps without native kernels: every token as if it were alone, in passes of one fixed shape.
 
 What a GEMM returns for a row may change with the number of rows, because the library picks another kernel; so a
 request's bits would depend on its company. Here nothing has a shape that depends on other requests:
@@ -16,6 +16,7 @@ No library promises that, so `check` tries it with the loaded model before anyth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -26,7 +27,6 @@ from server.adapters.arena import BLOCK_ROWS
 from server.adapters.linear import ActiveAdapters
 from server.engine.batch import slot
 from server.engine.scheduler import Share
-from server.engine.sequence import Sequence
 from server.errors import DeterminismUnavailable
 from server.kernels.cpu import LoraBlock
 from server.model.attention import AttentionPlan
@@ -72,10 +72,9 @@ class FixedRows:
         """The step and its logits [S, vocabulary] in float32."""
         # Rows of the same adapters lie together, or each of them would need its own pass over the adapter.
         ordered = sorted(shares, key=lambda share: (share.tokens > 1, share.sequence.adapter_rows))
-        rows = [row for share in ordered for row in _rows(share.sequence, share.tokens, share.samples)]
+        rows = [row for share in ordered for row in rows_of(share)]
         logits = [self.forward(rows[start : start + ROWS]) for start in range(0, len(rows), ROWS)]
-        step = FixedStep(tuple(ordered), tuple(share for share in ordered if share.samples))
-        return step, torch.cat(logits)
+        return FixedStep(tuple(ordered), tuple(share for share in ordered if share.samples)), torch.cat(logits)
 
     def forward(self, rows: Seq[Row]) -> Tensor:
         """One pass over at most ROWS rows; the logits of those that sample, in order."""
@@ -101,33 +100,9 @@ class FixedRows:
         return AttentionPlan(length[:0], 1, pages, length, row.position + 1, {}, ())
 
     def check(self) -> None:
-        """Compute tokens alone and at every place in random company; raises `DeterminismUnavailable` on any change.
-
-        Overwrites the first KV pages: only before requests come. Costs some forty passes.
-        """
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self._base.vocabulary_size, (ROWS + 1,), generator=generator).tolist()
-        own = range(-(-len(ids) // self._page_tokens))
-        strangers = len(own)
-        if self._runner.kv.pages <= strangers:
-            raise DeterminismUnavailable(f"--deterministic needs at least {strangers + 1} pages of KV memory")
-
-        def company(count: int) -> list[Row]:
-            drawn = torch.randint(self._base.vocabulary_size, (count,), generator=generator).tolist()
-            return [Row(token, 0, [strangers]) for token in drawn]
-
-        for position, token in enumerate(ids):
-            row = Row(token, position, own, samples=True)
-            alone = self.forward([row])
-            place = position % ROWS
-            crowd = self.forward([*company(place), row, *company(ROWS - place - 1)])
-            if not torch.equal(alone, crowd):
-                raise DeterminismUnavailable(
-                    f"on this machine a row's result depends on its neighbours ({self._base.architecture}, "
-                    f"{self._base.quantization}, {self._base.dtype}): --deterministic cannot be kept"
-                )
-        self._runner.kv.scrub(range(strangers + 1))
-        self._check_adapters(generator)
+        """See `check_rows`; the adapters' GEMMs too. Costs some forty passes."""
+        check_rows(self.forward, self._base, self._runner, self._page_tokens)
+        self._check_adapters(torch.Generator().manual_seed(0))
 
     def _check_adapters(self, generator: torch.Generator) -> None:
         """The same for the GEMMs of adapters, whose shapes the passes above do not have."""
@@ -166,7 +141,7 @@ def adapter_blocks(rows: Seq[Row], dtype: torch.dtype, device: str) -> list[Lora
 
 def _plan(write_slots: list[int], alone: list[AttentionPlan], device: str) -> AttentionPlan:
     none = torch.zeros(0, dtype=torch.int64, device=device)
-    return AttentionPlan(torch.tensor(write_slots, device=device), 0, none, none, 0, {}, (), alone)
+    return AttentionPlan(torch.tensor(write_slots, device=device), 0, none, none, 0, {}, (), alone=alone)
 
 
 def refuse_coupled(base: BaseModel) -> None:
@@ -183,15 +158,46 @@ def refuse_coupled(base: BaseModel) -> None:
         raise DeterminismUnavailable(f"{base.architecture} takes its rotary scale from the longest row of a batch")
 
 
-def _rows(sequence: Sequence, tokens: int, samples: bool) -> list[Row]:
-    stop = sequence.computed + tokens
+def rows_of(share: Share) -> list[Row]:
+    """A share's tokens, singly."""
+    sequence, stop = share.sequence, share.sequence.computed + share.tokens
     return [
         Row(
             sequence.tokens[position],
             position,
             sequence.pages,
             sequence.adapter_rows,
-            samples and position == stop - 1,
+            share.samples and position == stop - 1,
         )
         for position in range(sequence.computed, stop)
     ]
+
+
+def check_rows(forward: Callable[[Seq[Row]], Tensor], base: BaseModel, runner: Runner, page_tokens: int) -> None:
+    """Compute tokens alone and at every place in random company; raises `DeterminismUnavailable` on any change.
+
+    `forward` runs rows and gives the logits of those that sample. Overwrites the first KV pages: only before requests
+    come.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(base.vocabulary_size, (ROWS + 1,), generator=generator).tolist()
+    own = range(-(-len(ids) // page_tokens))
+    strangers = len(own)
+    if runner.kv.pages <= strangers:
+        raise DeterminismUnavailable(f"--deterministic needs at least {strangers + 1} pages of KV memory")
+
+    def company(count: int) -> list[Row]:
+        drawn = torch.randint(base.vocabulary_size, (count,), generator=generator).tolist()
+        return [Row(token, 0, [strangers]) for token in drawn]
+
+    for position, token in enumerate(ids):
+        row = Row(token, position, own, samples=True)
+        alone = forward([row])
+        place = position % ROWS
+        crowd = forward([*company(place), row, *company(ROWS - place - 1)])
+        if not torch.equal(alone, crowd):
+            raise DeterminismUnavailable(
+                f"on this machine a row's result depends on its neighbours ({base.architecture}, "
+                f"{base.quantization}, {base.dtype}): --deterministic cannot be kept"
+            )
+    runner.kv.scrub(range(strangers + 1))

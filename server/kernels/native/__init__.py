@@ -103,9 +103,7 @@ class Native:
         )
         return out
 
-    def lora(
-        self, x: Tensor, sites: Sites, y: Tensor, decode: DecodePlan | None, prefill: PrefillPlan | None
-    ) -> None:
+    def lora(self, x: Tensor, sites: Sites, y: Tensor, decode: DecodePlan | None, prefill: PrefillPlan | None) -> None:
         """Add each row's own deltas in place: `reference.lora_add` for sites that share the input x [rows, in].
 
         y: [rows, sum of out], the sites' outputs side by side.

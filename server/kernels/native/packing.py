@@ -146,7 +146,7 @@ def pack_nf4(codes: Tensor, scales: Tensor, levels: Tensor) -> PackedNf4 | None:
 
 
 def pack(weight: Tensor) -> PackedWeight | None:
-    """`weight` [out, in] packed, or None: neither bfloat16 with in % 32 == 0 nor float32, not on the CPU, no compiler."""
+    """`weight` [out, in] packed, or None: neither bfloat16 with in % 32 == 0 nor float32, no CPU, no compiler."""
     if weight.dtype not in TYPES or weight.device.type != "cpu":
         return None
     if weight.dtype == torch.bfloat16 and weight.shape[1] % 32:

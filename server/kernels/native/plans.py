@@ -21,9 +21,7 @@ class Sites:
     def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
         self._alive = (*a, *b)
         self.count = len(a)
-        self.array = (Site * len(a))(
-            *(Site(x.data_ptr(), y.data_ptr(), y.shape[1]) for x, y in zip(a, b, strict=True))
-        )
+        self.array = (Site * len(a))(*(Site(x.data_ptr(), y.data_ptr(), y.shape[1]) for x, y in zip(a, b, strict=True)))
 
 
 class DecodePlan:
@@ -47,7 +45,7 @@ class DecodePlan:
             floats([weight for _, _, weight in flat]),
         )
         self._alive = arrays
-        self.struct = Decode(len(tokens), len(flat), *map(address, arrays))
+        self.struct = Decode(len(tokens), len(flat), *(address(array) for array in arrays))
 
 
 class PrefillPlan:
@@ -79,4 +77,4 @@ class PrefillPlan:
             floats([weight for *_, weight in segments]),
         )
         self._alive.append(arrays)
-        return Prefill(len(pieces), self.widest, *map(address, arrays))
+        return Prefill(len(pieces), self.widest, *(address(array) for array in arrays))

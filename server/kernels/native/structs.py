@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -104,7 +105,7 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return POINTER(0 if tensor is None else tensor.data_ptr())
 
 
-def address(array: ctypes.Array[ctypes.c_int64] | ctypes.Array[ctypes.c_float]) -> int:
+def address(array: ctypes.Array[Any]) -> int:
     """Where an array is; it must be kept alive by whoever stores this."""
     return ctypes.addressof(array)
 

@@ -119,17 +119,21 @@ def test_the_answers_are_those_of_the_ordinary_engine(
         plain.close()
 
 
-def test_rows_that_depend_on_neighbours_are_found_before_serving(tiny_base: Path) -> None:
-    """A linear layer whose result depends on its company, as a library's kernel might: the engine refuses."""
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_rows_that_depend_on_neighbours_are_found_before_serving(tiny_base: Path, quantization: Any) -> None:
+    """A module whose result depends on its company, as a library's kernel might: the engine refuses.
+
+    Both schemes: layers in one native call, and layers of int8, which has none.
+    """
     from server.engine import fixed_rows
     from server.model.base import load_base
 
-    base = load_base(ModelConfig(base=str(tiny_base), quantization="none", dtype="bfloat16", threads=1))
+    base = load_base(ModelConfig(base=str(tiny_base), quantization=quantization, dtype="bfloat16", threads=1))
 
     def coupled(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-        return out + out[:, -1:] * 2**-7
+        return out + out[:, -1:] * 2**-5
 
-    base.model.model.layers[1].mlp.down_proj.register_forward_hook(coupled)
+    base.model.model.embed_tokens.register_forward_hook(coupled)
     with pytest.raises(DeterminismUnavailable, match="neighbours"):
         Engine(base, EngineLimits(kv_memory_bytes=4 << 20, adapter_memory_bytes=1 << 20, deterministic=True), None)  # type: ignore[arg-type]
     assert fixed_rows.ROWS == 16  # part of what makes two servers agree

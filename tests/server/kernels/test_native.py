@@ -95,7 +95,9 @@ def test_attention(
     ]
     keys, values = (torch.randn(kv_heads, 64 * page, width).to(dtype) for _ in range(2))
     q = torch.randn(41, heads, width).to(dtype)
-    expected = reference.paged_attention(q[:40], keys, values, slots, spans, scale=0.125, window=window, softcap=softcap)
+    expected = reference.paged_attention(
+        q[:40], keys, values, slots, spans, scale=0.125, window=window, softcap=softcap
+    )
     listed = [
         (t, sequence, length - (t1 - t0) + t - t0 + 1)
         for sequence, ((t0, t1), length) in enumerate(zip(spans, lengths, strict=True))
