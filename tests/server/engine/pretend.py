@@ -234,7 +234,8 @@ class PretendEngine:
         pages = self.engine._pages
         assert (pages.used, pages.free) == (0, pages.pages)
         assert self.residency.leases() == 0
-        assert not (self.residency._queue or self.residency._ready or self.residency._running)
+        claims = self.residency._claims
+        assert not (claims.queue or claims.ready or claims.running)
         assert not self.scheduler.running
         assert len(self.scheduler.waiting) == 0
         assert not self.engine._unfinished
