@@ -202,7 +202,7 @@ class PretendEngine:
         return reader
 
     def step(self) -> None:
-        self.engine._advance()
+        self.engine._loop.advance()
 
     def finish(self, *readers: Reader, seconds: float = 20.0) -> None:
         """Step until all of `readers` ended."""
@@ -238,7 +238,7 @@ class PretendEngine:
         assert not (claims.queue or claims.ready or claims.running)
         assert not self.scheduler.running
         assert len(self.scheduler.waiting) == 0
-        assert not self.engine._unfinished
+        assert not self.engine._door.inside()
 
     def _run(self, batch: StepBatch) -> Tensor:
         arena = self.residency._arena
