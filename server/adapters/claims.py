@@ -102,6 +102,8 @@ class Claims:
         """Lease a resident adapter to a ticket."""
         resident = self.device.lease(digest)
         ticket.held.append(digest)
+        if not resident.reaches_kv:
+            ticket.beside_kv.add(digest)
         for warning in resident.warnings:
             line = f"{resident.version}: {warning}"
             if line not in ticket.warnings:  # a recalled ticket leases twice

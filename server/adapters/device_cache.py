@@ -25,6 +25,7 @@ class Resident:
     version: str
     warnings: tuple[str, ...]
     parts: AdapterParts
+    reaches_kv: bool = True
     leases: int = 0
     draining: bool = False  # unloaded while in use: goes with its last lease
     yielding: bool = False  # gives no new leases until its rows were given to another
@@ -83,7 +84,9 @@ class DeviceCache(Mapping[str, Resident]):
     def put(self, weights: LoraWeights, version: str, rows: Rows, parts: AdapterParts) -> None:
         """The rows were written: from now on the adapter is resident. `parts`: in the device's memory."""
         self._writing = None
-        self._residents[weights.digest] = Resident(rows, weights.rank, version, weights.warnings, parts)
+        self._residents[weights.digest] = Resident(
+            rows, weights.rank, version, weights.warnings, parts, weights.reaches_kv
+        )
 
     def abandon(self, rows: Rows) -> None:
         """Writing the rows failed."""

@@ -46,3 +46,4 @@ class Ticket:
     passed_over: bool = False  # it was ready when a step was scheduled, and was not begun
     held: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    beside_kv: set[str] = field(default_factory=set)  # of those leased so far: who changes no key and no value
