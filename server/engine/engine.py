@@ -196,7 +196,7 @@ class Engine:
 
     def _run(self, batch: StepBatch) -> Tensor:
         tokens, sampled = part_spans(batch)
-        self._active.use(batch.segments, batch.decodes, plain=not (tokens or sampled))
+        self._active.use(batch.segments, batch.decodes, plain=not self._part_hooks.inside(tokens))
         self._part_hooks.activate(tokens, sampled, (batch.packed.token_ids.shape[0], len(batch.sampling)))
         rope = self._runner.long_rope
         if rope is not None:

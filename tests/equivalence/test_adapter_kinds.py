@@ -178,6 +178,33 @@ def test_rows_without_parts_run_the_base_modules_own_code(world: World, director
         engine.close()
 
 
+OUTSIDE = ["saved-head", "saved-embedding", "saved-both", "lora-head", "lora-embedding", "lora-both"]
+OUTSIDE += [kind for kind in KINDS if kind.startswith("tokens")]
+
+
+def test_parts_outside_the_layers_leave_them_fused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row that uses such an adapter must not slow its neighbours down, and means what PEFT makes of it."""
+    seen: set[bool] = set()
+    use = world.engine._active.use
+
+    def watched(segments: Any, decodes: int, plain: bool = True) -> None:
+        seen.add(plain)
+        use(segments, decodes, plain)
+
+    monkeypatch.setattr(world.engine._active, "use", watched)
+    prompts = {kind: random_prompt() for kind in ("plain", *OUTSIDE)}
+    answers = world.engine.generate([ask(prompt, kind) for kind, prompt in prompts.items()])
+    assert seen == {True}
+    for (kind, prompt), answer in zip(prompts.items(), answers, strict=True):
+        assert_same(answer, world.load(kind), prompt, kind)
+    seen.clear()
+    inside = [kind for kind in world.adapters if kind not in prompts and not kind.startswith("plain")]
+    for kind in inside:
+        world.engine.generate([ask(random_prompt(), "plain"), ask(random_prompt(), kind)])
+        assert False in seen, kind
+        seen.clear()
+
+
 def test_parts_count_against_their_memory(world: World, directory_fetch: Any) -> None:
     """Room for one replaced head at a time: all are served by turns; an adapter that can never fit is refused."""
     head = 300 * 64 * 4
