@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from server.adapters.kv_reach import behind_kv
 from server.errors import UnsupportedAdapter
 from server.model.packed import PackedLinear
 
@@ -25,6 +26,7 @@ class BaseWeights:
         embedding, head = given.get_input_embeddings(), given.get_output_embeddings()
         self.embedding = self._path(embedding)
         self.head = self._path(head)
+        self.behind_kv = behind_kv(model, self.head)
         self.tied = bool(embedding is not None and head is not None and head.weight is embedding.weight)
 
     @property

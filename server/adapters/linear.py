@@ -28,7 +28,8 @@ class ActiveAdapters:
     def __init__(self, dtype: torch.dtype, kernels: Native | None) -> None:
         self._dtype = dtype
         self._native = kernels
-        # Whether every row's adapters are rank rows alone; else layers call their single modules, where parts hook in.
+        # Whether within the layers every row's adapters are rank rows alone; else these call their single modules,
+        # where parts hook in.
         self.plain = True
         self._segments: tuple[Segment, ...] = ()
         self._decodes = 0

@@ -144,6 +144,17 @@ class PartsHooks:
                         self._hook(path)
                         self._active.setdefault(path, []).append((span.t0, span.t1, span.weight, parts))
 
+    def inside(self, tokens: Sequence[PartSpan]) -> bool:
+        """Whether any of the parts sits within the decoder's layers or on a norm, not only on embedding or head.
+
+        Only then must layers call their single modules: embedding and head are called the same way always.
+        """
+        return any(
+            path != self._head and not isinstance(self._modules[path], nn.Embedding)
+            for span in tokens
+            for path in span.parts.modules
+        )
+
     def clear(self) -> None:
         """Let go of the last batch's parts."""
         self._active.clear()

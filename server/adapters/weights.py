@@ -15,6 +15,7 @@ from hub.base import BaseIdentity
 from hub.lora_config import LoraConfig, parse_tensor_name
 from server.adapters.base_weights import BaseWeights
 from server.adapters.bind_parts import Given, bind_parts
+from server.adapters.kv_reach import reaches_kv
 from server.adapters.parts import NO_PARTS, AdapterParts
 from server.errors import AdapterUnservable, BaseMismatch, RankTooLarge, TensorUnbound, UnsupportedAdapter
 
@@ -68,6 +69,7 @@ class LoraWeights:
     sites: Mapping[str, SiteWeights]
     warnings: tuple[str, ...]
     parts: AdapterParts = NO_PARTS
+    reaches_kv: bool = True  # whether it might change a key or value; if not, its KV pages are the base's
 
     @property
     def bytes(self) -> int:
@@ -144,7 +146,8 @@ def parse_adapter(
     warnings: tuple[str, ...] = ()
     if bound.inert and not any(bool(site.b.any()) and bool(site.a.any()) for site in sites.values()):
         warnings = ("the adapter changes nothing: its delta is zero everywhere",)
-    return LoraWeights(files.digest, rank, sites, warnings, bound.parts)
+    reaches = reaches_kv(sites, bound.parts.modules, modules.head, modules.behind_kv)
+    return LoraWeights(files.digest, rank, sites, warnings, bound.parts, reaches)
 
 
 def _site(

@@ -76,3 +76,24 @@ class Unobserved:
 
     def adapter_loaded(self, tier: str, seconds: float) -> None:
         """Nothing."""
+
+
+class SchedulerReports:
+    """What the scheduler tells, passed on to the observer, with the hits counted."""
+
+    def __init__(self, observer: EngineObserver) -> None:
+        self._observer = observer
+        self.prefix_hit_tokens = 0  # since start
+
+    def admitted(self, request: Request, queue_seconds: float) -> None:
+        """See `EngineObserver`."""
+        self._observer.admitted(request, queue_seconds)
+
+    def prefix_hit(self, request: Request, tokens: int) -> None:
+        """See `EngineObserver`."""
+        self.prefix_hit_tokens += tokens
+        self._observer.prefix_hit(request, tokens)
+
+    def preempted(self, request: Request) -> None:
+        """See `EngineObserver`."""
+        self._observer.preempted(request)

@@ -1,7 +1,8 @@
 """What makes a KV page's content: the adapters that computed it, its tokens and everything before them.
 
 Keys are chained: a page's key covers its parent's. Adapters enter by digest and weight, never by name, so a moved
-alias or another weight leads to other keys and cannot meet pages that were computed differently.
+alias or another weight leads to other keys and cannot meet pages that were computed differently. Adapters that cannot
+change a key or value are left out by the caller, and so share the base's pages.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ class Scheduler:
     line with the most running ones goes back to the queue with its tokens and is computed anew later. The same
     happens to it when a line that runs at least two fewer has its turn and finds no place.
 
-    A sequence begins with the pages that an earlier one with the same adapters, weights and tokens left, except for
+    A sequence begins with the pages that an earlier one with the same adapters, weights and tokens left (adapters that
+    change no key and no value do not count), except for
     the page of its last token: that one must be computed, for its logits choose the next token.
     """
 
@@ -239,7 +240,9 @@ class Scheduler:
         return self._pages.share(sequence.keys[:usable])
 
     def _extend_keys(self, sequence: Sequence, pages: int) -> None:
-        root = root_key(sequence.request.adapters) if not sequence.keys else b""
+        # The ticket was ready before anybody asked for keys, so it knows all of its adapters.
+        counting = [use for use in sequence.request.adapters if use.digest not in sequence.ticket.beside_kv]
+        root = root_key(counting) if not sequence.keys else b""
         extend_keys(sequence.keys, root, sequence.tokens, self._pages.page_tokens, pages)
 
     # -- running ------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 import random
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from server.config import EngineLimits, ModelConfig
-from server.engine.engine import Completion, Engine
-from server.engine.request import AdapterUse, Request, Stopping
 from server.errors import InvalidRequest, TensorUnbound, UnsupportedAdapter
 from tests.conftest import ALL_LINEARS, write_byte_tokenizer, write_tiny_llama
+from tests.equivalence.reference import World, ask, assert_same, build, load, write_moved_adapter
+from tests.equivalence.reference import random_prompt as any_prompt
 
 # PEFT warns of biases it has no merged form for, of tied weights, and that it saves embeddings.
 pytestmark = [
@@ -27,7 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-NEW_TOKENS = 32
 TOKENS = [3, 65, 66, 100, 200, 299]
 SOME = ["q_proj", "v_proj", "down_proj"]
 
@@ -66,13 +62,6 @@ ALONE = [
 ]
 
 
-@dataclass(frozen=True)
-class World:
-    base: Path
-    adapters: dict[str, Path]
-    engine: Engine
-
-
 @pytest.fixture(scope="module", params=["tied", "untied", "biased"])
 def world(
     request: pytest.FixtureRequest,
@@ -95,86 +84,19 @@ def world(
         drawn = {key: torch.randn_like(w) * 0.2 if key.endswith("bias") else w for key, w in weights.items()}
         save_file(drawn, base / "model.safetensors", metadata={"format": "pt"})
     adapters = {
-        kind: write_adapter(base, root / kind, settings)
+        kind: write_moved_adapter(base, root / kind, **{"lora_alpha": 16, "target_modules": ALL_LINEARS, **settings})
         for kind, settings in KINDS.items()
         if biased or settings.get("bias", "none") == "none"
     }
-    engine = build(base, adapters, directory_fetch)
+    engine = build(base, directory_fetch(adapters))
     yield World(base, adapters, engine)
     engine.check_integrity()
     engine.close()
 
 
-def write_adapter(base: Path, target: Path, settings: dict[str, Any]) -> Path:
-    """A PEFT directory in which everything that trains was moved by random numbers."""
-    torch.manual_seed(random.randrange(2**31))
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = peft.LoraConfig(**{"lora_alpha": 16, "target_modules": ALL_LINEARS, "task_type": "CAUSAL_LM", **settings})
-    adapted = peft.get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad and "lora_A" not in name:
-                parameter += torch.randn_like(parameter) * 0.05 * max(1.0, float(parameter.abs().mean()))
-    adapted.save_pretrained(target)
-    return target
-
-
-def build(base: Path, adapters: dict[str, Path], directory_fetch: Any, **limits: int) -> Engine:
-    settings = {"adapter_memory_bytes": 8 << 20, "kv_memory_bytes": 8 << 20, "max_batch_tokens": 96, **limits}
-    return Engine.build(
-        ModelConfig(base=str(base), quantization="none", dtype="float32", threads=1),
-        EngineLimits(**settings),
-        directory_fetch(adapters),
-    )
-
-
-_ids = iter(range(10**9))
-
-
-def ask(prompt: list[int], *uses: tuple[str, float]) -> Request:
-    return Request(
-        id=str(next(_ids)),
-        prompt=tuple(prompt),
-        stopping=Stopping(max_new_tokens=NEW_TOKENS, ignore_eos=True),
-        adapters=tuple(AdapterUse(digest=kind, version=f"t/{kind}@1", weight=weight) for kind, weight in uses),
-        logprobs=0,
-    )
-
-
 def random_prompt() -> list[int]:
     """With several of the trained tokens in it."""
-    prompt = [random.randrange(256) for _ in range(random.choice([1, 3, 16, 17, 60]))]
-    return [*prompt, *random.sample(TOKENS, 3)]
-
-
-def generated(model: Any, prompt: list[int]) -> tuple[list[int], list[float]]:
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    tokens = out.sequences[0, len(prompt) :].tolist()
-    return tokens, [row[0].log_softmax(-1)[token].item() for row, token in zip(out.logits, tokens, strict=True)]
-
-
-def assert_same(got: Completion, tokens: list[int], logprobs: list[float]) -> None:
-    if got.error is not None:
-        raise got.error
-    assert list(got.token_ids) == tokens
-    ours = [entry.logprob for delta in got.deltas for entry in delta.logprobs]
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(logprobs), rtol=0, atol=1e-4)
-
-
-def load(world: World, kind: str | None) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
-    return base if kind is None else peft.PeftModel.from_pretrained(base, world.adapters[kind])
+    return [*any_prompt(), *random.sample(TOKENS, 3)]
 
 
 def test_all_kinds_in_one_batch_equal_peft(world: World) -> None:
@@ -182,21 +104,17 @@ def test_all_kinds_in_one_batch_equal_peft(world: World) -> None:
     random.shuffle(kinds)
     prompts = [random_prompt() for _ in kinds]
     answers = world.engine.generate(
-        [ask(prompt, *([(kind, 1.0)] if kind else [])) for kind, prompt in zip(kinds, prompts, strict=True)]
+        [ask(prompt, *([kind] if kind else [])) for kind, prompt in zip(kinds, prompts, strict=True)]
     )
     for kind, prompt, answer in zip(kinds, prompts, answers, strict=True):
-        try:
-            assert_same(answer, *generated(load(world, kind), prompt))
-        except Exception as error:
-            error.add_note(f"adapter: {kind}")
-            raise
+        assert_same(answer, world.load(kind), prompt, kind)
 
 
 def test_every_kind_changes_the_answer(world: World) -> None:
     """The comparison above would also pass where a kind does nothing on either side."""
     prompt = random_prompt()
     kinds = list(world.adapters)
-    base, *adapted = world.engine.generate([ask(prompt), *(ask(prompt, (kind, 1.0)) for kind in kinds)])
+    base, *adapted = world.engine.generate([ask(prompt), *(ask(prompt, kind) for kind in kinds)])
     first = [base.deltas[0].logprobs[0].logprob, *(a.deltas[0].logprobs[0].logprob for a in adapted)]
     assert len({round(value, 4) for value in first}) >= len(first) - 2
 
@@ -210,15 +128,13 @@ def test_weighted_kinds_equal_the_sum_of_deltas(
     prompt = random_prompt()
     asked = tuple(zip(pair, weights, strict=True))
     answer = world.engine.generate([ask(prompt, *asked)])[0]
-    summed = untied(load(world, None))
+    summed = untied(world.load(None))
     original = {name: parameter.clone() for name, parameter in summed.named_parameters()}
     hooks = []
     with torch.no_grad():
         for kind, weight in asked:
             bias = kind == "lora-bias"
-            adapted = peft.PeftModel.from_pretrained(
-                untied(AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)), world.adapters[kind]
-            )
+            adapted = peft.PeftModel.from_pretrained(untied(load(world.base)), world.adapters[kind])
             if bias:  # no merged form where the base has no bias: added to the outputs instead
                 for name, module in adapted.base_model.model.named_modules():
                     if isinstance(module, peft.tuners.lora.Linear):
@@ -230,7 +146,7 @@ def test_weighted_kinds_equal_the_sum_of_deltas(
             merged = adapted.merge_and_unload()
             for name, parameter in merged.named_parameters():
                 summed.get_parameter(name).add_(weight * (parameter - original[name]))
-    assert_same(answer, *generated(summed, prompt))
+    assert_same(answer, summed, prompt)
 
 
 def untied(model: Any) -> Any:
@@ -244,7 +160,7 @@ def test_what_replaces_values_is_used_alone_and_whole(world: World) -> None:
     prompt = random_prompt()
     for kind in (kind for kind in ALONE if kind in world.adapters):
         good, half, together = world.engine.generate(
-            [ask(prompt), ask(prompt, (kind, 0.5)), ask(prompt, ("plain", 1.0), (kind, 1.0))]
+            [ask(prompt), ask(prompt, (kind, 0.5)), ask(prompt, "plain", kind)]
         )
         assert good.error is None
         for refused in (half, together):
@@ -254,23 +170,50 @@ def test_what_replaces_values_is_used_alone_and_whole(world: World) -> None:
 
 
 def test_rows_without_parts_run_the_base_modules_own_code(world: World, directory_fetch: Any) -> None:
-    engine = build(world.base, world.adapters, directory_fetch)
+    engine = build(world.base, directory_fetch(world.adapters))
     try:
-        engine.generate([ask(random_prompt(), ("plain", 1.0)), ask(random_prompt())])
+        engine.generate([ask(random_prompt(), "plain"), ask(random_prompt())])
         assert not engine._part_hooks._hooked
     finally:
         engine.close()
 
 
+OUTSIDE = ["saved-head", "saved-embedding", "saved-both", "lora-head", "lora-embedding", "lora-both"]
+OUTSIDE += [kind for kind in KINDS if kind.startswith("tokens")]
+
+
+def test_parts_outside_the_layers_leave_them_fused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row that uses such an adapter must not slow its neighbours down, and means what PEFT makes of it."""
+    seen: set[bool] = set()
+    use = world.engine._active.use
+
+    def watched(segments: Any, decodes: int, plain: bool = True) -> None:
+        seen.add(plain)
+        use(segments, decodes, plain)
+
+    monkeypatch.setattr(world.engine._active, "use", watched)
+    prompts = {kind: random_prompt() for kind in ("plain", *OUTSIDE)}
+    answers = world.engine.generate([ask(prompt, kind) for kind, prompt in prompts.items()])
+    assert seen == {True}
+    for (kind, prompt), answer in zip(prompts.items(), answers, strict=True):
+        assert_same(answer, world.load(kind), prompt, kind)
+    seen.clear()
+    inside = [kind for kind in world.adapters if kind not in prompts and not kind.startswith("plain")]
+    for kind in inside:
+        world.engine.generate([ask(random_prompt(), "plain"), ask(random_prompt(), kind)])
+        assert False in seen, kind
+        seen.clear()
+
+
 def test_parts_count_against_their_memory(world: World, directory_fetch: Any) -> None:
     """Room for one replaced head at a time: all are served by turns; an adapter that can never fit is refused."""
     head = 300 * 64 * 4
-    engine = build(world.base, world.adapters, directory_fetch, adapter_parts_memory_bytes=head + 4096)
+    engine = build(world.base, directory_fetch(world.adapters), adapter_parts_memory_bytes=head + 4096)
     try:
         prompt = random_prompt()
-        answers = engine.generate([ask(prompt, (kind, 1.0)) for kind in ("saved-head", "saved-embedding") * 3])
+        answers = engine.generate([ask(prompt, kind) for kind in ("saved-head", "saved-embedding") * 3])
         assert all(answer.error is None for answer in answers)
-        (too_big,) = engine.generate([ask(prompt, ("saved-both", 1.0))])
+        (too_big,) = engine.generate([ask(prompt, "saved-both")])
         assert getattr(too_big.error, "reason", None) == "REQUEST_TOO_LARGE"
         resident = {status.digest: status for status in engine.adapters.list() if status.tier.value == "device"}
         heads = [kind for kind in ("saved-head", "saved-embedding") if kind in resident]
@@ -282,9 +225,9 @@ def test_parts_count_against_their_memory(world: World, directory_fetch: Any) ->
 
 
 def test_unloading_frees_the_parts(world: World, directory_fetch: Any) -> None:
-    engine = build(world.base, world.adapters, directory_fetch)
+    engine = build(world.base, directory_fetch(world.adapters))
     try:
-        assert engine.generate([ask(random_prompt(), ("saved-head", 1.0))])[0].error is None
+        assert engine.generate([ask(random_prompt(), "saved-head")])[0].error is None
         held = weakref.ref(engine.adapters._device["saved-head"].parts.modules["lm_head"].replacement.weight)
         assert held() is not None
         assert engine.adapters.unload("saved-head")
@@ -368,10 +311,10 @@ def test_what_has_no_exact_meaning_is_refused_by_name(
     change(files)
     (tmp_path / "adapter_config.json").write_text(json.dumps(files[0]))
     save_file(files[1], tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    base_is_tied = load(world, None).config.tie_word_embeddings
-    engine = build(world.base, {"changed": tmp_path, "plain": world.adapters["plain"]}, directory_fetch)
+    base_is_tied = world.load(None).config.tie_word_embeddings
+    engine = build(world.base, directory_fetch({"changed": tmp_path, "plain": world.adapters["plain"]}))
     try:
-        bad, good = engine.generate([ask([1, 2], ("changed", 1.0)), ask([1, 2], ("plain", 1.0))])
+        bad, good = engine.generate([ask([1, 2], "changed"), ask([1, 2], "plain")])
     finally:
         engine.close()
     assert good.error is None

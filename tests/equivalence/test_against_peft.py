@@ -1,21 +1,15 @@
 """What an adapter means is what PEFT and transformers' generate() make of it in float32."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from server.config import EngineLimits, ModelConfig
-from server.engine.engine import Completion, Engine
-from server.engine.request import AdapterUse, Request, Stopping
-
-NEW_TOKENS = 32
+from tests.equivalence.reference import World, ask, assert_same, build, random_prompt
 
 # One LoRA feature each, and ranks 4 to 64 mixed.
 KINDS: dict[str, dict[str, Any]] = {
@@ -36,13 +30,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class World:
-    base: Path
-    adapters: dict[str, Path]
-    engine: Engine
-
-
 @pytest.fixture(scope="module")
 def world(
     tiny_base: Path,
@@ -55,67 +42,10 @@ def world(
         kind: make_adapter(tiny_base, root / kind, seed=random.randrange(2**31), **config)
         for kind, config in KINDS.items()
     }
-    engine = build(tiny_base, adapters, directory_fetch)
+    engine = build(tiny_base, directory_fetch(adapters))
     yield World(tiny_base, adapters, engine)
     engine.check_integrity()
     engine.close()
-
-
-def build(base: Path, adapters: dict[str, Path], directory_fetch: Any, **limits: int) -> Engine:
-    settings = {"adapter_memory_bytes": 8 << 20, "kv_memory_bytes": 8 << 20, "max_batch_tokens": 96, **limits}
-    return Engine.build(
-        ModelConfig(base=str(base), quantization="none", dtype="float32", threads=1),
-        EngineLimits(**settings),
-        directory_fetch(adapters),
-    )
-
-
-_ids = iter(range(10**9))
-
-
-def request(prompt: Sequence[int], *uses: tuple[str, float], logprobs: int | None = 0) -> Request:
-    return Request(
-        id=str(next(_ids)),
-        prompt=tuple(prompt),
-        stopping=Stopping(max_new_tokens=NEW_TOKENS, ignore_eos=True),
-        adapters=tuple(AdapterUse(digest=kind, version=f"t/{kind}@1", weight=weight) for kind, weight in uses),
-        logprobs=logprobs,
-    )
-
-
-def random_prompt() -> list[int]:
-    return [random.randrange(256) for _ in range(random.choice([1, 3, 16, 17, 60]))]
-
-
-def reference(model: Any, prompt: Sequence[int]) -> tuple[list[int], list[float]]:
-    """generate()'s greedy tokens and their log-probabilities."""
-    ids = torch.tensor([list(prompt)])
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    tokens = out.sequences[0, len(prompt) :].tolist()
-    logprobs = [logits[0].log_softmax(-1)[token].item() for logits, token in zip(out.logits, tokens, strict=True)]
-    return tokens, logprobs
-
-
-def assert_same(got: Completion, tokens: list[int], logprobs: list[float]) -> None:
-    assert got.error is None
-    assert list(got.token_ids) == tokens
-    ours = [entry.logprob for delta in got.deltas for entry in delta.logprobs]
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(logprobs), rtol=0, atol=1e-4)
-
-
-def load(world: World, kind: str | None) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
-    return base if kind is None else peft.PeftModel.from_pretrained(base, world.adapters[kind])
 
 
 def test_one_mixed_batch_equals_peft_one_at_a_time(world: World) -> None:
@@ -124,16 +54,16 @@ def test_one_mixed_batch_equals_peft_one_at_a_time(world: World) -> None:
     random.shuffle(kinds)
     prompts = [random_prompt() for _ in kinds]
     answers = world.engine.generate(
-        [request(prompt, *([(kind, 1.0)] if kind else [])) for kind, prompt in zip(kinds, prompts, strict=True)]
+        [ask(prompt, *([kind] if kind else [])) for kind, prompt in zip(kinds, prompts, strict=True)]
     )
     for kind, prompt, answer in zip(kinds, prompts, answers, strict=True):
-        assert_same(answer, *reference(load(world, kind), prompt))
+        assert_same(answer, world.load(kind), prompt)
 
 
 def test_adapters_change_the_answer(world: World) -> None:
     """The comparison above would also pass if nobody's adapter did anything."""
     prompt = random_prompt()
-    base, *adapted = world.engine.generate([request(prompt), *(request(prompt, (kind, 1.0)) for kind in KINDS)])
+    base, *adapted = world.engine.generate([ask(prompt), *(ask(prompt, kind) for kind in KINDS)])
     assert sum(answer.token_ids != base.token_ids for answer in adapted) >= len(KINDS) - 2
 
 
@@ -141,16 +71,15 @@ def test_adapters_change_the_answer(world: World) -> None:
 def test_weighted_adapters_equal_pefts_cat(world: World, weights: tuple[float, float]) -> None:
     prompt = random_prompt()
     first, second = "r16", "rank-pattern"
-    answer = world.engine.generate([request(prompt, (first, weights[0]), (second, weights[1]))])[0]
-    tokens, logprobs = reference(summed(world, {first: weights[0], second: weights[1]}), prompt)
-    assert_same(answer, tokens, logprobs)
+    answer = world.engine.generate([ask(prompt, (first, weights[0]), (second, weights[1]))])[0]
+    assert_same(answer, summed(world, {first: weights[0], second: weights[1]}), prompt)
 
 
 def summed(world: World, weights: dict[str, float]) -> Any:
     """base + Σ wᵢΔWᵢ with each ΔW taken from PEFT itself (its `cat` refuses negative weights and mixed patterns)."""
-    base = load(world, None)
+    base = world.load(None)
     for kind, weight in weights.items():
-        adapted = load(world, kind)
+        adapted = world.load(kind)
         for name, module in adapted.base_model.model.named_modules():
             if isinstance(module, peft.tuners.lora.Linear):
                 with torch.no_grad():
@@ -160,22 +89,22 @@ def summed(world: World, weights: dict[str, float]) -> Any:
 
 def test_weighted_adapters_equal_pefts_own_cat(world: World) -> None:
     prompt = random_prompt()
-    model = load(world, "r8")
+    model = world.load("r8")
     model.load_adapter(str(world.adapters["r16"]), adapter_name="other")
     model.add_weighted_adapter(["default", "other"], [0.6, 0.9], "both", combination_type="cat")
     model.set_adapter("both")
-    answer = world.engine.generate([request(prompt, ("r8", 0.6), ("r16", 0.9))])[0]
-    assert_same(answer, *reference(model, prompt))
+    answer = world.engine.generate([ask(prompt, ("r8", 0.6), ("r16", 0.9))])[0]
+    assert_same(answer, model, prompt)
 
 
 def test_the_company_changes_nothing(world: World) -> None:
     """float32: the same tokens alone, in a crowd, and in another crowd."""
     kinds = list(KINDS)
     asked = [(kind, random_prompt()) for kind in kinds]
-    alone = [world.engine.generate([request(prompt, (kind, 1.0))])[0] for kind, prompt in asked]
+    alone = [world.engine.generate([ask(prompt, kind)])[0] for kind, prompt in asked]
     for _ in range(2):
-        crowd = [request(random_prompt(), (random.choice(kinds), 1.0)) for _ in range(12)]
-        requests = [request(prompt, (kind, 1.0)) for kind, prompt in asked]
+        crowd = [ask(random_prompt(), random.choice(kinds)) for _ in range(12)]
+        requests = [ask(prompt, kind) for kind, prompt in asked]
         mixed = [*requests, *crowd]
         random.shuffle(mixed)
         answers = dict(zip((r.id for r in mixed), world.engine.generate(mixed), strict=True))
@@ -186,29 +115,29 @@ def test_the_company_changes_nothing(world: World) -> None:
 def test_prompts_in_chunks(tiny_base: Path, world: World, directory_fetch: Callable[[dict[str, Path]], Any]) -> None:
     """A token budget smaller than the prompt cuts it into several steps and changes no token."""
     prompt = [random.randrange(256) for _ in range(150)]
-    engine = build(tiny_base, world.adapters, directory_fetch, max_batch_tokens=19)
+    engine = build(tiny_base, directory_fetch(world.adapters), max_batch_tokens=19)
     try:
-        chunked = engine.generate([request(prompt, ("r32", 1.0)), request(random_prompt(), ("r4", 1.0))])[0]
+        chunked = engine.generate([ask(prompt, "r32"), ask(random_prompt(), "r4")])[0]
     finally:
         engine.close()
-    assert_same(chunked, *reference(load(world, "r32"), prompt))
+    assert_same(chunked, world.load("r32"), prompt)
 
 
 def test_more_adapters_than_fit_are_queued(
     tiny_base: Path, world: World, directory_fetch: Callable[[dict[str, Path]], Any]
 ) -> None:
     """An arena of 72 rows for 14 adapters of up to 64: all are answered, by turns, and rightly."""
-    engine = build(tiny_base, world.adapters, directory_fetch, adapter_memory_bytes=72 * 8192)
+    engine = build(tiny_base, directory_fetch(world.adapters), adapter_memory_bytes=72 * 8192)
     try:
         assert 64 <= engine.adapters.rows_total < 100
         prompt = random_prompt()
         kinds = [kind for kind in KINDS for _ in range(2)]
-        answers = engine.generate([request(prompt, (kind, 1.0)) for kind in kinds])
+        answers = engine.generate([ask(prompt, kind) for kind in kinds])
         engine.check_integrity()
         assert engine.adapters.leases() == 0
     finally:
         engine.close()
-    expected = dict(zip(KINDS, world.engine.generate([request(prompt, (kind, 1.0)) for kind in KINDS]), strict=True))
+    expected = dict(zip(KINDS, world.engine.generate([ask(prompt, kind) for kind in KINDS]), strict=True))
     for kind, answer in zip(kinds, answers, strict=True):
         assert answer.error is None
         assert answer.token_ids == expected[kind].token_ids

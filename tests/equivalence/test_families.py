@@ -10,20 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from server.config import EngineLimits, ModelConfig
-from server.engine.engine import Completion, Engine
-from server.engine.request import AdapterUse, Request, Stopping
+from server.config import ModelConfig
 from server.errors import TensorUnbound, UnsupportedAdapter, UnsupportedArchitecture
 from server.model.base import load_base
 from tests.conftest import write_byte_tokenizer
+from tests.equivalence.reference import ask, assert_same, build, load, write_moved_adapter
 
-NEW_TOKENS = 32
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION = LLAMA_LINEARS[:4]
 # Long enough to leave a window of 16 and to cross longrope's switch at 64 while decoding.
@@ -118,54 +115,6 @@ def write_family(directory: Path, family: Family) -> None:
     write_byte_tokenizer(directory)
 
 
-_ids = iter(range(10**9))
-
-
-def request(prompt: list[int], *kinds: str) -> Request:
-    return Request(
-        id=str(next(_ids)),
-        prompt=tuple(prompt),
-        stopping=Stopping(max_new_tokens=NEW_TOKENS, ignore_eos=True),
-        adapters=tuple(AdapterUse(digest=kind, version=f"t/{kind}@1") for kind in kinds),
-        logprobs=0,
-    )
-
-
-def generated(model: Any, prompt: list[int]) -> tuple[list[int], list[float]]:
-    """generate()'s greedy tokens and their log-probabilities."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    tokens = out.sequences[0, len(prompt) :].tolist()
-    logprobs = [logits[0].log_softmax(-1)[token].item() for logits, token in zip(out.logits, tokens, strict=True)]
-    return tokens, logprobs
-
-
-def assert_same(got: Completion, tokens: list[int], logprobs: list[float]) -> None:
-    if got.error is not None:
-        raise got.error
-    assert list(got.token_ids) == tokens
-    ours = [entry.logprob for delta in got.deltas for entry in delta.logprobs]
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(logprobs), rtol=0, atol=1e-4)
-
-
-def build(base: Path, fetch: Any, **limits: int) -> Engine:
-    return Engine.build(
-        ModelConfig(base=str(base), quantization="none", dtype="float32", threads=1),
-        EngineLimits(**{"adapter_memory_bytes": 4 << 20, "kv_memory_bytes": 8 << 20, "max_batch_tokens": 96, **limits}),
-        fetch,
-    )
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_equals_generate(
     name: str,
@@ -181,27 +130,20 @@ def test_a_family_equals_generate(
         kind: make_adapter(base, tmp_path / kind, seed=random.randrange(2**31), r=rank, target_modules=targets)
         for kind, rank, targets in (("all", 12, list(family.targets)), ("few", 4, list(family.targets[:2])))
     }
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    models: dict[str | None, Any] = {
-        None: plain,
-        **{
-            kind: peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
-            for kind, path in adapters.items()
-        },
-    }
+    models: dict[str | None, Any] = {None: load(base), **{kind: load(base, path) for kind, path in adapters.items()}}
     kinds = [None, "all", "few", None, "all", "few", "all"]
     random.shuffle(kinds)
     prompts = [[random.randrange(256) for _ in range(count)] for count in PROMPT_TOKENS]
     engine = build(base, directory_fetch(adapters))
     try:
         answers = engine.generate(
-            [request(prompt, *([kind] if kind else [])) for kind, prompt in zip(kinds, prompts, strict=True)]
+            [ask(prompt, *([kind] if kind else [])) for kind, prompt in zip(kinds, prompts, strict=True)]
         )
         engine.check_integrity()
     finally:
         engine.close()
     for kind, prompt, answer in zip(kinds, prompts, answers, strict=True):
-        assert_same(answer, *generated(models[kind], prompt))
+        assert_same(answer, models[kind], prompt, kind)
 
 
 # What differs between families for an adapter's parts beside its rank rows: scaled embeddings, soft-capped and tied
@@ -223,30 +165,20 @@ def test_every_part_in_every_family(
     family = FAMILIES[name]
     base = tmp_path / "base"
     write_family(base, family)
-    adapters, models = {}, {}
-    for kind, settings in PARTS.items():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        config = {"r": 4, "lora_alpha": 8, "target_modules": list(family.targets), "task_type": "CAUSAL_LM", **settings}
-        adapted = peft.get_peft_model(model, peft.LoraConfig(**config))
-        with torch.no_grad():
-            for key, parameter in adapted.named_parameters():
-                if parameter.requires_grad and "lora_A" not in key:
-                    parameter += torch.randn_like(parameter) * 0.05 * max(1.0, float(parameter.abs().mean()))
-        adapted.save_pretrained(tmp_path / kind)
-        adapters[kind] = tmp_path / kind
-        models[kind] = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / kind)
+    adapters = {
+        kind: write_moved_adapter(
+            base, tmp_path / kind, **{"r": 4, "lora_alpha": 8, "target_modules": list(family.targets), **settings}
+        )
+        for kind, settings in PARTS.items()
+    }
     prompts = {kind: [*random.choices(range(256), k=random.choice([3, 40, 70])), 5, 80] for kind in PARTS}
     engine = build(base, directory_fetch(adapters))
     try:
-        answers = engine.generate([request(prompt, kind) for kind, prompt in prompts.items()])
+        answers = engine.generate([ask(prompt, kind) for kind, prompt in prompts.items()])
     finally:
         engine.close()
     for (kind, prompt), answer in zip(prompts.items(), answers, strict=True):
-        try:
-            assert_same(answer, *generated(models[kind], prompt))
-        except Exception as error:
-            error.add_note(f"adapter: {kind}")
-            raise
+        assert_same(answer, load(base, adapters[kind]), prompt, kind)
 
 
 def test_lora_on_experts_is_refused_by_name(
@@ -270,7 +202,7 @@ def test_lora_on_experts_is_refused_by_name(
     save_file(weights, adapters["listed"] / "adapter_model.safetensors", metadata={"format": "pt"})
     engine = build(base, directory_fetch(adapters))
     try:
-        listed, packed, plain = engine.generate([request([1, 2], "listed"), request([1, 2], "packed"), request([1, 2])])
+        listed, packed, plain = engine.generate([ask([1, 2], "listed"), ask([1, 2], "packed"), ask([1, 2])])
     finally:
         engine.close()
     assert isinstance(listed.error, TensorUnbound)
@@ -309,8 +241,8 @@ def test_a_long_neighbour_does_not_change_a_short_longrope_sequence(
     short, long = [random.choices(range(256), k=count) for count in (20, 200)]
     engine = build(tmp_path, directory_fetch({}), max_batch_tokens=64)
     try:
-        alone = engine.generate([request(short)])[0]
-        beside = engine.generate([request(long), request(short), request(long)])[1]
+        alone = engine.generate([ask(short)])[0]
+        beside = engine.generate([ask(long), ask(short), ask(long)])[1]
     finally:
         engine.close()
     assert alone.token_ids == beside.token_ids
@@ -325,7 +257,7 @@ def test_a_replaced_router_is_refused_by_name(
     adapter = make_adapter(base, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["mlp.gate"])
     engine = build(base, directory_fetch({"router": adapter}))
     try:
-        router, plain = engine.generate([request([1, 2], "router"), request([1, 2])])
+        router, plain = engine.generate([ask([1, 2], "router"), ask([1, 2])])
     finally:
         engine.close()
     assert isinstance(router.error, UnsupportedAdapter)

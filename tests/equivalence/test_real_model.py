@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from server.config import EngineLimits, ModelConfig
 from server.engine.engine import Completion, Engine
 from server.engine.request import AdapterUse, Request, Stopping
+from tests.equivalence.reference import NEW_TOKENS, generated, own_logprobs
 
 pytestmark = pytest.mark.real
 
-NEW_TOKENS = 32
 QUESTION = "Tell me a story about the number {} and its friends in the wood."
 
 
@@ -64,7 +64,7 @@ def test_twelve_ranks_in_one_batch_equal_peft(exact: Engine, smollm2: Path, real
         with adapted(model, kind):
             logprobs = forced(model, request.prompt, answer.token_ids)
             if kind in ("r6", ""):
-                assert list(answer.token_ids) == greedy(model, request.prompt)
+                assert list(answer.token_ids) == generated(model, request.prompt)[0]
         assert logprobs.argmax(-1).tolist() == list(answer.token_ids), kind
         torch.testing.assert_close(own_logprobs(answer), chosen(logprobs, answer), rtol=0, atol=1e-4)
 
@@ -131,25 +131,6 @@ def forced(model: Any, prompt: tuple[int, ...], answer: tuple[int, ...]) -> torc
 
 def chosen(logprobs: torch.Tensor, answer: Completion) -> torch.Tensor:
     return logprobs.gather(-1, torch.tensor(answer.token_ids)[:, None])[:, 0]
-
-
-def own_logprobs(answer: Completion) -> torch.Tensor:
-    return torch.tensor([entry.logprob for delta in answer.deltas for entry in delta.logprobs])
-
-
-def greedy(model: Any, prompt: tuple[int, ...]) -> list[int]:
-    """generate()'s own greedy tokens."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return list(out[0, len(prompt) :].tolist())
 
 
 def loaded(base: Path, quantization: str, dtype: torch.dtype) -> Any:

@@ -64,7 +64,7 @@ def test_a_cancelled_ticket_vanishes_and_its_fetch_is_not_begun(pretend: Pretend
     for name in gates:
         pretend.hub.slow[name].set()
     pretend.run(request("a"))
-    pretend.wait(lambda: not pretend.residency._fetching)
+    pretend.wait(lambda: not pretend.residency._host_loader.fetching)
     assert "never" not in pretend.hub.fetched
 
 
@@ -128,7 +128,7 @@ def test_unload_frees_rows_and_host_memory(pretend: PretendEngine) -> None:
     assert pretend.residency.unload("a") is True
     assert "a" not in tiers(pretend)
     assert pretend.residency._arena.free_rows() == free + RANK
-    assert pretend.residency._host_bytes() == pretend.residency._host["b"].bytes
+    assert pretend.residency._host.bytes == pretend.residency._host["b"].bytes
     before = len(pretend.hub.fetched)
     pretend.run(request("a"))
     assert pretend.hub.fetched[before:] == ["a"]
@@ -143,7 +143,7 @@ def test_what_was_unloaded_while_it_was_fetched_is_not_kept(pretend: PretendEngi
     pretend.step()
     pretend.residency.unload("a")
     gate.set()
-    pretend.wait(lambda: not pretend.residency._fetching)
+    pretend.wait(lambda: not pretend.residency._host_loader.fetching)
     assert pretend.residency.list() == []
 
 
@@ -182,7 +182,7 @@ def test_what_waits_for_rows_does_not_fill_host_memory() -> None:
         readers = [pretend.submit(request(f"a{i}", new=1)) for i in range(200)]
         for _ in range(100):
             pretend.step()
-            most = max(most, pretend.residency._host_bytes())
+            most = max(most, pretend.residency._host.bytes)
         assert most <= (4 + 2 * 8 + 1) * one
         pretend.engine.cancel(pretend.scheduler.running[0].request.id)
         pretend.finish(*readers)

@@ -202,7 +202,7 @@ class PretendEngine:
         return reader
 
     def step(self) -> None:
-        self.engine._advance()
+        self.engine._loop.advance()
 
     def finish(self, *readers: Reader, seconds: float = 20.0) -> None:
         """Step until all of `readers` ended."""
@@ -234,10 +234,11 @@ class PretendEngine:
         pages = self.engine._pages
         assert (pages.used, pages.free) == (0, pages.pages)
         assert self.residency.leases() == 0
-        assert not (self.residency._queue or self.residency._ready or self.residency._running)
+        claims = self.residency._claims
+        assert not (claims.queue or claims.ready or claims.running)
         assert not self.scheduler.running
         assert len(self.scheduler.waiting) == 0
-        assert not self.engine._unfinished
+        assert not self.engine._door.inside()
 
     def _run(self, batch: StepBatch) -> Tensor:
         arena = self.residency._arena

@@ -76,7 +76,7 @@ def error_of(engine: Engine, name: str) -> Exception | None:
 
 def test_a_cancelled_request_frees_everything_within_two_steps(engine: Engine) -> None:
     steps: list[int] = []
-    engine._observer = StepCounter(steps)
+    engine._loop.observer = StepCounter(steps)
     outbox = BlockingOutbox()
     asked = request("a0", new=400)
     engine.submit(asked, outbox)

@@ -11,7 +11,7 @@ from server.config import EngineLimits, ModelConfig
 from server.engine.engine import Engine
 from server.engine.request import Request, Sampling
 from server.errors import RequestTooLarge
-from tests.server.engine.pretend import PAGE_TOKENS, PretendEngine, Reader, expected, request
+from tests.server.engine.pretend import PAGE_TOKENS, Counts, PretendEngine, Reader, expected, request
 
 
 def random_request(rng: random.Random) -> Request:
@@ -143,18 +143,17 @@ def test_the_real_model_goes_on_as_if_nothing_had_been(
         for i in range(12)
     ]
 
-    def answers(pages: int, prefix_cache: bool) -> tuple[list[Any], list[int]]:
+    def answers(pages: int, prefix_cache: bool) -> tuple[list[Any], int]:
         page = PagedKv.page_bytes(2, 2, 16, 16, __import__("torch").float32)
         limits = EngineLimits(
             kv_memory_bytes=pages * page, adapter_memory_bytes=1 << 20, prefix_cache=prefix_cache, max_batch_tokens=64
         )
         model = ModelConfig(base=str(tiny_base), quantization="none", dtype="float32", threads=1)
-        engine = Engine.build(model, limits, directory_fetch(adapters))
-        preempted: list[int] = []
-        engine._observer.preempted = preempted.append  # type: ignore[method-assign,assignment]
+        counts = Counts()
+        engine = Engine.build(model, limits, directory_fetch(adapters), counts)
         try:
             copies = [Request(**{**one.__dict__, "id": f"{one.id}-{pages}-{prefix_cache}"}) for one in asked]
-            return engine.generate(copies), preempted
+            return engine.generate(copies), counts.preemptions
         finally:
             engine.close()
             engine.check_integrity()

@@ -53,7 +53,7 @@ class EngineMachine(RuleBasedStateMachine):
         try:
             self.asked.append((asked, self.pretend.submit(asked)))
         except (QueueFull, RequestTooLarge):
-            assert asked.id not in self.pretend.engine._unfinished
+            assert asked.id not in self.pretend.engine._door.inside()
 
     @rule(choice=st.randoms(use_true_random=False))
     def cancel(self, choice: random.Random) -> None:

@@ -1,0 +1,153 @@
+"""The step loop: sole owner of everything mutable about running requests. Its thread takes in, schedules, computes,
+samples and answers; nobody else touches a sequence after the front door let it in."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+from torch import Tensor
+
+from server.engine.front_door import FrontDoor
+from server.engine.kv_cache import PageTable
+from server.engine.observer import EngineObserver, EngineSnapshot, SchedulerReports
+from server.engine.request import Delta
+from server.engine.sampler import sample
+from server.engine.scheduler import Scheduler, Share
+from server.engine.sequence import Sequence
+from server.errors import Cancelled, Draining, EngineFailed
+
+log = logging.getLogger(__name__)
+
+
+class ComputedStep(Protocol):
+    """A step that was run."""
+
+    @property
+    def shares(self) -> Seq[Share]:
+        """All that took part."""
+
+    @property
+    def sampling(self) -> Seq[Share]:
+        """Those whose next token is wanted, in the order of the logits."""
+
+
+Forward = Callable[[Seq[Share]], tuple[ComputedStep, Tensor]]
+"""Computes shares: the step that was run, and its logits [S, vocabulary] in float32."""
+
+
+class StepLoop:
+    """Runs steps of `scheduler` by `forward`. `long_from`: the length at which all keys of a sequence change, or None
+    where the model has none (see `model.longrope`)."""
+
+    def __init__(
+        self,
+        door: FrontDoor,
+        scheduler: Scheduler,
+        pages: PageTable,
+        forward: Forward,
+        observer: EngineObserver,
+        reports: SchedulerReports,
+        long_from: int | None,
+    ) -> None:
+        self.observer = observer
+        self.snapshot = EngineSnapshot(kv_pages_total=pages.pages)
+        self._door = door
+        self._scheduler = scheduler
+        self._pages = pages
+        self._forward = forward
+        self._reports = reports
+        self._long_from = long_from
+
+    def run(self) -> None:
+        """The engine's thread: until the door is closed; who is inside then ends with `Draining`."""
+        while self._door.wait(self._scheduler.has_work):
+            self.advance()
+        for sequence in self._door.inside().values():
+            self._end(sequence, Draining("the server is shutting down"))
+
+    def advance(self) -> None:
+        """Take in what came, run one step if there is something to run, note the state; never waits."""
+        self._take_in()
+        shares = self._scheduler.schedule()
+        if shares:
+            try:
+                self._step(shares)
+            except Exception:
+                log.exception("an engine step failed")
+                for share in shares:
+                    self._end(share.sequence, EngineFailed("the step failed; the request may be sent again"))
+        self._note()
+
+    def _step(self, shares: Seq[Share]) -> None:
+        started = time.monotonic()
+        step, logits = self._forward(shares)
+        self._postprocess(step, logits)
+        self.observer.step(
+            seconds=time.monotonic() - started,
+            sequences=len(shares),
+            adapters=len({use.digest for share in shares for use in share.sequence.request.adapters}),
+            tokens=sum(share.tokens for share in shares),
+        )
+
+    def _postprocess(self, step: ComputedStep, logits: Tensor) -> None:
+        for share in step.shares:
+            share.sequence.computed += share.tokens
+        choices = sample(logits, [share.sequence.sampler for share in step.sampling])
+        for share, choice in zip(step.sampling, choices, strict=True):
+            sequence, request = share.sequence, share.sequence.request
+            if choice.token_id is None:
+                sequence.tainted = True  # its pages are scrubbed before anybody else gets them
+                self._end(sequence, choice.error or EngineFailed("no token was chosen"))
+                continue
+            before = sequence.last_token
+            delta = sequence.advance(choice)
+            if len(sequence.tokens) == self._long_from:
+                sequence.computed = 0  # all of its tokens rotate differently from here on
+            if before is None:
+                self.observer.first_token(request, (sequence.first_token or 0.0) - request.arrival)
+            else:
+                self.observer.tokens(request, 1, (sequence.last_token or 0.0) - before)
+            if before is None or delta.finish is not None:
+                self._scheduler.keep(sequence)
+            if delta.finish is not None:
+                self._leave(sequence)
+                self.observer.finished(request, delta.finish, None)
+            sequence.outbox.put(delta)
+
+    def _take_in(self) -> None:
+        """Take arrivals and cancellations in, and end what failed to load."""
+        arrivals, cancelled = self._door.take_in()
+        for sequence in arrivals:
+            self._scheduler.waiting.add(sequence)
+        for sequence in cancelled:
+            self._end(sequence, Cancelled("the caller went away"))
+        for sequence in self._scheduler.failed():
+            self._end(sequence, sequence.ticket.error or sequence.refused or EngineFailed("no reason was recorded"))
+
+    def _end(self, sequence: Sequence, error: Exception) -> None:
+        self._leave(sequence)
+        self.observer.finished(sequence.request, None, error)
+        sequence.outbox.put(Delta(error=error))
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        self._door.leave(sequence)
+
+    def _note(self) -> None:
+        scheduler = self._scheduler
+        self.snapshot = EngineSnapshot(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_pages_used=self._pages.used,
+            kv_pages_total=self._pages.pages,
+            kv_pages_cached=self._pages.cached,
+            prefix_hit_tokens=self._reports.prefix_hit_tokens,
+            running_adapters=frozenset(u.version for s in scheduler.running for u in s.request.adapters),
+            waiting_adapters=frozenset(u.version for s in scheduler.waiting for u in s.request.adapters),
+        )
+        self._door.count_waiting(Counter(scheduler.waiting.waiting_of()))
