@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import safetensors.torch
 import torch
@@ -69,7 +70,7 @@ class LoraWeights:
     warnings: tuple[str, ...]
     parts: AdapterParts = NO_PARTS
 
-    @property
+    @cached_property  # asked of every parsed adapter whenever host memory is looked through
     def bytes(self) -> int:
         """Host memory held."""
         return self.parts.bytes + sum(t.numel() * t.itemsize for site in self.sites.values() for t in (site.a, site.b))
