@@ -31,7 +31,9 @@ class Figure:
 
 def figures_table(figures: Sequence[Figure]) -> str:
     """A line a figure: measured, wanted, kept."""
-    rows = [(f.name, f"{f.value:.2f}", f.wanted or "–", "–" if not f.wanted else "yes" if f.met else "no") for f in figures]
+    rows = [
+        (f.name, f"{f.value:.2f}", f.wanted or "–", "–" if not f.wanted else "yes" if f.met else "no") for f in figures
+    ]
     return markdown(("figure", "measured", "wanted", "kept"), rows)
 
 

@@ -102,7 +102,10 @@ def ask(engine: Engine, number: int, uses: Sequence[AdapterUse], new_tokens: int
     """Request `number`: the workload's sentence, or `prompt_tokens` random tokens that no other request has."""
     if prompt_tokens:
         random_ = random.Random(uuid.uuid4().int)
-        ids = tuple(random_.randrange(engine.base.vocabulary_size // 2, engine.base.vocabulary_size) for _ in range(prompt_tokens))
+        ids = tuple(
+            random_.randrange(engine.base.vocabulary_size // 2, engine.base.vocabulary_size)
+            for _ in range(prompt_tokens)
+        )
     else:
         ids = tuple(engine.text.encode(prompt(number)))
     return Request(

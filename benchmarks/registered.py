@@ -110,9 +110,7 @@ def throughput(
 # -- a step ----------------------------------------------------------------------------------------------------------
 
 
-def steps(
-    mix: Bench, few: Population, others: Population, options: argparse.Namespace
-) -> tuple[str, list[Figure]]:
+def steps(mix: Bench, few: Population, others: Population, options: argparse.Namespace) -> tuple[str, list[Figure]]:
     """The same 16 requests while more and more adapters, then fewer and fewer, are registered beside theirs."""
     directory = AdapterDirectory(mix.hub)
     uses = [[resolved(directory.resolve(AdapterRef.parse(few.use(n).name)))] for n in range(SEQUENCES)]
