@@ -1,6 +1,6 @@
 """What a flood on one adapter does to another's time to first token.
 
-    python -m benchmarks.fairness [--flood 400] [--requests 34] [--rounds 3] [--prompt-tokens 16 256] [--json out.json]
+    python -m benchmarks.fairness [--flood 400] [--requests 25] [--rounds 3] [--prompt-tokens 16 256] [--json out.json]
 
 A modest caller sends one request after the other to adapter 1 and waits for each, in turn with nobody else, and beside
 a flood that keeps `--flood` requests of adapter 0 waiting all the time. One engine, prefix cache off, so that every
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--base", type=Path, default=None, help="a transformers directory (default: smollm2-135m)")
     parser.add_argument("--flood", type=int, default=400, help="requests kept waiting (default 400)")
-    parser.add_argument("--requests", type=int, default=34, help="modest requests in a round (default 34)")
+    parser.add_argument("--requests", type=int, default=25, help="modest requests in a round (default 25)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each situation (default 3)")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[16, 256], help="of a modest request")
     parser.add_argument("--sequences", type=int, default=16, help="sequences in one step")
