@@ -42,7 +42,7 @@ class FarEngine:
         self.base = base
         self.text = Text(base)
         self.structures = Structures(base.tokenizer, base.vocabulary_size, self.text.eos_ids)
-        self.adapters = SimpleNamespace(list=lambda: [])
+        self.adapters = SimpleNamespace(list=list)
         self._pipe = pipe
         self._metrics = metrics
         self._outboxes: dict[str, Outbox] = {}
@@ -140,6 +140,8 @@ def run_engine(pipe: Connection, config: ServerConfig) -> None:
             message = pipe.recv()
         except EOFError:
             break
+        if message is None:
+            break
         if isinstance(message, str):
             engine.cancel(message)
         else:
@@ -201,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
             near.recv()
             asyncio.run(run_front(near, config))
         finally:
-            near.close()
+            near.send(None)  # closing would not do: a thread still reads here
             try:
                 child.wait(timeout=20)
             except subprocess.TimeoutExpired:
@@ -212,9 +214,7 @@ def settings(base: Path, max_sequences: int, threads: int) -> ServerConfig:
     """The same for every arrangement."""
     return ServerConfig(
         model=ModelConfig(base=str(base), quantization="none", threads=threads),
-        engine=EngineLimits(
-            max_sequences=max_sequences, kv_memory_bytes=256 << 20, adapter_memory_bytes=64 << 20
-        ),
+        engine=EngineLimits(max_sequences=max_sequences, kv_memory_bytes=256 << 20, adapter_memory_bytes=64 << 20),
         listen="127.0.0.1:0",
         metrics_port=0,
     )

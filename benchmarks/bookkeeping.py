@@ -101,10 +101,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"Prefix cache without hits, {options.rounds} rounds of 16 x ({options.prompt_tokens} prompt + "
         f"{options.tokens} new tokens); {where}; bf16\n"
     )
-    rate = {name: statistics.median(each) for name, each in rates.items()}
+    speed = {name: statistics.median(each) for name, each in rates.items()}
     step = {name: statistics.median(each) for name, each in decodes.items()}
-    seconds = {name: SEQUENCES * options.tokens / rate[name] for name in STATES}
-    rows = [(name, f"{rate[name]:.0f}", f"{1000 * seconds[name]:.0f}", f"{1000 * step[name]:.2f}") for name in STATES]
+    seconds = {name: SEQUENCES * options.tokens / speed[name] for name in STATES}
+    rows = [(name, f"{speed[name]:.0f}", f"{1000 * seconds[name]:.0f}", f"{1000 * step[name]:.2f}") for name in STATES]
     print(markdown(("prefix cache", "tokens/s", "all 16 answered ms", "decode step ms"), rows))
     off, unseen, on = (seconds[name] for name in STATES)
     figures = [

@@ -1,12 +1,12 @@
 """What a flood on one adapter does to another's time to first token.
 
-    python -m benchmarks.fairness [--flood 400] [--requests 25] [--rounds 3] [--prompt-tokens 16 256] [--json out.json]
+    python -m benchmarks.fairness [--flood 400] [--requests 25] [--rounds 3] [--prompt-tokens 16 64] [--json out.json]
 
-A modest caller sends one request after the other to adapter 1 and waits for each, in turn with nobody else, and beside
-a flood that keeps `--flood` requests of adapter 0 waiting all the time. One engine, prefix cache off, so that every
-prompt is computed; one table line for each length of the modest caller's prompt. Printed are seconds and steps to the
-first token: steps say what the scheduler does, seconds also what it costs that the flood makes every step fuller (a
-larger batch takes longer, with any scheduler).
+A modest caller asks adapter 1 for at most `--rate` prompt tokens a second, less than its share, one request after the
+other; in turn with nobody else, and beside a flood that keeps `--flood` requests of adapter 0 waiting all the time. One
+engine, prefix cache off, so that every prompt is computed; one table line for each length of the modest caller's
+prompt. Printed are seconds and steps to the first token: steps say what the scheduler does, seconds also what it costs
+that the flood makes every step fuller (a larger batch takes longer, with any scheduler).
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def modest(engine: Engine, watch: Watch, use: AdapterUse, options: argparse.Name
     pauses = random.Random(options.requests)
     first = len(watch.steps)
     for number in range(options.requests):
-        time.sleep(pauses.uniform(0, 0.05))  # or each would come just as a step begins
+        # At times of their own, or each would come just as a step begins.
+        time.sleep(pauses.uniform(0, 2 * prompt / options.rate))
         request = ask(engine, number, [use], 1, prompt)
         before = len(watch.steps)
         answered(engine, request)
@@ -120,7 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--flood", type=int, default=400, help="requests kept waiting (default 400)")
     parser.add_argument("--requests", type=int, default=25, help="modest requests in a round (default 25)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each situation (default 3)")
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[16, 256], help="of a modest request")
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[16, 64], help="of a modest request")
+    parser.add_argument("--rate", type=float, default=150.0, help="prompt tokens a second it asks for at most")
     parser.add_argument("--sequences", type=int, default=16, help="sequences in one step")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")

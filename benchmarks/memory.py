@@ -174,12 +174,12 @@ def measure(base: Path, quantization: Any, threads: int, adapters: Path) -> Acco
     unused = max(checkpoint - (embedded.resident if in_file else 0), 0)
     parts.append(Part("checkpoint file, mapped and read but no tensor's any more", None, unused))
     notes = [
-        "KV pages and arena are allocated, and written with zeros, at start: an idle engine takes as much as a full one.",
+        "KV pages and arena are allocated and written with zeros at start: an idle engine takes as much as a full one."
     ]
     if held_head.bytes and model.config.tie_word_embeddings:
         notes.append(
-            f"held twice: the tied embedding, dense for look-ups ({mebibytes(embedded.bytes)} MiB) and packed as output "
-            f"head ({mebibytes(held_head.bytes)} MiB)"
+            f"held twice: the tied embedding, dense for look-ups ({mebibytes(embedded.bytes)} MiB) and packed as "
+            f"output head ({mebibytes(held_head.bytes)} MiB)"
         )
     if unused:
         notes.append(
@@ -202,7 +202,8 @@ def measure(base: Path, quantization: Any, threads: int, adapters: Path) -> Acco
         kv_token_resident=kv.resident / slots,
         notes=tuple(notes),
     )
-    assert in_ram(torch.ones(1 << 20).data_ptr(), 4 << 20) == 4 << 20  # the kernel tells, or all the above is nothing
+    probe = torch.ones(1 << 20)
+    assert in_ram(probe.data_ptr(), 4 << 20) == 4 << 20  # the kernel tells, or all the above is nothing
     engine.close()
     return account
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.mix16 [--rounds 3] [--threads 2] [--vllm /tmp/vllm/bin/python] [--json out.json]
 
-`benchmarks/vllm_contender.py` says how to make vLLM's environment. Each engine runs in a process of its own. Rounds go A B C A B C, one case after the other inside a round, after one
-round that is not counted; the table holds medians of tokens per second over the rounds. Figures of two runs are not
-comparable: machines drift.
+`benchmarks/vllm_contender.py` says how to make vLLM's environment. Each engine runs in a process of its own. Rounds go
+A B C A B C, one case after the other inside a round, after one round that is not counted; the table holds medians of
+tokens per second over the rounds. Figures of two runs are not comparable: machines drift.
 """
 
 from __future__ import annotations

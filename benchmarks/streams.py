@@ -176,7 +176,16 @@ def serve_offline(base: Path, max_sequences: int, threads: int) -> None:
 def measure(base: Path, max_sequences: int, options: argparse.Namespace) -> dict[str, Taken]:
     """The three arrangements in turn; the first turn does not count."""
     shared = ["--base", str(base), "--max-sequences", str(max_sequences), "--threads", str(options.threads)]
-    serve = ["-c", "from hub.cli import main; main()", "serve", *shared, "--listen", "127.0.0.1:0", "--metrics-port", "0"]
+    serve = [
+        "-c",
+        "from hub.cli import main; main()",
+        "serve",
+        *shared,
+        "--listen",
+        "127.0.0.1:0",
+        "--metrics-port",
+        "0",
+    ]
     serve += ["--quantize", "none", "--kv-memory", "256MiB", "--adapter-memory", "64MiB", "--hub", str(options.hub)]
     running: dict[str, Offline | Online] = {}
     try:
