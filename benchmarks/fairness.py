@@ -124,6 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[16, 64], help="of a modest request")
     parser.add_argument("--rate", type=float, default=150.0, help="prompt tokens a second it asks for at most")
     parser.add_argument("--sequences", type=int, default=16, help="sequences in one step")
+    parser.add_argument("--max-batch-tokens", type=int, default=EngineLimits.max_batch_tokens, help="in one step")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
     options = parser.parse_args(arguments)
@@ -138,6 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
         limits = EngineLimits(
             prefix_cache=False,
             max_sequences=options.sequences,
+            max_batch_tokens=options.max_batch_tokens,
             max_waiting=options.flood + 64,
             max_waiting_per_tenant=options.flood + 64,
         )

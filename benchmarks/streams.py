@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -188,6 +189,7 @@ def measure(base: Path, max_sequences: int, options: argparse.Namespace) -> dict
     ]
     serve += ["--quantize", "none", "--kv-memory", "256MiB", "--adapter-memory", "64MiB", "--hub", str(options.hub)]
     running: dict[str, Offline | Online] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` must not leave servers behind
     try:
         running["offline"] = Offline(["-m", "benchmarks.streams", "--inside", *shared])
         running["thread"] = Online(serve)
