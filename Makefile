@@ -12,7 +12,7 @@ PROTOS := protos/loraplex/v1/*.proto
 BOUNDED := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check lint types imports stubs-fresh docs-fresh protos docs serve clean
+.PHONY: help venv demo test bench check lint types imports stubs-fresh docs-fresh protos docs serve clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,9 @@ demo: venv ## data, training, hub, serving, hot swap and merge on the embedded m
 test: check ## the checks, then every test: the quick ones first, then those with the real model
 	$(BOUNDED) $(PY) -m pytest -q -m "not real"
 	$(BOUNDED) $(PY) -m pytest -q -m real
+
+bench: venv ## every benchmark in sequence, tables to benchmarks/results/ (about 20 quiet minutes)
+	$(BOUNDED) $(PY) -m benchmarks $(BENCH_ARGS)
 
 check: lint types imports stubs-fresh docs-fresh ## style, types, import direction, freshness of stubs and docs
 

@@ -49,9 +49,12 @@ def main() -> None:
             config, weights = (made[digest] / name for name in ("adapter_config.json", "adapter_model.safetensors"))
             return AdapterFiles(digest, config.read_bytes(), weights.read_bytes(), None, None)
 
-        limits = {"kv_memory_bytes": 128 << 20, "adapter_memory_bytes": 128 << 20}
         engines = [
-            Engine.build(model, EngineLimits(deterministic=deterministic, **limits), fetch)
+            Engine.build(
+                model,
+                EngineLimits(deterministic=deterministic, kv_memory_bytes=128 << 20, adapter_memory_bytes=128 << 20),
+                fetch,
+            )
             for deterministic in (False, True)
         ]
         print(

@@ -1,4 +1,4 @@
-"""A contender in a process, and an interpreter, of its own: nothing it patches or leaks reaches the others."""
+"""A contender in a process and an interpreter of its own: nothing it patches or leaks reaches the others."""
 
 from __future__ import annotations
 

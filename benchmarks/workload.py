@@ -42,7 +42,7 @@ def prompt(number: int) -> str:
     return f"Tell me a story about the number {number} and its friends in the wood."
 
 
-def write_adapters(base: Path, directory: Path, count: int) -> list[Path]:
+def write_adapters(base: Path, directory: Path, count: int, rank: int = RANK) -> list[Path]:
     """`count` random adapters for the model in `base`, as PEFT directories under `directory`."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
@@ -51,16 +51,16 @@ def write_adapters(base: Path, directory: Path, count: int) -> list[Path]:
         for name, module in model.named_modules()
         if name.rpartition(".")[2] in TARGETS
     }
-    return [_write_adapter(shapes, directory / f"adapter-{number:02d}", seed=number) for number in range(count)]
+    return [_write_adapter(shapes, directory / f"adapter-{number:02d}", number, rank) for number in range(count)]
 
 
-def _write_adapter(shapes: dict[str, tuple[int, int]], directory: Path, seed: int) -> Path:
+def _write_adapter(shapes: dict[str, tuple[int, int]], directory: Path, seed: int, rank: int) -> Path:
     random = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for name, (outputs, inputs) in shapes.items():
         bound = 1 / math.sqrt(inputs)
-        a = torch.empty(RANK, inputs).uniform_(-bound, bound, generator=random)
-        b = torch.empty(outputs, RANK).normal_(0, 0.02, generator=random)
+        a = torch.empty(rank, inputs).uniform_(-bound, bound, generator=random)
+        b = torch.empty(outputs, rank).normal_(0, 0.02, generator=random)
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(torch.bfloat16)
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.to(torch.bfloat16)
     directory.mkdir(parents=True)
@@ -69,8 +69,8 @@ def _write_adapter(shapes: dict[str, tuple[int, int]], directory: Path, seed: in
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": "smollm2-135m",
-        "r": RANK,
-        "lora_alpha": ALPHA,
+        "r": rank,
+        "lora_alpha": ALPHA * rank // RANK,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": list(TARGETS),

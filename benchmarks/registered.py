@@ -1,0 +1,302 @@
+"""A thousand registered adapters and room for 32: what the crowd costs those who are served.
+
+    python -m benchmarks.registered [--parts zipf steps first-token] [--rounds 4] [--threads 2] [--json out.json]
+
+SmolLM2-135M in bfloat16, adapters of rank 16 on every linear layer, an arena for 32 of them, prefix cache off. All
+figures of one run, its cases in turn (A B A B, or up and down), after a turn that is not counted:
+
+* zipf: tokens/s of 64 prompts whose adapters are drawn from 1,000 (zipf 1.2, other draws each round), at most 16 at
+  once, against mix16 (16 prompts, 16 resident adapters) on an engine of its own.
+* steps: the median decode step of 16 sequences with 16 resident adapters while 1, 10, 100 and 1,000 other adapters are
+  known to the directory and parsed in host memory (those have rank 2, to fit).
+* first-token: p99 time to first token of callers on resident adapters, each with an adapter of its own and always one
+  request in flight, while nothing loads, while 10 adapters a second load (and as many are evicted), and while one loads
+  after the other without a pause.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from benchmarks.figures import Figure, figures_table, markdown, percentile
+from benchmarks.mix16 import machine
+from benchmarks.population import Population, Registered, ask, resolved, zipf
+from benchmarks.report import write_json
+from benchmarks.watching import Watch, answered, timed
+from benchmarks.workload import RANK, write_adapters
+from hub.refs import AdapterRef
+from server.adapters.arena import row_bytes
+from server.adapters.directory import AdapterDirectory
+from server.config import MIB, EngineLimits, ModelConfig
+from server.engine.engine import Engine
+from server.engine.request import AdapterUse
+from server.model.base import load_base
+
+SEQUENCES = 16
+ROOM = 32  # adapters of rank 16 that the arena holds
+CALLERS = 8
+COUNTS = (1, 10, 100, 1000)
+PARTS = ("zipf", "steps", "first-token")
+PAUSES = {"nothing loads": None, "10 loads a second": 0.1, "loads without a pause": 0.0}
+
+
+class Bench:
+    """One engine, what it tells, and the adapters it can ask for."""
+
+    def __init__(self, base: Path, threads: int, hub: Registered) -> None:
+        self.watch = Watch()
+        self.hub = hub
+        loaded = load_base(ModelConfig(base=str(base), quantization="none", threads=threads))
+        shapes = {site: (linear.out_features, linear.in_features) for site, linear in loaded.linears().items()}
+        limits = EngineLimits(
+            max_sequences=SEQUENCES,
+            prefix_cache=False,
+            kv_memory_bytes=128 * MIB,
+            adapter_memory_bytes=ROOM * RANK * row_bytes(shapes, loaded.dtype),
+            host_adapter_memory_bytes=4096 * MIB,
+        )
+        self.engine = Engine(loaded, limits, hub.fetch, self.watch)
+        self.engine.start()
+
+    def load(self, use: AdapterUse) -> None:
+        """Bring an adapter to the device."""
+        self.engine.adapters.load(use.digest, use.version)
+
+
+# -- tokens a second -------------------------------------------------------------------------------------------------
+
+
+def throughput(
+    mix: Bench, crowd: Bench, few: Population, many: Population, options: argparse.Namespace
+) -> tuple[str, list[Figure]]:
+    """mix16 and zipf16 in turn."""
+    mixed = [[few.use(n)] for n in range(SEQUENCES)]
+    rates: dict[str, list[float]] = {"mix16": [], "zipf16": []}
+    loads, distinct = [], []
+    for turn in range(options.rounds + 1):
+        mix_rate = timed(mix.engine, mixed, options.tokens)
+        drawn = zipf(many.count, 1.2, options.requests, seed=turn)
+        before = crowd.watch.loads["device"]
+        zipf_rate = timed(crowd.engine, [[many.use(n)] for n in drawn], options.tokens)
+        if turn:
+            rates["mix16"].append(mix_rate)
+            rates["zipf16"].append(zipf_rate)
+            loads.append(crowd.watch.loads["device"] - before)
+            distinct.append(len(set(drawn)))
+        progress(f"tokens/s, round {turn} of {options.rounds}")
+    medians = {name: statistics.median(each) for name, each in rates.items()}
+    table = markdown(
+        ("tokens/s", "median", "rounds", "adapters in a round", "of those loaded"),
+        [
+            ("mix16", f"{medians['mix16']:.0f}", shown(rates["mix16"]), str(SEQUENCES), "0"),
+            ("zipf16", f"{medians['zipf16']:.0f}", shown(rates["zipf16"]), shown(distinct), shown(loads)),
+        ],
+    )
+    return table, [Figure("zipf16 / mix16, tokens/s", medians["zipf16"] / medians["mix16"], least=0.8)]
+
+
+# -- a step ----------------------------------------------------------------------------------------------------------
+
+
+def steps(mix: Bench, few: Population, others: Population, options: argparse.Namespace) -> tuple[str, list[Figure]]:
+    """The same 16 requests while more and more adapters, then fewer and fewer, are registered beside theirs."""
+    directory = AdapterDirectory(mix.hub)
+    uses = [[resolved(directory.resolve(AdapterRef.parse(few.use(n).name)))] for n in range(SEQUENCES)]
+    for (use,) in uses:
+        mix.load(use)
+        mix.engine.adapters.pin(use.digest)
+    taken: dict[int, list[float]] = {count: [] for count in COUNTS}
+    held = 0
+    timed(mix.engine, uses, options.tokens)
+    for turn in range(options.rounds):
+        for count in COUNTS if turn % 2 == 0 else reversed(COUNTS):
+            for number in range(held, count):
+                mix.load(resolved(directory.resolve(AdapterRef.parse(others.use(number).name))))
+            for number in range(count, held):
+                mix.engine.adapters.unload(others.digest(number))
+            held = count
+            known = len(mix.engine.adapters.list())
+            if known != SEQUENCES + count:
+                raise SystemExit(f"{known} adapters are held, not {SEQUENCES + count}: host memory is too small")
+            timed(mix.engine, uses, options.tokens // 2)  # settles caches after the loading
+            since = len(mix.watch.steps)
+            timed(mix.engine, uses, options.tokens)
+            taken[count].append(statistics.median(mix.watch.decode_steps(SEQUENCES, since)))
+        progress(f"steps, round {turn + 1} of {options.rounds}")
+    for number in range(held):
+        mix.engine.adapters.unload(others.digest(number))
+    directory.close()
+    medians = {count: statistics.median(each) for count, each in taken.items()}
+    table = markdown(
+        ("registered beside the 16 that answer", "decode step ms", "rounds"),
+        [(str(count), f"{1000 * medians[count]:.2f}", shown([1000 * s for s in taken[count]])) for count in COUNTS],
+    )
+    worst = max(abs(medians[count] / medians[COUNTS[0]] - 1) for count in COUNTS)
+    return table, [Figure("decode step, 1 → 1,000 registered: largest change", worst, most=0.05)]
+
+
+# -- the first token -------------------------------------------------------------------------------------------------
+
+
+def first_tokens(crowd: Bench, many: Population, options: argparse.Namespace) -> tuple[str, list[Figure]]:
+    """Steady callers, in turn without loads, with some and with as many as go."""
+    seconds: dict[str, list[float]] = {name: [] for name in PAUSES}
+    loads: dict[str, list[float]] = {name: [] for name in PAUSES}
+    cold = iter(range(CALLERS, 10**9))
+    for turn in range(options.rounds + 1):
+        for name, pause in PAUSES.items():
+            wait = options.seconds if turn else 1.0
+            with loading(crowd, many, cold, pause) as loaded:
+                found = steady(crowd, many, wait, seed=turn)
+            if turn:
+                seconds[name] += found
+                loads[name].append(len(loaded) / wait)
+        progress(f"first tokens, round {turn} of {options.rounds}")
+    p99 = {name: percentile(each, 0.99) for name, each in seconds.items()}
+    quiet, *others = PAUSES
+    table = markdown(
+        ("beside steady callers", "loads/s", "requests", "p50 ms", "p99 ms"),
+        [
+            (
+                name,
+                f"{statistics.mean(loads[name]):.1f}",
+                str(len(seconds[name])),
+                f"{1000 * percentile(seconds[name], 0.5):.0f}",
+                f"{1000 * p99[name]:.0f}",
+            )
+            for name in PAUSES
+        ],
+    )
+    return table, [Figure(f"p99 first token, {name} / {quiet}", p99[name] / p99[quiet], most=1.3) for name in others]
+
+
+def steady(crowd: Bench, many: Population, seconds: float, seed: int) -> list[float]:
+    """Seconds to first token of every request that `CALLERS` callers sent, one after the other each."""
+    found: list[float] = []
+    failed: list[BaseException] = []
+    end = time.monotonic() + seconds
+
+    def call(caller: int) -> None:
+        lengths = random.Random(seed * CALLERS + caller)  # unlike, or all would begin and end in the same steps
+        try:
+            while time.monotonic() < end:
+                request = ask(crowd.engine, caller, [many.use(caller)], lengths.randint(4, 12))
+                answered(crowd.engine, request)
+                found.append(crowd.watch.first_tokens[request.id])
+        except BaseException as error:
+            failed.append(error)
+
+    for caller in range(CALLERS):
+        crowd.load(many.use(caller))
+    threads = [threading.Thread(target=call, args=(caller,)) for caller in range(CALLERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    return found
+
+
+@contextmanager
+def loading(crowd: Bench, many: Population, cold: Iterator[int], pause: float | None) -> Iterator[list[int]]:
+    """Meanwhile load adapters that are not on the device, `pause` seconds apart (None: none); yields those loaded."""
+    loaded: list[int] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        while pause is not None and not stop.wait(pause):
+            number = CALLERS + next(cold) % (many.count - CALLERS)
+            # Forgotten first, so that each load reads, checks and converts the files.
+            crowd.engine.adapters.unload(many.digest(number))
+            crowd.load(many.use(number))
+            loaded.append(number)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        yield loaded
+    finally:
+        stop.set()
+        thread.join()
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
+
+
+def shown(values: Sequence[float]) -> str:
+    """One value a round."""
+    return " ".join(f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.1f}" for value in values)
+
+
+def progress(line: str) -> None:
+    """For who watches."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--rounds", type=int, default=4, help="counted rounds (default 4)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens a prompt (default 32)")
+    parser.add_argument("--requests", type=int, default=64, help="prompts of zipf16 (default 64)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each first-token case in a round (default 5)")
+    parser.add_argument("--files", type=int, default=40, help="distinct files behind the 1,000 adapters (default 40)")
+    parser.add_argument("--base", type=Path, default=None, help="a transformers directory (default: smollm2-135m)")
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
+    options = parser.parse_args(arguments)
+    base = options.base
+    if base is None:
+        from server.model.builtin import smollm2_135m
+
+        base = smollm2_135m()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="loraplex-registered-") as directory:
+        root = Path(directory)
+        files = write_adapters(base, root / "wide", options.files)
+        many = Population(files, 1000)
+        few = Population(files[:SEQUENCES], SEQUENCES, first=10_000)
+        others = Population(write_adapters(base, root / "narrow", 8, rank=2), max(COUNTS), first=20_000)
+        hub = Registered((many, few, others))
+        tables: dict[str, tuple[str, list[Figure]]] = {}
+        if "zipf" in options.parts or "first-token" in options.parts:
+            crowd = Bench(base, options.threads, hub)
+        if "zipf" in options.parts or "steps" in options.parts:
+            mix = Bench(base, options.threads, hub)
+        if "zipf" in options.parts:
+            tables["zipf"] = throughput(mix, crowd, few, many, options)
+        if "first-token" in options.parts:
+            tables["first-token"] = first_tokens(crowd, many, options)
+        if "zipf" in options.parts or "first-token" in options.parts:
+            crowd.engine.close()
+        if "steps" in options.parts:
+            tables["steps"] = steps(mix, few, others, options)
+        if "zipf" in options.parts or "steps" in options.parts:
+            mix.engine.close()
+    where = machine(options.threads)
+    print(f"1,000 registered adapters, room for {ROOM}; {options.rounds} rounds; {where}; bf16\n")
+    for part in options.parts:
+        print(f"{tables[part][0]}\n")
+    figures = [figure for part in options.parts for figure in tables[part][1]]
+    print(figures_table(figures))
+    print(f"\ntaken in {time.monotonic() - started:.0f} s")
+    if options.json:
+        write_json(options.json, where, figures)
+
+
+if __name__ == "__main__":
+    main()
