@@ -193,8 +193,9 @@ def _unpack(codes, levels, ASM: tl.constexpr, DTYPE: tl.constexpr):
     """Levels of the high and of the low nibbles, each of codes' shape."""
     if ASM != "":
         high, low = tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,r", [codes], dtype=(DTYPE, DTYPE), is_pure=True, pack=4
+            ASM, "=r,=r,=r,=r,r", [codes], dtype=(tl.int16, tl.int16), is_pure=True, pack=4
         )
+        high, low = high.to(DTYPE, bitcast=True), low.to(DTYPE, bitcast=True)
     else:
         high = tl.load(levels + (codes >> 4).to(tl.int32)).to(DTYPE)
         low = tl.load(levels + (codes & 15).to(tl.int32)).to(DTYPE)
