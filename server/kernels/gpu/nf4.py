@@ -267,9 +267,7 @@ def _matmul(
             # In the order of the parts, not of their arrival: the same sum every time.
             total = tl.zeros([COLUMNS, ROWS], dtype=tl.float32)
             for other in range(SPLITS):
-                total += tl.load(
-                    parts + (tile * SPLITS + other) * (COLUMNS * ROWS) + inside, cache_modifier=".cg"
-                )
+                total += tl.load(parts + (tile * SPLITS + other) * (COLUMNS * ROWS) + inside, cache_modifier=".cg")
             if BIAS:
                 total += tl.load(bias + n_read).to(tl.float32)[:, None]
             tl.store(out, total.to(y.dtype.element_ty), mask=written)

@@ -41,9 +41,7 @@ def unpack_asm(dtype: torch.dtype) -> str:
     for half, levels in (("n", bits[:8]), ("p", bits[8:])):  # by the code's top bit: not above zero, above zero
         for plane, shift in (("l", 0), ("h", 8)):
             octets = [level >> shift & 0xFF for level in levels]
-            table[half + plane] = [
-                f"0x{int.from_bytes(bytes(octets[at : at + 4]), 'little'):08x}" for at in (0, 4)
-            ]
+            table[half + plane] = [f"0x{int.from_bytes(bytes(octets[at : at + 4]), 'little'):08x}" for at in (0, 4)]
     lines = [
         ".reg .b32 s, m, nl, nh, pl, ph, k;",
         "and.b32 s, $4, 0x77777777;",  # a selector's own top bit would mean something else

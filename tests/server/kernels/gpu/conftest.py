@@ -1,13 +1,9 @@
-"""Triton's interpreter stands in for a GPU where there is none; with one, the same tests run on it."""
+"""Triton's interpreter stands in for a GPU where there is none (see the root conftest); with one, the same tests run
+on it."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-# Triton decides when it is first imported. The root conftest sets it too, for runs that import Triton elsewhere first.
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,7 +13,6 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    pytest.importorskip("triton")
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -33,7 +28,7 @@ def distance(got: torch.Tensor, meant: torch.Tensor) -> float:
 
 
 @pytest.fixture
-def close(dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def close(dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], None]:
     """close(got, meant): asserts that they agree as far as the dtype allows."""
 
     def check(got: torch.Tensor, meant: torch.Tensor) -> None:

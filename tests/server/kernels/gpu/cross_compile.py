@@ -118,12 +118,58 @@ def nf4_dense() -> None:
     module.dequantize(weight, torch.bfloat16)
 
 
+def decode(length: int, softcap: float | None) -> None:
+    """One layer of an 8B model."""
+    from server.kernels.gpu import attention
+
+    k = torch.zeros(8, 256, 128, dtype=torch.bfloat16)
+    attention.decode(
+        torch.zeros(2, 32, 128, dtype=torch.bfloat16),
+        k,
+        k,
+        torch.zeros(2, 64, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+        attention.DecodeScratch(2, 32, 128, length, "cpu"),
+        page_tokens=16,
+        scale=0.1,
+        window=None if softcap is None else 4096,
+        softcap=softcap,
+    )
+
+
+def prefill(softcap: float | None) -> None:
+    from server.kernels.gpu import attention
+
+    k = torch.zeros(8, 256, 128, dtype=torch.bfloat16)
+    q = torch.zeros(64, 32, 128, dtype=torch.bfloat16)
+    plan = attention.PrefillPlan.make([(0, 64, 64)], [[0, 1, 2, 3]], "cpu")
+    window = None if softcap is None else 4096
+    attention.prefill(q, k, k, plan, q.clone(), page_tokens=16, scale=0.1, window=window, softcap=softcap)
+
+
+def small() -> None:
+    """The operations between the products, 8B widths."""
+    from server.kernels.gpu import elementwise
+
+    x = torch.zeros(2, 4096, dtype=torch.bfloat16)
+    elementwise.rms_norm(x, x[0], 1e-5, x.clone())
+    elementwise.silu_mul(torch.zeros(2, 28672, dtype=torch.bfloat16))
+    k = torch.zeros(8, 256, 128, dtype=torch.bfloat16)
+    qkv, angle = torch.zeros(2, 6144, dtype=torch.bfloat16), torch.zeros(2, 128, dtype=torch.bfloat16)
+    elementwise.rope_store(qkv, angle, angle, torch.zeros(2, dtype=torch.int64), k, k, 32)
+    rows = torch.zeros(16, 4096, dtype=torch.bfloat16)
+    elementwise.row_norms(torch.zeros(4096, 4096, dtype=torch.bfloat16), rows, rows)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "lora-decode": lambda: lora(16),
     "lora-prompt": lambda: lora(64),
     "nf4-1": lambda: nf4(1),
     "nf4-64": lambda: nf4(64),
     "nf4-dense": nf4_dense,
+    "decode-long": lambda: decode(8192, 30.0),
+    "small": small,
+    "prefill-capped": lambda: prefill(30.0),
 }
 
 

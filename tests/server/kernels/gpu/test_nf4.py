@@ -31,9 +31,7 @@ def quantized(out: int, width: int, nested: bool, device: str, size: float = 0.0
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("rows", "out", "width"), [(1, 96, 192), (5, 70, 256), (33, 64, 128)])
-def test_products(
-    nested: bool, rows: int, out: int, width: int, dtype: torch.dtype, device: str, close: Close
-) -> None:
+def test_products(nested: bool, rows: int, out: int, width: int, dtype: torch.dtype, device: str, close: Close) -> None:
     packed, state, meant = quantized(out, width, nested, device)
     weight = nf4.from_bitsandbytes(packed, state, dtype)
     assert weight.codes.data_ptr() == packed.data_ptr()
