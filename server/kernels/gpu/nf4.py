@@ -110,11 +110,13 @@ def tiling(rows: int, out: int, width: int) -> Tiling:
     """For a GPU of about 130 processors; `rows` counts by its power of two alone, so few batches differ in it.
 
     Enough programs for a few on every processor, yet at least 512 inputs in each: a part of the sum is written and
-    read again as `rows` numbers of 4 bytes for every 32 bytes of codes.
+    read again as `rows` numbers of 4 bytes for every 32 bytes of codes. Wide tiles where there are enough of them:
+    instructions, not bytes, are what there is too much of, and they share what every program does for x.
     """
-    blocks, tiles = width // BLOCK, -(-out // 64)
+    columns = 128 if out >= 8192 else 64
+    blocks, tiles = width // BLOCK, -(-out // columns)
     least = 8 if power_of_two(rows) == 16 else 16
-    return Tiling(64, max(1, min(blocks // least, 512 // tiles)))
+    return Tiling(columns, max(1, min(blocks // least, 512 // tiles)))
 
 
 def matmul(
@@ -139,7 +141,7 @@ def matmul(
         raise ValueError(f"the workspace is too small for {rows} rows of {out} outputs in {cut.splits} parts")
     _matmul[(tiles, cut.splits)](
         x,
-        weight.codes,
+        weight.codes.view(torch.int16),
         weight.scales,
         weight.levels,
         bias if bias is not None else x,
@@ -189,17 +191,19 @@ def dequantize(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _unpack(codes, levels, ASM: tl.constexpr, DTYPE: tl.constexpr):
-    """Levels of the high and of the low nibbles, each of codes' shape."""
+def _levels_of_four(codes, levels, ASM: tl.constexpr, DTYPE: tl.constexpr):
+    """Of int16 holding four weights each: the levels of their first, second, third and fourth, each of codes' shape."""
     if ASM != "":
-        high, low = tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,r", [codes], dtype=(tl.int16, tl.int16), is_pure=True, pack=4
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,r", [codes], dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2
         )
-        high, low = high.to(DTYPE, bitcast=True), low.to(DTYPE, bitcast=True)
+        w0, w1 = w0.to(DTYPE, bitcast=True), w1.to(DTYPE, bitcast=True)
+        w2, w3 = w2.to(DTYPE, bitcast=True), w3.to(DTYPE, bitcast=True)
     else:
-        high = tl.load(levels + (codes >> 4).to(tl.int32)).to(DTYPE)
-        low = tl.load(levels + (codes & 15).to(tl.int32)).to(DTYPE)
-    return high, low
+        wide = codes.to(tl.int32)
+        w0, w1 = tl.load(levels + (wide >> 4 & 15)).to(DTYPE), tl.load(levels + (wide & 15)).to(DTYPE)
+        w2, w3 = tl.load(levels + (wide >> 12 & 15)).to(DTYPE), tl.load(levels + (wide >> 8 & 15)).to(DTYPE)
+    return w0, w1, w2, w3
 
 
 @triton.jit
@@ -226,30 +230,35 @@ def _matmul(
 ):
     """One tile of outputs, one part of the input. The weight is the left operand, so that few rows are no waste.
 
-    A block's scale multiplies its finished sum, not its 64 weights: fewer operations and less rounding.
+    A block's scale multiplies its finished sum, not its 64 weights: fewer operations and less rounding. Codes are
+    read as int16, four weights each: so a thread finds what it multiplies in whole registers and moves no bytes.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     BLOCKS: tl.constexpr = WIDTH // BLOCK
     SHARE: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
-    HALF: tl.constexpr = BLOCK // 2
+    QUARTER: tl.constexpr = BLOCK // 4
     m = tl.arange(0, ROWS)
     n = tile * COLUMNS + tl.arange(0, COLUMNS)
     # Columns past the last compute the last one again: cheaper than a mask on every load.
     n_read = tl.minimum(n, OUT - 1)
-    code_rows = codes + n_read.to(tl.int64)[:, None] * (WIDTH // 2) + tl.arange(0, HALF)[None, :]
+    code_rows = codes + n_read.to(tl.int64)[:, None] * (WIDTH // 4) + tl.arange(0, QUARTER)[None, :]
     scale_rows = scales + n_read * BLOCKS
     x_rows = x + m.to(tl.int64)[:, None] * x_stride + tl.arange(0, BLOCK)[None, :]
     seen = (m < rows)[:, None]
     total = tl.zeros([COLUMNS, ROWS], dtype=tl.float32)
     for block in range(split * SHARE, tl.minimum((split + 1) * SHARE, BLOCKS)):
         x_tile = tl.load(x_rows + block * BLOCK, mask=seen, other=0.0)
-        even, odd = tl.split(tl.reshape(x_tile, [ROWS, HALF, 2]))
-        packed = tl.load(code_rows + block * HALF)
+        packed = tl.load(code_rows + block * QUARTER)
         scale = tl.load(scale_rows + block).to(tl.float32)
-        high, low = _unpack(packed, levels, ASM, x.dtype.element_ty)
+        w0, w1, w2, w3 = _levels_of_four(packed, levels, ASM, x.dtype.element_ty)
+        even, odd = tl.split(tl.reshape(x_tile, [ROWS, QUARTER, 2, 2]))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
         part = tl.zeros([COLUMNS, ROWS], dtype=tl.float32)
-        part = multiply(high, tl.trans(even), part, PRECISION)
-        part = multiply(low, tl.trans(odd), part, PRECISION)
+        part = multiply(w0, tl.trans(x0), part, PRECISION)
+        part = multiply(w1, tl.trans(x1), part, PRECISION)
+        part = multiply(w2, tl.trans(x2), part, PRECISION)
+        part = multiply(w3, tl.trans(x3), part, PRECISION)
         total += part * scale[:, None]
     out = y + m.to(tl.int64)[None, :] * OUT + n[:, None]
     written = (m < rows)[None, :] & (n < OUT)[:, None]
@@ -290,9 +299,9 @@ def _dequantize(
     n = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[:, None]
     pair = tl.program_id(1) * (STEP // 2) + tl.arange(0, STEP // 2)[None, :]
     seen = (n < OUT) & (pair < WIDTH // 2)
-    packed = tl.load(codes + n * (WIDTH // 2) + pair, mask=seen, other=0)
+    packed = tl.load(codes + n * (WIDTH // 2) + pair, mask=seen, other=0).to(tl.int32)
     scale = tl.load(scales + n * (WIDTH // BLOCK) + pair // (BLOCK // 2), mask=seen, other=0.0).to(tl.float32)
-    high, low = _unpack(packed, levels, "", tl.float32)
+    high, low = tl.load(levels + (packed >> 4)), tl.load(levels + (packed & 15))
     both = tl.reshape(tl.join(high * scale, low * scale), [COLUMNS, STEP])
     k = tl.program_id(1) * STEP + tl.arange(0, STEP)[None, :]
     tl.store(dense + n * WIDTH + k, both.to(dense.dtype.element_ty), mask=(n < OUT) & (k < WIDTH))

@@ -29,6 +29,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
@@ -98,24 +99,26 @@ def lora(tokens: int) -> None:
     lora_add(y, x, LoraSites(a, b), plan)
 
 
-def nf4(rows: int) -> None:
-    """The attention output of an 8B model."""
+def nf4(rows: int, out: int) -> None:
+    """The attention output (4096) or gate and up (28672) of an 8B model."""
     from server.kernels.gpu import nf4 as module
 
     module._asm = lambda x, weight: module._ASM[x.dtype]
-    weight = module.Nf4Weight(
-        torch.zeros(4096, 2048, dtype=torch.uint8), torch.zeros(4096, 64, dtype=torch.float16), torch.zeros(16)
-    )
-    module.matmul(torch.zeros(rows, 4096, dtype=torch.bfloat16), weight, module.Workspace("cpu"))
+    x = torch.zeros(rows, 4096, dtype=torch.bfloat16)
+    module.matmul(x, nf4_weight(out), module.Workspace("cpu"))
 
 
 def nf4_dense() -> None:
     from server.kernels.gpu import nf4 as module
 
-    weight = module.Nf4Weight(
-        torch.zeros(4096, 2048, dtype=torch.uint8), torch.zeros(4096, 64, dtype=torch.float16), torch.zeros(16)
-    )
-    module.dequantize(weight, torch.bfloat16)
+    module.dequantize(nf4_weight(4096), torch.bfloat16)
+
+
+def nf4_weight(out: int) -> Any:
+    from server.kernels.gpu.nf4 import Nf4Weight
+
+    codes, scales = torch.zeros(out, 2048, dtype=torch.uint8), torch.zeros(out, 64, dtype=torch.float16)
+    return Nf4Weight(codes, scales, torch.zeros(16))
 
 
 def decode(length: int, softcap: float | None) -> None:
@@ -164,8 +167,8 @@ def small() -> None:
 CASES: dict[str, Callable[[], None]] = {
     "lora-decode": lambda: lora(16),
     "lora-prompt": lambda: lora(64),
-    "nf4-1": lambda: nf4(1),
-    "nf4-64": lambda: nf4(64),
+    "nf4-1": lambda: nf4(1, 28672),
+    "nf4-64": lambda: nf4(64, 4096),
     "nf4-dense": nf4_dense,
     "decode-long": lambda: decode(8192, 30.0),
     "small": small,

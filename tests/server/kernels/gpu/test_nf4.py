@@ -110,8 +110,9 @@ def test_the_unpacking_instructions(dtype: torch.dtype) -> None:
         out = run_ptx(asm, int.from_bytes(bytes(octets), "little"))
         words = torch.tensor([w - (1 << 32) if w >> 31 else w for w in out], dtype=torch.int32)
         levels = words.view(torch.int16).view(dtype)
-        assert torch.equal(levels[:4], table[[octet >> 4 for octet in octets]])
-        assert torch.equal(levels[4:], table[[octet & 15 for octet in octets]])
+        first, second = octets[0::2], octets[1::2]  # of each int16
+        codes = [*(o >> 4 for o in first), *(o & 15 for o in first), *(o >> 4 for o in second), *(o & 15 for o in second)]
+        assert torch.equal(levels, table[codes])
 
 
 def run_ptx(asm: str, given: int) -> list[int]:
