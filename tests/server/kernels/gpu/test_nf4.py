@@ -111,7 +111,12 @@ def test_the_unpacking_instructions(dtype: torch.dtype) -> None:
         words = torch.tensor([w - (1 << 32) if w >> 31 else w for w in out], dtype=torch.int32)
         levels = words.view(torch.int16).view(dtype)
         first, second = octets[0::2], octets[1::2]  # of each int16
-        codes = [*(o >> 4 for o in first), *(o & 15 for o in first), *(o >> 4 for o in second), *(o & 15 for o in second)]
+        codes = [
+            *(o >> 4 for o in first),
+            *(o & 15 for o in first),
+            *(o >> 4 for o in second),
+            *(o & 15 for o in second),
+        ]
         assert torch.equal(levels, table[codes])
 
 
