@@ -126,7 +126,7 @@ class PrefillPlan:
     def make(
         spans: Sequence[tuple[int, int, int]], pages: Sequence[Sequence[int]], device: torch.device | str
     ) -> PrefillPlan:
-        """spans: (t0, t1, length): rows t0…t1 are the last of a sequence of `length` tokens, whose pages are `pages`."""
+        """spans: (t0, t1, length): rows t0…t1 are the last of a sequence of `length` tokens, which lie in `pages`."""
         tiles = []
         for number, (t0, t1, length) in enumerate(spans):
             if not 0 <= t1 - t0 <= length:
