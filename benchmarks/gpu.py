@@ -1,0 +1,116 @@
+"""The GPU in one call: are the kernels right, how fast are they, how far from what the card can do.
+
+    python -m benchmarks.gpu [--sections ceilings correct nf4 …] [--minutes 8] [--json gpu.json] [--markdown gpu.md]
+
+Runs under torch 2.11 to 2.13 with Triton 3.6 or 3.7, alone: no model is downloaded. Every section has a budget of
+seconds and reports on its own; one that fails, or lacks something, is named with its reason and the others go on.
+Nothing is timed before `correct` has passed. `--tiny` runs every section's code at toy shapes on any machine, in
+Triton's interpreter where there is no GPU; its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
+
+from benchmarks.gpu_bench import Bench, Missing, Report
+
+
+def main(arguments: list[str] | None = None) -> Report:
+    """Parse the command line, run the sections, write the reports."""
+    from benchmarks.gpu_sections import SECTIONS
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="NAME")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default 8)")
+    parser.add_argument("--json", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--markdown", type=Path, default=Path("gpu.md"))
+    parser.add_argument("--tiny", action="store_true", help="toy shapes, to try the script itself")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not options.tiny:
+        parser.error("no CUDA device here; --tiny tries the script without one")
+    bench = Bench("cuda" if torch.cuda.is_available() else "cpu", options.tiny)
+    deadline = time.monotonic() + options.minutes * 60
+    report: Report = {"machine": machine(), "tiny": options.tiny, "sections": {}}
+    for name, section in SECTIONS.items():
+        if name not in options.sections:
+            continue
+        report["sections"][name] = run(name, section.run, section.seconds, bench, deadline)
+        print(f"{name}: {report['sections'][name]['status']}", flush=True)
+        # After every section: a call that is cut off still leaves what it has measured.
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        options.markdown.write_text(markdown(report), encoding="utf-8")
+        if name == "correct" and report["sections"][name]["status"] != "done":
+            print("the kernels are wrong; nothing is timed")
+            break
+    print(markdown(report))
+    return report
+
+
+def run(name: str, section: Callable[[Bench], Report], seconds: float, bench: Bench, deadline: float) -> Report:
+    """One section's result with its status: done, missing or failed, and why."""
+    start = time.monotonic()
+    bench.until = min(start + seconds, deadline)
+    if deadline - start < 5:
+        return {"status": "missing", "why": "no time left"}
+    try:
+        result: Report = {"status": "done", **section(bench)}
+    except Missing as missing:
+        result = {"status": "missing", "why": str(missing)}
+    except Exception as error:
+        result = {"status": "failed", "why": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    if bench.device == "cuda":
+        torch.cuda.empty_cache()
+    return result | {"took_seconds": round(time.monotonic() - start, 1)}
+
+
+def machine() -> Report:
+    """What this ran on."""
+    import triton
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "Triton's interpreter"
+    return {
+        "device": device,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def markdown(report: Report) -> str:
+    """All rows of all sections as tables, and what is missing or failed by name."""
+    where = report["machine"]
+    lines = [f"# {where['device']}, torch {where['torch']}, Triton {where['triton']}", ""]
+    if report["tiny"]:
+        lines += ["Toy shapes: the times mean nothing.", ""]
+    for name, section in report["sections"].items():
+        lines += [f"## {name}: {section['status']}" + (f" ({section['why']})" if "why" in section else ""), ""]
+        rows = section.get("rows", [])
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        if rows:
+            lines += ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+            lines += ["| " + " | ".join(shown(row.get(column)) for column in columns) + " |" for row in rows]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def shown(value: object) -> str:
+    """A cell."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The GPU benchmark's own code, at toy shapes; without a GPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import gpu, gpu_sections
+from benchmarks.gpu_bench import Bench, Report
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def test_every_section_runs_or_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", str(tmp_path / "gpu.json"), "--markdown", str(tmp_path / "gpu.md")]
+    report = gpu.main(["--tiny", *files])
+    status = {name: section["status"] for name, section in report["sections"].items()}
+    assert list(status) == list(gpu_sections.SECTIONS)
+    lacking = [name for name, state in status.items() if state == "missing"]
+    assert "engine" in lacking
+    assert set(lacking) <= {"engine", "bitsandbytes"}
+    assert all(state != "failed" for state in status.values()), report
+    assert json.loads((tmp_path / "gpu.json").read_text()) == report
+    page = (tmp_path / "gpu.md").read_text()
+    assert "the times mean nothing" in page
+    assert "## engine: missing (the engine does not run these kernels yet: mixed 32" in page
+    capsys.readouterr()
+
+
+def test_wrong_kernels_are_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_sections, "CHECKS", {"a kernel that writes nothing": lambda bench, dtype: float("nan")})
+    files = ["--json", str(tmp_path / "gpu.json"), "--markdown", str(tmp_path / "gpu.md")]
+    report = gpu.main(["--tiny", "--sections", "correct", "swap", *files])
+    assert list(report["sections"]) == ["correct"]
+    assert report["sections"]["correct"]["why"].startswith("AssertionError: a kernel that writes nothing in")
+    assert "nothing is timed" in capsys.readouterr().out
+
+
+def test_a_section_that_fails_is_named_and_the_time_is_bounded() -> None:
+    def broken(bench: Bench) -> Report:
+        raise RuntimeError("out of memory")
+
+    bench = Bench("cpu", tiny=True)
+    assert gpu.run("x", broken, 10, bench, float("inf"))["why"] == "RuntimeError: out of memory"
+    late = gpu.run("x", broken, 10, bench, 0.0)
+    assert (late["status"], late["why"]) == ("missing", "no time left")
+
+
+def test_it_refuses_to_time_a_machine_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "--tiny" in capsys.readouterr().err
