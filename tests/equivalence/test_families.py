@@ -115,14 +115,32 @@ def write_family(directory: Path, family: Family) -> None:
     write_byte_tokenizer(directory)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, "native") for name in FAMILIES),
+        *((name, "blocks") for name in ("llama", "mistral", "qwen3", "gemma3", "phi3-longrope", "olmo2")),
+        *((name, "torch") for name in ("llama", "mistral", "qwen2", "gemma2", "phi3", "olmo2", "qwen2-moe")),
+    ],
+)
 def test_a_family_equals_generate(
     name: str,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     make_adapter: Callable[..., Path],
     directory_fetch: Callable[[dict[str, Path]], Any],
 ) -> None:
-    """Base rows and two adapters of different rank in one batch, prompts of very different lengths, in chunks."""
+    """Base rows and two adapters of different rank in one batch, prompts of very different lengths, in chunks.
+
+    native: as it is served; blocks: longer prompts attend in torch's blocks, between native layers; torch: as where
+    there is no C compiler.
+    """
+    if way == "blocks":
+        monkeypatch.setattr("server.engine.engine.LISTED_TOKENS", 45)
+    elif way == "torch":
+        monkeypatch.setattr("server.engine.engine.native.load", lambda dtype: None)
+        monkeypatch.setattr("server.model.packed.library", lambda: None)
     family = FAMILIES[name]
     base = tmp_path / "base"
     write_family(base, family)
