@@ -28,6 +28,7 @@ from server.engine.kv_cache import PageTable
 from server.engine.observer import EngineObserver, EngineSnapshot, SchedulerReports, Unobserved
 from server.engine.offline import Completion, run_all
 from server.engine.outbox import Outbox
+from server.engine.pace import Pace
 from server.engine.request import Request
 from server.engine.row_by_row import RowByRow
 from server.engine.sampler import SamplerState
@@ -111,6 +112,7 @@ class Engine:
             fetches=limits.adapter_fetches,
         )
         reports = SchedulerReports(told)
+        pace = Pace()
         self._scheduler = Scheduler(
             self._pages,
             self._runner.kv,
@@ -120,6 +122,7 @@ class Engine:
             watcher=reports,
             # longrope turns a sequence's keys anew when it grows past a length: pages are not the prefix's alone.
             prefix_cache=limits.prefix_cache and self._runner.long_rope is None,
+            pace=pace,
         )
         rope = self._runner.long_rope
         self._loop = StepLoop(
@@ -130,6 +133,7 @@ class Engine:
             told,
             reports,
             long_from=None if rope is None else rope.switch + 1,
+            pace=pace,
         )
         self._thread = threading.Thread(target=self._loop.run, name="loraplex-engine", daemon=True)
 

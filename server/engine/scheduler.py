@@ -12,6 +12,7 @@ from typing import Protocol
 from server.adapters.residency import Residency
 from server.engine.fair_queue import FairQueue
 from server.engine.kv_cache import PageTable
+from server.engine.pace import Pace
 from server.engine.prefix import extend_keys, root_key
 from server.engine.request import Request
 from server.engine.sequence import Sequence
@@ -58,14 +59,14 @@ class Scheduler:
     """Continuous batching with chunked prompts, fair between tenants and between a tenant's adapters.
 
     Running sequences get one token each first; what is left of the token budget goes to prompts, the least served
-    line first. A waiting request joins when it is its turn, its adapters are on the device and there is room for the
+    line first; beside answers they are paced (`pace.py`), but for a line's only one. A waiting request joins when it is its turn, its adapters are on the device and there is room for the
     tokens it has now; pages for its answer are taken as it grows. When they run out, the youngest sequence of the
     line with the most running ones goes back to the queue with its tokens and is computed anew later. The same
     happens to it when a line that runs at least two fewer has its turn and finds no place.
 
     A sequence begins with the pages that an earlier one with the same adapters, weights and tokens left (adapters that
-    change no key and no value do not count), except for
-    the page of its last token: that one must be computed, for its logits choose the next token.
+    change no key and no value do not count), except for the page of its last token: that one must be computed, for its
+    logits choose the next token.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class Scheduler:
         watcher: Watcher,
         *,
         prefix_cache: bool = True,
+        pace: Pace | None = None,
     ) -> None:
         self._pages = pages
+        self._pace = pace
         self._memory = memory
         self._residency = residency
         # One token each for all that run is the least a step must have room for, or a prompt could wait for ever.
@@ -96,18 +99,30 @@ class Scheduler:
         self._admit()
         self._residency.passed_over()
         budget = self._max_batch_tokens
+        paced = self._paced()
         shares = []
         for sequence in self._turns():
             if sequence not in self.running:
                 continue  # it gave its pages to one before it
-            tokens = self._grow(sequence, min(sequence.pending, budget))
+            prompt = sequence.pending > 1
+            # A line's only running request waits for its first token, and owes nobody smoothness: it is not paced.
+            slow = prompt and self.waiting.lines(sequence)[1].running > 1
+            tokens = self._grow(sequence, min(sequence.pending, budget, paced if slow else budget))
             if tokens:
                 shares.append(Share(sequence, tokens))
                 budget -= tokens
+                paced = max(0, paced - tokens) if prompt else paced
         shares = [share for share in shares if share.sequence in self.running]
         for share in shares:
             self._charge(share.sequence, share.sequence.computed + share.tokens)
         return shares
+
+    def _paced(self) -> int:
+        """Prompt tokens the next step may have beside its answers."""
+        if self._pace is None:
+            return self._max_batch_tokens
+        allowed = self._pace.prompt_tokens(sum(s.pending == 1 for s in self.running))
+        return self._max_batch_tokens if allowed is None else allowed
 
     def has_work(self) -> bool:
         """Whether the next `schedule` or `failed` has something to give."""

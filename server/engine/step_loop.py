@@ -15,6 +15,7 @@ from torch import Tensor
 from server.engine.front_door import FrontDoor
 from server.engine.kv_cache import PageTable
 from server.engine.observer import EngineObserver, EngineSnapshot, SchedulerReports
+from server.engine.pace import Pace
 from server.engine.request import Delta
 from server.engine.sampler import sample
 from server.engine.scheduler import Scheduler, Share
@@ -53,6 +54,7 @@ class StepLoop:
         observer: EngineObserver,
         reports: SchedulerReports,
         long_from: int | None,
+        pace: Pace,
     ) -> None:
         self.observer = observer
         self.snapshot = EngineSnapshot(kv_pages_total=pages.pages)
@@ -62,6 +64,7 @@ class StepLoop:
         self._forward = forward
         self._reports = reports
         self._long_from = long_from
+        self._pace = pace
 
     def run(self) -> None:
         """The engine's thread: until the door is closed; who is inside then ends with `Draining`."""
@@ -87,8 +90,11 @@ class StepLoop:
         started = time.monotonic()
         step, logits = self._forward(shares)
         self._postprocess(step, logits)
+        seconds = time.monotonic() - started
+        answers = sum(share.tokens == 1 for share in shares)
+        self._pace.saw(answers, sum(share.tokens for share in shares) - answers, seconds)
         self.observer.step(
-            seconds=time.monotonic() - started,
+            seconds=seconds,
             sequences=len(shares),
             adapters=len({use.digest for share in shares for use in share.sequence.request.adapters}),
             tokens=sum(share.tokens for share in shares),

@@ -1,0 +1,55 @@
+"""Prompts beside answers: how many tokens of them a step takes on."""
+
+import pytest
+
+from server.engine.pace import Pace
+from tests.server.engine.pretend import PretendEngine, expected, request
+
+
+def test_it_allows_what_doubles_a_step() -> None:
+    pace = Pace(stretch=2.0)
+    assert pace.prompt_tokens(8) is None  # nothing seen yet
+    for _ in range(200):
+        pace.saw(answers=8, prompt_tokens=0, seconds=0.040)
+        pace.saw(answers=8, prompt_tokens=100, seconds=0.090)
+    # A token costs half a millisecond more, so 80 take as long as the answers alone.
+    assert pace.prompt_tokens(8) == 80
+    assert pace.prompt_tokens(0) is None  # nobody waits for a next token
+
+
+def test_it_follows_the_machine_and_never_starves_prompts() -> None:
+    pace = Pace()
+    for _ in range(200):
+        pace.saw(8, 0, 0.040)
+        pace.saw(8, 100, 0.090)
+    for _ in range(200):
+        pace.saw(8, 100, 5.0)
+    assert pace.prompt_tokens(8) == 16
+    for _ in range(200):
+        pace.saw(8, 100, 0.039)  # free: reading the weights is all that costs
+    allowed = pace.prompt_tokens(8)
+    assert allowed is None or allowed > 10_000
+
+
+@pytest.mark.parametrize("newcomer", [False, True])
+def test_a_crowd_of_one_line_is_paced_and_a_newcomer_is_not(newcomer: bool) -> None:
+    pretend = PretendEngine(pages=400, prefix_cache=False, max_batch_tokens=64)
+    try:
+        for name in ("a", "b"):
+            pretend.run(request(name, new=1))  # loaded
+        for _ in range(4):
+            pretend.submit(request("a", new=50))
+        for _ in range(5):
+            pretend.step()
+        pace = pretend.engine._loop._pace
+        pace.saw = lambda *seen: None  # type: ignore[method-assign]
+        pace.prompt_tokens = lambda answers: 16 if answers else None  # type: ignore[method-assign]
+        asked = request("b" if newcomer else "a", prompt=[1] * 48, new=3)
+        reader = pretend.submit(asked)
+        before = pretend.counts.steps
+        pretend.finish(reader)
+        assert reader.token_ids == expected(asked)
+        steps = pretend.counts.step_of_first_token[asked.id] - before
+        assert steps == (1 if newcomer else 3)
+    finally:
+        pretend.close()
