@@ -20,7 +20,7 @@ from server.kernels.native import MAX_HEAD_WIDTH, Native
 from server.kernels.native.decoder import Decoder, JointLinears, LayerParts, Shape
 from server.kernels.native.packing import PackedProduct
 from server.model.attention import AttentionPlan, PagedKv, prefill
-from server.model.packed import PackedLinear, pack_linear, pack_output_head, packable
+from server.model.packed import PackedLinear, let_go_of_checkpoint, pack_linear, pack_output_head, packable
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ def pack_weights(model: nn.Module) -> None:
         if isinstance(module, LoraLinear) and not _is_float32(module.base):
             pack_linear(module.base)
     pack_output_head(model)
+    let_go_of_checkpoint(model)
 
 
 def fusable(model: nn.Module) -> bool:

@@ -59,10 +59,11 @@ class Scheduler:
     """Continuous batching with chunked prompts, fair between tenants and between a tenant's adapters.
 
     Running sequences get one token each first; what is left of the token budget goes to prompts, the least served
-    line first; beside answers they are paced (`pace.py`), but for a line's only one. A waiting request joins when it is its turn, its adapters are on the device and there is room for the
-    tokens it has now; pages for its answer are taken as it grows. When they run out, the youngest sequence of the
-    line with the most running ones goes back to the queue with its tokens and is computed anew later. The same
-    happens to it when a line that runs at least two fewer has its turn and finds no place.
+    line first; beside answers they are paced (`pace.py`), but for a line's only one. A waiting request joins when it is
+    its turn, its adapters are on the device and there is room for the tokens it has now; pages for its answer are taken
+    as it grows. When they run out, the youngest sequence of the line with the most running ones goes back to the queue
+    with its tokens and is computed anew later. The same happens to it when a line that runs at least two fewer has its
+    turn and finds no place.
 
     A sequence begins with the pages that an earlier one with the same adapters, weights and tokens left (adapters that
     change no key and no value do not count), except for the page of its last token: that one must be computed, for its

@@ -118,3 +118,15 @@ def pack_output_head(model: nn.Module) -> None:
     del embedding._parameters["weight"]
     embedding.__class__ = PackedEmbedding
     embedding.packed = head.packed
+
+
+def let_go_of_checkpoint(model: nn.Module) -> None:
+    """Copy what was not packed out of the file it was read from.
+
+    A checkpoint stays mapped, and counts as memory, as long as one tensor points into it: packed weights' originals too.
+    """
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if type(tensor) in (nn.Parameter, Tensor) and tensor is not None and tensor.device.type == "cpu":
+                    tensor.data = tensor.data.clone()
