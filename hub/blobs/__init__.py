@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from hub.refs import Digest
+
+
+@dataclass(frozen=True)
+class BlobInfo:
+    """What the storage knows of a blob without reading it."""
+
+    bytes: int
+    modified: float  # Unix time of the last put that wrote it
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Bytes of a put that has not come to its end, and perhaps never will."""
+
+    name: str
+    bytes: int
+    modified: float  # Unix time of the last write
 
 
 class BlobStore(ABC):
@@ -36,3 +54,22 @@ class BlobStore(ABC):
     @abstractmethod
     def digests(self) -> Iterator[Digest]:
         """All blobs, in no particular order."""
+
+    @abstractmethod
+    def info(self, digest: Digest) -> BlobInfo:
+        """Size and time of a blob; raises BlobNotFound."""
+
+    @abstractmethod
+    def delete(self, digest: Digest) -> None:
+        """Give the blob's bytes back; nothing happens where it is not there.
+
+        Whoever calls this holds the catalog's write lock (see `hub.sweep`). Readers that have it open read on.
+        """
+
+    @abstractmethod
+    def unfinished(self) -> Iterator[Unfinished]:
+        """What puts that died left behind, and what running ones are writing."""
+
+    @abstractmethod
+    def discard(self, unfinished: Unfinished) -> None:
+        """Remove one of `unfinished`; a put that still writes it fails and leaves nothing."""
