@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from hub import catalog, fsck, location, pull, verify
 from hub.adapter_dir import ParsedAdapter, parse_adapter
@@ -28,7 +28,7 @@ from hub.errors import (
 )
 from hub.fingerprint import known_shapes
 from hub.gate import Gate, Promotion
-from hub.lineage import Lineage, trace
+from hub.lineage import Lineage, relation, trace
 from hub.manifest import Manifest
 from hub.progress import Progress
 from hub.refs import LATEST, AdapterRef, Alias, Digest
@@ -36,6 +36,9 @@ from hub.search import Page, Query
 from hub.splitting import checked_split
 from hub.sweep import GRACE_SECONDS, RETENTION_SECONDS, collect
 from hub.versions import AliasState, Event, Lease, Problem, PushResult, Swept, Version
+
+if TYPE_CHECKING:
+    from hub.diff import Diff
 
 __all__ = ["AliasState", "Event", "Hub", "Lease", "Problem", "PushResult", "Swept", "Version"]
 _PUSH_ATTEMPTS = 5
@@ -160,6 +163,13 @@ class Hub:
                 f"{found.text} has no file {filename[:80]!a}; it has {', '.join(found.manifest.files)}"
             )
         return verify.read_checked(self._blobs, found, filename)
+
+    def diff(self, a: AdapterRef | str, b: AdapterRef | str) -> Diff:
+        """How the version `b` names differs from the one `a` names; raises BlobCorrupt and what `resolve` raises."""
+        from hub.diff import compare  # needs numpy's linear algebra, which only this method does
+
+        first, second = self.resolve(a), self.resolve(b)
+        return compare(self._blobs, first, second, self._relation(first, second))
 
     def versions(self, pattern: str | None = None) -> list[Version]:
         """All versions whose adapter's name matches the shell pattern ("team/*"; None: all), by name and number."""
@@ -298,6 +308,9 @@ class Hub:
         """Compare the catalog with the journal and the blobs' presence; what is wrong. `verify` reads the bytes."""
         return fsck.check(self._blobs, self._catalog, progress)
 
+    def _relation(self, a: Version, b: Version) -> str:
+        return relation(self.lineage(_exact(a)), self.lineage(_exact(b)))
+
     def _known(self, digest: Digest) -> Version | None:
         try:
             return self.get(digest)
@@ -341,6 +354,10 @@ class Hub:
             done += file.bytes
             if progress is not None:
                 progress("storing", done, adapter.bytes)
+
+
+def _exact(version: Version) -> AdapterRef:
+    return replace(AdapterRef.parse(version.full_name), selector=version.digest)
 
 
 def _holder(text: str) -> str:

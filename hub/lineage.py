@@ -57,3 +57,23 @@ def trace(
     )
     direct = tuple(child for child in children(version.digest) if version.digest in child.manifest.parents)
     return Lineage(version, tuple(sorted(ancestors, key=lambda a: a.distance)), direct, not level)
+
+
+def relation(a: Lineage, b: Lineage) -> str:
+    """How two versions are related, in words: "A is a parent of B", "A and B share team/x@1 (1 and 2 steps back)"."""
+    if a.version.digest == b.version.digest:
+        return "A and B are the same version"
+    back_a = {ancestor.digest: ancestor for ancestor in a.ancestors}
+    back_b = {ancestor.digest: ancestor for ancestor in b.ancestors}
+    for older, younger, back in (("A", "B", back_b.get(a.version.digest)), ("B", "A", back_a.get(b.version.digest))):
+        if back is not None:
+            steps = "a parent" if back.distance == 1 else f"an ancestor, {back.distance} steps back,"
+            return f"{older} is {steps} of {younger}"
+    shared = min(
+        back_a.keys() & back_b.keys(), key=lambda d: (back_a[d].distance + back_b[d].distance, d), default=None
+    )
+    if shared is None:
+        return "A and B have no recorded ancestor in common"
+    version = back_a[shared].version
+    name = version.text if version is not None else shared
+    return f"A and B come from {name} ({back_a[shared].distance} and {back_b[shared].distance} steps back)"

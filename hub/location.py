@@ -117,7 +117,8 @@ def make(place: Place, *, step: catalog.Step = no_step) -> tuple[BlobStore, cata
     """
     try:
         place.directory.mkdir(parents=True, exist_ok=True)
-        if not any(place.directory.iterdir()):
+        # Another process may just be writing the file.
+        if all(path.name.startswith(".FORMAT.") for path in place.directory.iterdir()):
             _write_format(place.directory)
         _check_format(place.directory)
         return _open(place, step)

@@ -52,6 +52,10 @@ class AliasState:
     generation: int  # grows with every move, also over an untag; never the same twice
     targets: tuple[Target, ...] = ()  # by number; several: a canary, see `hub.canary`
 
+    def holds(self, number: int) -> bool:
+        """Whether this version is what it holds, or some of it."""
+        return any(target.version == number for target in self.targets)
+
 
 Held = tuple[tuple[int, int], ...]  # what an alias holds, as the journal writes it: (number, weight), by number
 EventKind = Literal["push", "tag", "untag", "rm", "restore", "purge", "pin", "unpin"]

@@ -72,7 +72,6 @@ def test_the_story_of_two_versions(tmp_path: Path, run: Run) -> None:
 
 
 def test_json_of_every_verb(tmp_path: Path, data: Callable[..., Any]) -> None:
-    assert data("list") == []
     pushed = data("push", adapter(tmp_path, 1), "x")
     assert (pushed["version"], pushed["created_now"], pushed["aliases"]) == ("x@1", True, ["latest"])
     assert data("show", "x")["digest"] == pushed["digest"]
@@ -87,8 +86,9 @@ def test_json_of_every_verb(tmp_path: Path, data: Callable[..., Any]) -> None:
 
 def test_refusals_are_one_line_with_the_reason(tmp_path: Path, run: Run) -> None:
     (tmp_path / "empty").mkdir()
+    run("push", adapter(tmp_path, 3), "nobody/x")
     refusals = {
-        ("show", "nobody/x"): "ADAPTER_NOT_FOUND",
+        ("show", "y"): "ADAPTER_NOT_FOUND",
         ("show", "../x"): "REF_INVALID",
         ("push", str(tmp_path / "empty"), "x"): "ADAPTER_FILE_MISSING",
         ("push", adapter(tmp_path, 1), "x", "--base", "nope"): "BASE_NOT_FOUND",
@@ -143,8 +143,9 @@ def test_verify_tells_damage_and_exits_1(tmp_path: Path, run: Run) -> None:
     assert (status, json.loads(out)[0]["file"]) == (1, "adapter_config.json")
 
 
-def test_a_fault_of_ours_keeps_its_trace(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hub.hub.Hub.versions", lambda *arguments: b"\xff".decode())
+def test_a_fault_of_ours_keeps_its_trace(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    monkeypatch.setattr("hub.hub.Hub.search", lambda *arguments: b"\xff".decode())
     monkeypatch.setattr(sys, "argv", ["hub", "list"])
     with pytest.raises(UnicodeDecodeError):
         cli.main()
@@ -179,7 +180,7 @@ def test_help_imports_nothing_heavy() -> None:
         "from hub.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'sqlalchemy', 'numpy', 'rich', 'torch', 'transformers', 'grpc', 'huggingface_hub', 'platformdirs'}\n"
+        "heavy = {'sqlalchemy', 'alembic', 'psycopg', 'numpy', 'rich', 'torch', 'transformers', 'grpc', 'huggingface_hub', 'platformdirs'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
@@ -190,7 +191,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_the_hub_works_without_torch() -> None:
     program = (
         "import sys\n"
-        "import hub.hub, hub.base, hub.lora_config, hub.cli_push, hub.cli_show, hub.cli_tags, hub.cli_verify\n"
+        "import hub.hub, hub.base, hub.lora_config, hub.cli_push, hub.cli_show, hub.cli_tags, hub.cli_verify, hub.diff, hub.rebuild\n"
         "print(sorted({'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
