@@ -18,7 +18,7 @@ from hub import catalog_removal, catalog_rows, catalog_search, journal, tables
 from hub.alias_history import before_now
 from hub.catalog_rows import Record
 from hub.catalog_writer import Step, Writer, now
-from hub.errors import AdapterNotFound, AliasMoved, BlobsSwept, HubReadOnly, HubUnavailable
+from hub.errors import AdapterNotFound, AliasMoved, BlobsSwept, HubReadOnly, HubUnavailable, QueryInvalid
 from hub.journal import Journal
 from hub.refs import LATEST, AdapterRef, Alias, Digest
 from hub.replay import State
@@ -160,6 +160,8 @@ class Catalog:
         name = refs[0][0].full_name
         with self._writing() as writer:
             records = [(catalog_rows.resolve(writer.connection, ref), weight) for ref, weight in refs]
+            if len({record.number for record, _ in records}) < len(records):
+                raise QueryInvalid("the same version is named twice")
             held = catalog_rows.alias_state(writer.connection, name, alias)
             _check_expected(name, alias, held, expect)
             if generation is not None and (held.generation if held else 0) != generation:
@@ -327,6 +329,8 @@ class Catalog:
             with self._engine.execution_options(**{WRITING: True}).begin() as connection:
                 writer = Writer(connection, self._step, self._actor)
                 yield writer
+                if writer.batch is not None and self._journal.has(writer.batch):
+                    raise HubUnavailable(journal.OTHER_STORY)
                 self._step("catalog:commit")
         self._step("catalog:committed")
         if writer.batch is None:

@@ -11,7 +11,6 @@ from hub.cli_output import print_json, version_json
 from hub.gate import Gate
 from hub.hub import Hub
 
-
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 

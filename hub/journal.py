@@ -23,6 +23,10 @@ from hub.versions import Event, Held
 
 SCHEMA: Final = "loraplex.journal/1"
 MAX_RECORD_BYTES: Final = 4 * 1024 * 1024
+OTHER_STORY: Final = (
+    "the journal beside the blobs tells another story than the catalog: a second catalog writes here, or this one was "
+    "put back from a backup; `hub fsck` says where they part, `hub fsck --rebuild` takes the journal's"
+)
 
 
 class Journal(ABC):

@@ -13,7 +13,7 @@ from typing import Final
 
 from hub.blobs.local import Step, no_step, storage_unavailable, sync_directory
 from hub.errors import BlobCorrupt, HubUnavailable
-from hub.journal import Journal, decode
+from hub.journal import OTHER_STORY, Journal, decode
 
 _NAME: Final = re.compile(r"([0-9]{12})\.json", re.ASCII)
 
@@ -71,10 +71,7 @@ class LocalJournal(Journal):
             except BlobCorrupt:
                 temporary.replace(final)  # damaged since it was written
                 return
-            raise HubUnavailable(
-                "the journal beside the blobs tells another story than the catalog: a second catalog writes here, or "
-                "this one was put back from a backup; `hub fsck` says where they part"
-            ) from None
+            raise HubUnavailable(OTHER_STORY) from None
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                 raise

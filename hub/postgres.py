@@ -20,11 +20,13 @@ def open_engine(url: sa.URL) -> sa.Engine:
 
     Nothing is connected yet.
     """
+    asked = url.query.get("options", "")  # such as "-c search_path=loraplex"
+    options = f"-c lock_timeout={BUSY_SECONDS}s {asked if isinstance(asked, str) else ' '.join(asked)}"
     try:
         engine = sa.create_engine(
             url.set(drivername="postgresql+psycopg"),
             pool_pre_ping=True,  # connections of before the server's restart are replaced
-            connect_args={"connect_timeout": CONNECT_SECONDS, "options": f"-c lock_timeout={BUSY_SECONDS}s"},
+            connect_args={"connect_timeout": CONNECT_SECONDS, "options": options},
         )
     except ImportError as error:
         raise HubUnavailable("a PostgreSQL catalog needs psycopg: pip install 'psycopg[binary]'") from error

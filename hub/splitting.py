@@ -21,6 +21,4 @@ def checked_split(targets: Sequence[tuple[AdapterRef, int]]) -> Sequence[tuple[A
             raise QueryInvalid(f"{ref}: a weight is a whole number from 1 to {MAX_WEIGHT:,}")
     if len({ref.full_name for ref, _ in targets}) > 1:
         raise QueryInvalid("an alias holds versions of one adapter")
-    if len({ref.selector for ref, _ in targets}) < len(targets):
-        raise QueryInvalid("the same version is named twice")
     return targets
