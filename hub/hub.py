@@ -323,14 +323,14 @@ class Hub:
     ) -> tuple[catalog.Record, bool]:
         """Store the bytes and enter the version; once more where a sweep took some of them in between."""
         for attempt in range(_PUSH_ATTEMPTS):
-            self._store_files(adapter, progress)
-            # Known content keeps its manifest; storing that again mends a damaged copy.
-            known = self._catalog.find(manifest.name, manifest.content)
-            data = known.manifest if known is not None else manifest.canonical()
-            digest, _ = self._blobs.put(io.BytesIO(data))
-            needed = [digest, *(file.sha256 for file in adapter.files.values())]
-            publication = catalog.Publication(manifest.name, digest, manifest.content, data)
             try:
+                self._store_files(adapter, progress)
+                # Known content keeps its manifest; storing that again mends a damaged copy.
+                known = self._catalog.find(manifest.name, manifest.content)
+                data = known.manifest if known is not None else manifest.canonical()
+                digest, _ = self._blobs.put(io.BytesIO(data))
+                needed = [digest, *(file.sha256 for file in adapter.files.values())]
+                publication = catalog.Publication(manifest.name, digest, manifest.content, data)
                 return self._catalog.publish(
                     publication,
                     aliases,

@@ -31,7 +31,8 @@ class BlobStore(ABC):
     """Immutable bytes under their SHA-256.
 
     - `put` returns only when the bytes survive a crash. A blob is visible whole or not at all; a `put` that was cut
-      short leaves nothing that `open`, `has` or `digests` shows.
+      short leaves nothing that `open`, `has` or `digests` shows. Raises BlobsSwept where `delete` or `discard` took
+      what it was working on: the caller puts the bytes again.
     - Putting bytes that are there already succeeds and changes nothing, also from several processes at once. Where the
       stored copy turned out damaged, the new bytes replace it.
     - Readers get what is stored, unchecked; whoever hands bytes on hashes them first (`Hub.read_file`, `Hub.pull`).

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from hub.blobs import BlobInfo, BlobStore, Unfinished
-from hub.errors import BlobNotFound, HubUnavailable
+from hub.errors import BlobNotFound, BlobsSwept, HubUnavailable
 from hub.refs import Digest
 
 _CHUNK: Final = 1024 * 1024
@@ -47,6 +47,8 @@ class LocalBlobStore(BlobStore):
             self._step("blob:create")
             digest, size = self._write(temporary, source)
             self._publish(temporary, self._path(digest), size)
+        except FileNotFoundError as error:
+            raise BlobsSwept("a sweep took what was being stored: push again") from error
         except OSError as error:
             raise storage_unavailable(error) from error
         finally:

@@ -115,3 +115,36 @@ def test_acknowledged_pushes_survive_whenever_the_process_dies(tmp_path: Path, d
                 hub.push(directory, "team/x")
             check_whole(hub)
             assert len(hub.versions()) == len(directories)
+
+
+def test_removal_killed_at_every_step(tmp_path: Path, directories: list[str]) -> None:
+    case = {"prepare": [["push", directories[0]], ["push", directories[1]]], "writes": [["rm", "team/x@1"]]}
+    steps, _ = at_every_step(tmp_path, case)
+    for number in range(len(steps)):
+        with Hub.open(str(tmp_path / "dying" / str(number))) as hub:
+            removed = number >= steps.index("catalog:committed")
+            assert [version.number for version in hub.versions()] == ([2] if removed else [1, 2])
+            hub.push(directories[2], "team/x")
+            assert hub.verify() == hub.fsck() == []
+
+
+def test_a_sweep_killed_at_every_step(tmp_path: Path, directories: list[str]) -> None:
+    case = {
+        "prepare": [["push", directory] for directory in directories[:3]] + [["rm", "team/x@1"], ["rm", "team/x@2"]],
+        "writes": [["gc"]],
+    }
+    steps, _ = at_every_step(tmp_path, case)
+    assert steps.count("blob:delete") == 4  # two weights, two manifests; the config is shared
+    for number in range(len(steps)):
+        with Hub.open(str(tmp_path / "dying" / str(number))) as hub:
+            assert hub.verify() == []
+            assert {problem.reason for problem in hub.fsck()} <= {"JOURNAL_BEHIND"}
+            assert [version.number for version in hub.versions()] == [3]
+            if number < steps.index("catalog:committed"):
+                assert hub.restore("team/x@1").number == 1
+                hub.remove("team/x@1")
+            hub.sweep(retention_seconds=0, grace_seconds=0)
+            assert hub.verify() == hub.fsck() == []
+            assert len(list(hub._blobs.digests())) == 3
+            hub.pull("team/x@3", tmp_path / f"out-{number}")
+            assert hub.push(directories[0], "team/x").version.number == 4
