@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -11,7 +12,7 @@ from hub import catalog_rows, tables
 from hub.catalog_rows import Record
 from hub.refs import Digest
 from hub.replay import State
-from hub.search import MetricTest, Query
+from hub.search import COMPARE, MetricTest, Query
 
 _BATCH: Final = 500
 _WILD: Final = frozenset("*?[")
@@ -112,28 +113,32 @@ def _statement(query: Query, after: tuple[str, int]) -> sa.Select[Any]:
             statement = statement.where(v.c.full_name == prefix)
         elif prefix:
             statement = statement.where(v.c.full_name >= prefix, v.c.full_name < prefix[:-1] + chr(ord(prefix[-1]) + 1))
+        if prefix != query.pattern:
+            statement = statement.where(v.c.full_name.like(_like(query.pattern), escape="\\"))
     if query.base is not None:
         by_name = v.c.base_name == query.base
         by_print = v.c.base_fingerprint.startswith(query.base, autoescape=True)
         statement = statement.where(sa.or_(by_name, by_print) if query.base.startswith("sha256:") else by_name)
     if query.tag is not None:
         t = tables.targets
-        statement = statement.where(
-            sa.exists().where(t.c.full_name == v.c.full_name, t.c.number == v.c.number, t.c.alias == query.tag)
-        )
+        statement = statement.where(_among(sa.select(t.c.full_name, t.c.number).where(t.c.alias == query.tag)))
     for test in query.metrics:
         statement = statement.where(_meets(test))
     return statement
 
 
+def _among(keys: sa.Select[Any]) -> sa.ColumnElement[bool]:
+    v = tables.versions
+    return sa.tuple_(v.c.full_name, v.c.number).in_(keys)
+
+
 def _meets(test: MetricTest) -> sa.ColumnElement[bool]:
-    v, m = tables.versions, tables.metrics
-    compared = {
-        ">=": m.c.value >= test.bound,
-        "<=": m.c.value <= test.bound,
-        ">": m.c.value > test.bound,
-        "<": m.c.value < test.bound,
-        "==": m.c.value == test.bound,
-        "!=": m.c.value != test.bound,
-    }[test.compare]
-    return sa.exists().where(m.c.full_name == v.c.full_name, m.c.number == v.c.number, m.c.name == test.name, compared)
+    m = tables.metrics.c
+    met = COMPARE[test.compare](m.value, sa.literal(test.bound, sa.Double))
+    return _among(sa.select(m.full_name, m.number).where(m.name == test.name, met))
+
+
+def _like(pattern: str) -> str:
+    """A LIKE pattern, with backslash for escape, that matches at least what the shell pattern matches."""
+    text = re.sub(r"\[!?\]?[^\]]*\]", "?", pattern)  # a class stands for one character
+    return "".join({"*": "%", "?": "_"}.get(char, f"\\{char}" if char in "%_\\" else char) for char in text)

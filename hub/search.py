@@ -7,15 +7,14 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 from hub.errors import QueryInvalid
 from hub.versions import Version
 
 METRIC_NAME: Final = re.compile(r"[A-Za-z0-9_.:/@-]{1,128}", re.ASCII)
 _TEST = re.compile(r"\s*([A-Za-z0-9_.:/@-]{1,128})\s*(>=|<=|==|!=|=|>|<)\s*(\S+)\s*", re.ASCII)
-Operator = Literal[">=", "<=", "==", "!=", ">", "<"]
-COMPARE: Final[Mapping[str, Callable[[float, float], bool]]] = {
+COMPARE: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
 
@@ -38,7 +37,7 @@ class MetricTest:
 
     def met_by(self, value: float) -> bool:
         """Whether a metric of this value meets the condition."""
-        return COMPARE[self.compare](value, self.bound)
+        return bool(COMPARE[self.compare](value, self.bound))
 
     def __str__(self) -> str:
         return f"{self.name} {self.compare} {self.bound:g}"

@@ -29,6 +29,7 @@ versions = sa.Table(
     sa.Column("base_name", sa.Text),  # from the manifest, to search by
     sa.Column("base_fingerprint", sa.Text),
     sa.UniqueConstraint("full_name", "content"),
+    sa.Index("versions_by_base", "base_name", "full_name", "number"),
 )
 # Which blobs a version needs: what the sweep may not take.
 files = sa.Table(
@@ -50,6 +51,7 @@ metrics = sa.Table(
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("value", sa.Double, nullable=False),
     sa.ForeignKeyConstraint(["full_name", "number"], ["versions.full_name", "versions.number"]),
+    sa.Index("metrics_by_value", "name", "value"),
 )
 # Versions whose bytes were given back for good.
 purged = sa.Table(
@@ -78,6 +80,7 @@ targets = sa.Table(
     sa.ForeignKeyConstraint(["full_name", "alias"], ["aliases.full_name", "aliases.alias"]),
     sa.ForeignKeyConstraint(["full_name", "number"], ["versions.full_name", "versions.number"]),
     sa.Index("targets_by_version", "full_name", "number"),
+    sa.Index("targets_by_alias", "alias", "full_name", "number"),
 )
 # Who keeps a version from being removed.
 leases = sa.Table(

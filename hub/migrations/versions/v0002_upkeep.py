@@ -41,6 +41,8 @@ def upgrade() -> None:
         sa.Column("value", sa.Double, nullable=False),
         sa.ForeignKeyConstraint(*of_version),
     )
+    op.create_index("metrics_by_value", "metrics", ["name", "value"])
+    op.create_index("versions_by_base", "versions", ["base_name", "full_name", "number"])
     op.create_table(
         "purged",
         sa.Column("full_name", name, primary_key=True),
@@ -79,6 +81,7 @@ def _split_aliases(name: Any, of_version: Any) -> None:
         sa.ForeignKeyConstraint(*of_version),
     )
     op.create_index("targets_by_version", "targets", ["full_name", "number"])
+    op.create_index("targets_by_alias", "targets", ["alias", "full_name", "number"])
     op.execute("INSERT INTO aliases SELECT full_name, alias, generation FROM aliases_0001")
     op.execute("INSERT INTO targets SELECT full_name, alias, number, 1 FROM aliases_0001")
     op.drop_table("aliases_0001")
