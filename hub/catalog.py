@@ -129,10 +129,11 @@ class Catalog:
             query = sa.select(v).order_by(v.c.full_name, v.c.number)
             return [catalog_rows.record_of(row) for row in connection.execute(query)]
 
-    def search(self, query: Query) -> tuple[list[Record], bool]:
-        """Versions that are there and meet the query, by name and number, and whether there are more."""
+    def search(self, query: Query) -> tuple[list[Record], dict[Digest, tuple[str, ...]], bool]:
+        """Versions that are there and meet the query, by name and number; their aliases; whether there are more."""
         with self._reading() as connection:
-            return catalog_search.search(connection, query)
+            records, more = catalog_search.search(connection, query)
+            return records, catalog_search.held_by(connection, records), more
 
     def children(self, digest: Digest) -> list[Record]:
         """The versions that name this one as a parent, by name and number."""

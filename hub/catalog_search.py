@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -34,6 +35,21 @@ def search(connection: sa.Connection, query: Query) -> tuple[list[Record], bool]
         if len(rows) < batch:
             return found, False
         after = (rows[-1].full_name, rows[-1].number)
+
+
+def held_by(connection: sa.Connection, records: Sequence[Record]) -> dict[Digest, tuple[str, ...]]:
+    """The aliases that hold each of these versions, or some of it."""
+    t = tables.targets
+    wanted = {(record.full_name, record.number): record.digest for record in records}
+    names = sorted({record.full_name for record in records})
+    held: dict[Digest, tuple[str, ...]] = dict.fromkeys(wanted.values(), ())
+    for begin in range(0, len(names), _BATCH):
+        query = sa.select(t).where(t.c.full_name.in_(names[begin : begin + _BATCH])).order_by(t.c.full_name, t.c.alias)
+        for row in connection.execute(query):
+            digest = wanted.get((row.full_name, row.number))
+            if digest is not None:
+                held[digest] += (row.alias,)
+    return held
 
 
 def naming(connection: sa.Connection, digest: Digest) -> list[Record]:

@@ -95,13 +95,8 @@ def _query(
 def _print_found(query: Query, hub_url: str | None, as_json: bool) -> None:
     with Hub.open_existing(hub_url) as hub:
         page = hub.search(query)
-        aliases = {name: hub.aliases(name) for name in {version.full_name for version in page.versions}}
-    held = {
-        version.text: [alias for alias, state in aliases[version.full_name].items() if state.holds(version.number)]
-        for version in page.versions
-    }
     if as_json:
-        print_json([version_json(version, held[version.text]) for version in page.versions])
+        print_json([version_json(version, page.aliases[version.digest]) for version in page.versions])
     elif page.versions:
         asked = sorted({test.name for test in query.metrics})
         rows = []
@@ -110,7 +105,7 @@ def _print_found(query: Query, hub_url: str | None, as_json: bool) -> None:
             rows.append(
                 [
                     version.text,
-                    " ".join(held[version.text]),
+                    " ".join(page.aliases[version.digest]),
                     *(f"{numbers[name]:g}" for name in asked),
                     rank_text(version),
                     f"{version.manifest.lora.parameters:,}",

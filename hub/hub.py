@@ -182,8 +182,8 @@ class Hub:
 
     def search(self, query: Query) -> Page:
         """The versions that meet a query, a page at a time, by name and number."""
-        records, more = self._catalog.search(query)
-        return Page(tuple(map(self._version, records)), more)
+        records, aliases, more = self._catalog.search(query)
+        return Page(tuple(map(self._version, records)), aliases, more)
 
     def lineage(self, ref: AdapterRef | str) -> Lineage:
         """What a version was made from, back to the first, and what was made from it; raises what `resolve` does."""

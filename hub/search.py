@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from hub.errors import QueryInvalid
+from hub.refs import Digest
 from hub.versions import Version
 
 METRIC_NAME: Final = re.compile(r"[A-Za-z0-9_.:/@-]{1,128}", re.ASCII)
@@ -61,6 +62,7 @@ class Page:
     """Some of what a query finds, by name and number."""
 
     versions: tuple[Version, ...]
+    aliases: Mapping[Digest, tuple[str, ...]]  # by version: the aliases that hold it, or some of it, in order
     more: bool  # ask again with `after` at the last of these
 
 

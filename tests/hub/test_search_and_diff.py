@@ -56,6 +56,8 @@ def test_search_by_base_alias_and_metric(hub: Hub, tmp_path: Path) -> None:
     assert texts(hub, Query(tag="canary")) == ["team/a@1", "team/a@2"]
     assert texts(hub, Query(newest=True)) == ["b@1", "team/a@2"]
     assert texts(hub, Query(newest=True, tag="prod")) == []
+    page = hub.search(Query("team/*"))
+    assert [page.aliases[version.digest] for version in page.versions] == [("canary", "prod"), ("canary", "latest")]
     hub.untag("team/a", "canary")
     hub.tag("team/a@1", "latest")
     hub.remove("team/a@2")
