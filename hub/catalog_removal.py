@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from hub import catalog_rows, tables
 from hub.catalog_rows import Record
-from hub.catalog_writer import Writer, now, same_version
+from hub.catalog_writer import Writer, same_version
 from hub.errors import HubUnavailable, NotRestorable, RefInvalid, VersionHeld, VersionNotFound
 from hub.refs import AdapterRef, Alias, Digest, Version
 from hub.versions import Lease
@@ -26,7 +26,7 @@ def remove(writer: Writer, record: Record) -> Record:
             holders.append(f"{'a pin' if held.expires is None else 'a lease'} of {held.holder}")
     if holders:
         raise VersionHeld(f"{record.text} is held by {', '.join(holders)}: move or release what holds it first")
-    writer.mark_removed(record, now())
+    writer.mark_removed(record, writer.time)
     writer.append("rm", record)
     return record
 

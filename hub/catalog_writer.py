@@ -27,6 +27,7 @@ class Writer:
     def __init__(self, connection: sa.Connection, step: Step, actor: str | None) -> None:
         self.connection = connection
         self.step = step
+        self.time = now()  # one for all that it writes: rows and events tell the same story
         self.batch: int | None = None  # seq of the first event, once there is one
         self._actor = actor
         self._seq = 0
@@ -43,7 +44,7 @@ class Writer:
         self.connection.execute(
             sa.insert(tables.events).values(
                 seq=self._seq, batch=self.batch, kind=kind, full_name=record.full_name, alias=alias,
-                number=record.number, digest=record.digest, time=now(), actor=self._actor,
+                number=record.number, digest=record.digest, time=self.time, actor=self._actor,
                 before=None if before is None else json.dumps(before),
                 after=None if after is None else json.dumps(after), note=note,
             )
@@ -121,7 +122,7 @@ class Writer:
             self.connection.execute(sa.delete(table).where(*same_version(table, record)))
         self.connection.execute(
             sa.insert(tables.purged).values(
-                full_name=record.full_name, number=record.number, digest=record.digest, time=now()
+                full_name=record.full_name, number=record.number, digest=record.digest, time=self.time
             )
         )
         self.append("purge", record)

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from hub import postgres, schema, sqlite, tables
+from hub import location, postgres, schema, sqlite, tables
 from hub.errors import HubNotFound, HubReadOnly, HubUnavailable
 from hub.facts import Facts
 from hub.hub import Hub
@@ -247,3 +247,36 @@ def test_the_audit_says_who_when_and_from_what_to_what(hub: Hub, tmp_path: Path)
         ("bob", "tag", ((1, 1),), ((2, 1),)),
     ]
     assert json.loads(json.dumps(told))
+
+
+def test_a_database_server_that_drops_its_connections_is_reached_again(postgres_database: str, tmp_path: Path) -> None:
+    with Hub.open(f"{postgres_database}?blobs={tmp_path / 'hub'}") as hub:
+        hub.push(adapter(tmp_path, 1), "x")
+        drop = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        other = postgres.open_engine(sa.make_url(postgres_database))
+        with other.connect() as connection:
+            connection.exec_driver_sql(f"{drop} AND datname = current_database()")
+        other.dispose()
+        assert hub.resolve("x").number == 1
+        assert hub.push(adapter(tmp_path, 2), "x").version.number == 2
+
+
+def test_a_connection_lost_in_the_middle_of_a_push_enters_nothing(postgres_database: str, tmp_path: Path) -> None:
+    url = f"{postgres_database}?blobs={tmp_path / 'hub'}"
+    drop = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+    with Hub.open(url) as hub:
+        hub.push(adapter(tmp_path, 1), "x")
+
+        def cut(name: str) -> None:
+            if name == "catalog:alias":
+                with other.connect() as connection:
+                    connection.exec_driver_sql(f"{drop} AND datname = current_database()")
+
+        other = postgres.open_engine(sa.make_url(postgres_database))
+        cutting = Hub(*location.make(location.Place.parse(url), step=cut))
+        with cutting, pytest.raises(HubUnavailable):
+            cutting.push(adapter(tmp_path, 2), "x")
+        other.dispose()
+        assert [version.number for version in hub.versions()] == [1]
+        assert hub.push(adapter(tmp_path, 2), "x").version.number == 2
+        assert hub.fsck() == []

@@ -336,6 +336,20 @@ def test_a_pull_that_a_sweep_overtakes_says_that_the_version_was_removed(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_write_that_lasts_longer_than_a_second_tells_one_time(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by killing processes a thousand times: purged rows and their events differed by a second."""
+    three(hub, tmp_path)
+    seconds = iter(range(10**6))
+    monkeypatch.setattr("hub.catalog_writer.now", lambda: f"2026-01-01T00:{next(seconds):04}Z")
+    hub.remove("x@1")
+    hub.remove("x@2")
+    assert hub.fsck() == []
+    sweep(hub)
+    assert hub.fsck() == []
+
+
 def test_defaults_are_those_the_guide_names() -> None:
     assert (sweeping.RETENTION_SECONDS, sweeping.GRACE_SECONDS) == (7 * 86400, 3600)
     assert State().last_seq == 0
