@@ -1,40 +1,33 @@
-"""The catalog: which versions exist, what the aliases hold, and a journal of every change.
+"""The catalog: which versions exist, what the aliases hold, and every change as a numbered event.
 
-One write is one transaction: version, alias moves and their events appear together or not at all. Event numbers are
-given inside it, so they have no gaps and readers see them in order. Only SQLAlchemy Core is used and nothing of one
-database's own, so that another engine means another `open_engine` (see `hub.sqlite`).
+One write is one transaction: version, alias moves and their events appear together or not at all. Writers take turns
+(`hub.sqlite`, `hub.postgres`) and number events inside, so numbers have no gaps and readers see them in order. After
+the commit, and before the write is acknowledged, its events go to the journal beside the blobs.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
 
 import sqlalchemy as sa
 
-from hub.errors import AdapterNotFound, AliasMoved, AliasNotFound, HubUnavailable, VersionNotFound
-from hub.refs import LATEST, AdapterRef, Alias, Digest, Version
+from hub import catalog_removal, catalog_rows, catalog_search, journal, tables
+from hub.alias_history import before_now
+from hub.catalog_rows import Record
+from hub.catalog_writer import Step, Writer, now
+from hub.errors import AdapterNotFound, AliasMoved, BlobsSwept, HubReadOnly, HubUnavailable, QueryInvalid
+from hub.journal import Journal
+from hub.refs import LATEST, AdapterRef, Alias, Digest
+from hub.replay import State
+from hub.search import Query
 from hub.sqlite import WRITING
-from hub.tables import adapters as _adapters
-from hub.tables import aliases as _aliases
-from hub.tables import events as _events
-from hub.tables import versions as _versions
-from hub.versions import AliasState, Event
+from hub.versions import AliasState, Event, Lease
 
-Step = Callable[[str], None]  # called with the name of each step just before it; tests cut the run there
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row of the versions table."""
-
-    full_name: str
-    number: int
-    digest: Digest
-    manifest: bytes  # canonical JSON, not yet checked against `digest`
+__all__ = ["Catalog", "Publication", "Record", "Step", "now"]
+_MAX_SEQ = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -50,185 +43,279 @@ class Publication:
 class Catalog:
     """The catalog in one database. Methods are safe to call from several threads and processes.
 
-    All raise HubUnavailable where the database cannot be reached, read or written.
+    All raise HubUnavailable where the database cannot be reached, read or written; where it was opened for reading,
+    those that write raise HubReadOnly.
     """
 
-    def __init__(self, engine: sa.Engine, *, step: Step = lambda name: None) -> None:
+    def __init__(
+        self,
+        engine: sa.Engine,
+        record: Journal,
+        *,
+        actor: str | None = None,
+        step: Step = lambda name: None,
+        read_only: bool = False,
+    ) -> None:
         self._engine = engine
+        self._journal = record
+        self._actor = actor
         self._step = step
+        self._read_only = read_only
+
+    def acting_as(self, actor: str | None) -> Catalog:
+        """The same catalog; what is written through it is written by `actor`."""
+        return Catalog(self._engine, self._journal, actor=actor, step=self._step, read_only=self._read_only)
 
     def close(self) -> None:
         """Give back the connections."""
         self._engine.dispose()
 
-    def publish(self, publication: Publication, aliases: Sequence[str]) -> tuple[Record, bool]:
+    def check_writable(self) -> None:
+        """Raise HubReadOnly where the hub was opened for reading."""
+        if self._read_only:
+            raise HubReadOnly("the hub cannot be written from here: its directory is read-only")
+
+    # Versions
+
+    def publish(
+        self, publication: Publication, aliases: Sequence[str], missing: Callable[[], bool] = lambda: False
+    ) -> tuple[Record, bool]:
         """Enter a version and point `aliases` at it; the version's record, and whether it is new.
 
         A new version also takes the alias "latest". Content that is there under this name already stays the version it
-        is: only `aliases` move.
+        is: only `aliases` move; where it was removed it is restored, and takes "latest" too. `missing` is asked with
+        the write lock held, where no sweep runs; when it says yes nothing is entered and BlobsSwept is raised.
         """
-        with self._writing() as connection:
-            record = _select_record(
-                connection, _versions.c.full_name == publication.full_name, _versions.c.content == publication.content
+        name = publication.full_name
+        with self._writing() as writer:
+            record = catalog_rows.select_record(
+                writer.connection, tables.versions.c.full_name == name, tables.versions.c.content == publication.content
             )
             created = record is None
+            if missing():
+                raise BlobsSwept("a sweep took bytes of this push before it was published: push again")
+            newest = created
             if record is None:
-                record = self._insert(connection, publication)
-            for alias in dict.fromkeys([LATEST, *aliases] if created else aliases):
-                self._point(connection, record, alias, _alias_row(connection, record.full_name, alias))
-            self._step("catalog:commit")
-        self._step("catalog:committed")
+                record = writer.new_version(name, publication.digest, publication.content, publication.manifest)
+            elif record.removed is not None:
+                record, newest = catalog_removal.bring_back(writer, record), True
+            for alias in dict.fromkeys([LATEST, *aliases] if newest else aliases):
+                writer.point(name, alias, catalog_rows.alias_state(writer.connection, name, alias), [(record, 1)])
         return record, created
 
     def find(self, full_name: str, content: Digest) -> Record | None:
-        """The version of this adapter with this content, if there is one."""
+        """The version of this adapter with this content, removed or not, if there is one."""
         with self._reading() as connection:
-            return _select_record(connection, _versions.c.full_name == full_name, _versions.c.content == content)
+            v = tables.versions.c
+            return catalog_rows.select_record(connection, v.full_name == full_name, v.content == content)
 
-    def resolve(self, ref: AdapterRef) -> Record:
-        """The version that `ref` names now; raises AdapterNotFound, VersionNotFound or AliasNotFound."""
+    def resolve(self, ref: AdapterRef, key: str | None = None) -> Record:
+        """See `hub.catalog_rows.resolve`."""
         with self._reading() as connection:
-            return _resolve(connection, ref)
+            return catalog_rows.resolve(connection, ref, key)
 
     def get(self, digest: Digest) -> Record:
-        """The version with this digest; raises AdapterNotFound."""
+        """The version with this digest; raises AdapterNotFound, VersionNotFound where it was removed."""
         with self._reading() as connection:
-            record = _select_record(connection, _versions.c.digest == digest)
-        if record is None:
-            raise AdapterNotFound(f"there is no version {digest} in this hub")
-        return record
+            record = catalog_rows.select_record(connection, tables.versions.c.digest == digest)
+            if record is None:
+                raise AdapterNotFound(f"there is no version {digest} in this hub")
+            return catalog_rows.there(connection, record.full_name, record.number)
 
     def records(self) -> list[Record]:
-        """All versions, by name and number."""
+        """All versions, removed ones too, by name and number."""
         with self._reading() as connection:
-            rows = connection.execute(sa.select(_versions).order_by(_versions.c.full_name, _versions.c.number))
-            return [_record(row) for row in rows]
+            v = tables.versions
+            query = sa.select(v).order_by(v.c.full_name, v.c.number)
+            return [catalog_rows.record_of(row) for row in connection.execute(query)]
+
+    def search(self, query: Query) -> tuple[list[Record], dict[Digest, tuple[str, ...]], bool]:
+        """Versions that are there and meet the query, by name and number; their aliases; whether there are more."""
+        with self._reading() as connection:
+            records, more = catalog_search.search(connection, query)
+            return records, catalog_search.held_by(connection, records), more
+
+    def children(self, digest: Digest) -> list[Record]:
+        """The versions that name this one as a parent, by name and number."""
+        with self._reading() as connection:
+            return catalog_search.naming(connection, digest)
+
+    # Aliases
 
     def aliases(self, full_name: str) -> dict[str, AliasState]:
         """What every alias of an adapter holds, by alias; raises AdapterNotFound."""
         with self._reading() as connection:
-            _check_known(connection, full_name)
-            query = (
-                sa.select(_aliases.c.alias, _aliases.c.number, _aliases.c.generation, _versions.c.digest)
-                .join(_versions)
-                .where(_aliases.c.full_name == full_name)
-                .order_by(_aliases.c.alias)
-            )
-            return {
-                row.alias: AliasState(row.number, Digest(row.digest), row.generation)
-                for row in connection.execute(query)
-            }
+            catalog_rows.check_known(connection, full_name)
+            return catalog_rows.alias_states(connection, full_name)
 
-    def tag(self, ref: AdapterRef, alias: str, expect: int | None) -> Record:
-        """Point `alias` at the version `ref` names.
+    def tag(
+        self, refs: Sequence[tuple[AdapterRef, int]], alias: str, expect: int | None, *,
+        generation: int | None = None, note: str | None = None,
+    ) -> AliasState:  # fmt: skip
+        """Point `alias` at the versions that `refs` (of one adapter) name, with their weights; what it holds then.
 
-        With `expect` only if it holds that version number now (0: does not exist); raises AliasMoved otherwise, and
-        what `resolve` raises. Pointing an alias at what it holds already changes nothing and enters no event.
+        With `expect` only if it holds that version alone now (0: does not exist), with `generation` only if it has
+        not moved since; raises AliasMoved otherwise, and what `resolve` raises. Pointing an alias at what it holds
+        already changes nothing and enters no event.
         """
-        with self._writing() as connection:
-            record = _resolve(connection, ref)
-            row = _alias_row(connection, record.full_name, alias)
-            held = row.number if row is not None else 0
-            if expect is not None and held != expect:
-                holds = f"holds version {held}" if held else "does not exist"
-                wanted = f"version {expect}" if expect else "it not to exist"
-                raise AliasMoved(f"{record.full_name}:{alias} {holds}, you expected {wanted}")
-            self._point(connection, record, alias, row)
-            self._step("catalog:commit")
-        self._step("catalog:committed")
-        return record
+        name = refs[0][0].full_name
+        with self._writing() as writer:
+            records = [(catalog_rows.resolve(writer.connection, ref), weight) for ref, weight in refs]
+            if len({record.number for record, _ in records}) < len(records):
+                raise QueryInvalid("the same version is named twice")
+            held = catalog_rows.alias_state(writer.connection, name, alias)
+            _check_expected(name, alias, held, expect)
+            if generation is not None and (held.generation if held else 0) != generation:
+                raise AliasMoved(f"{name}:{alias} was moved by somebody else just now")
+            writer.point(name, alias, held, records, note)
+            state = catalog_rows.alias_state(writer.connection, name, alias)
+        assert state is not None
+        return state
 
     def untag(self, full_name: str, alias: str, expect: int | None) -> Record:
         """Remove an alias; the version it held. Raises AliasNotFound, AliasMoved (see `tag`), AdapterNotFound."""
-        with self._writing() as connection:
-            record = _resolve(connection, AdapterRef(*_split(full_name), Alias(alias)))
-            if expect is not None and record.number != expect:
-                raise AliasMoved(f"{full_name}:{alias} holds version {record.number}, you expected version {expect}")
-            self._step("catalog:alias")
-            connection.execute(sa.delete(_aliases).where(_aliases.c.full_name == full_name, _aliases.c.alias == alias))
-            self._append(connection, "untag", record, alias)
-            self._step("catalog:commit")
-        self._step("catalog:committed")
+        with self._writing() as writer:
+            record = catalog_rows.resolve(writer.connection, AdapterRef(*_split(full_name), Alias(alias)))
+            held = catalog_rows.alias_state(writer.connection, full_name, alias)
+            assert held is not None
+            _check_expected(full_name, alias, held, expect)
+            writer.drop_alias(record, alias, held)
         return record
 
-    def events(self, since_seq: int, limit: int) -> list[Event]:
-        """Up to `limit` events with seq > `since_seq`, in order."""
+    def rollback(self, full_name: str, alias: str, expect: int | None) -> AliasState:
+        """Give an alias back what it held before its last move; see `hub.alias_history`.
+
+        Raises NothingToRollBack, AliasMoved, AdapterNotFound, AliasNotFound where it never was, VersionNotFound where
+        what it held is removed.
+        """
+        with self._writing() as writer:
+            connection = writer.connection
+            e = tables.events.c
+            history = catalog_rows.select_events(connection, e.full_name == full_name, e.alias == alias)
+            held = catalog_rows.alias_state(connection, full_name, alias)
+            if not history:
+                catalog_rows.resolve(connection, AdapterRef(*_split(full_name), Alias(alias)))
+            _check_expected(full_name, alias, held, expect)
+            wanted = before_now(f"{full_name}:{alias}", history)
+            records = [(catalog_rows.there(connection, full_name, number), weight) for number, weight in wanted]
+            writer.point(full_name, alias, held, records, "rollback")
+            state = catalog_rows.alias_state(connection, full_name, alias)
+        assert state is not None
+        return state
+
+    # Removal
+
+    def remove(self, ref: AdapterRef) -> Record:
+        """Mark a version as removed; raises VersionHeld, and what `resolve` raises."""
+        with self._writing() as writer:
+            return catalog_removal.remove(writer, catalog_rows.resolve(writer.connection, ref))
+
+    def restore(self, ref: AdapterRef) -> Record:
+        """Take the mark back; raises NotRestorable, VersionNotFound, AdapterNotFound, RefInvalid for an alias."""
+        with self._writing() as writer:
+            return catalog_removal.restore(writer, ref)
+
+    def expired(self, removed_before: str) -> list[Record]:
+        """The versions that were marked as removed up to this time."""
         with self._reading() as connection:
-            query = sa.select(_events).where(_events.c.seq > since_seq).order_by(_events.c.seq).limit(limit)
-            return [
-                Event(row.seq, row.kind, row.full_name, row.alias, row.number, Digest(row.digest), row.time)
-                for row in connection.execute(query)
-            ]
+            return catalog_removal.expired(connection, removed_before)
+
+    def purge(self, records: Sequence[Record]) -> list[Record]:
+        """Forget these versions for good, but for those that were restored meanwhile; which they were."""
+        with self._writing() as writer:
+            return catalog_removal.purge(writer, records)
+
+    def unreferenced(self, digests: Sequence[Digest], leaving: Sequence[Record] = ()) -> list[Digest]:
+        """Those of `digests` that no version needs, versions in `leaving` not counted."""
+        with self._reading() as connection:
+            return catalog_removal.unreferenced(connection, digests, leaving)
+
+    def sweep(self, digests: Sequence[Digest], delete: Callable[[Digest], None]) -> list[Digest]:
+        """Call `delete` for those of `digests` that no version needs, while no version can be published."""
+        with self._writing() as writer:
+            found = catalog_removal.unreferenced(writer.connection, digests)
+            for digest in found:
+                delete(digest)
+        return found
+
+    def lease(self, ref: AdapterRef, holder: str, seconds: float | None) -> Lease:
+        """Keep a version from being removed for `seconds` from now (None: until released); again: for longer."""
+        expires = None if seconds is None else time.time() + seconds
+        with self._writing() as writer:
+            return catalog_removal.lease(writer, catalog_rows.resolve(writer.connection, ref), holder, expires)
+
+    def release(self, ref: AdapterRef, holder: str) -> None:
+        """Take a lease or pin back; nothing happens where there is none."""
+        with self._writing() as writer:
+            catalog_removal.release(writer, catalog_rows.resolve(writer.connection, ref), holder)
+
+    def leases(self, full_name: str | None) -> list[Lease]:
+        """What is held now, of one adapter or of all."""
+        with self._reading() as connection:
+            return catalog_removal.leases(connection, full_name)
+
+    # Events
+
+    def events(self, since_seq: int, limit: int, full_name: str | None = None) -> list[Event]:
+        """Up to `limit` events with seq > `since_seq`, in order; of one adapter or of all."""
+        e = tables.events.c
+        conditions = [e.seq > min(since_seq, _MAX_SEQ)] + ([e.full_name == full_name] if full_name else [])
+        with self._reading() as connection:
+            return catalog_rows.select_events(connection, *conditions, limit=limit)
 
     def last_seq(self) -> int:
         """The newest event's number, 0 where nothing happened yet."""
         with self._reading() as connection:
-            return _last_seq(connection)
+            return catalog_rows.last_seq(connection)
+
+    def settle(self) -> None:
+        """Write to the journal what it lacks of the catalog's events."""
+        with self._reading() as connection:
+            newest = connection.execute(sa.select(sa.func.max(tables.events.c.batch))).scalar()
+        self._settle(newest)
+
+    def behind_journal(self) -> bool:
+        """Whether the journal has writes that this catalog lacks: it was put back from a backup, or lost its end."""
+        last = self.last_seq()
+        while self._journal.has(last + 1):
+            seen, last = last, self.last_seq()
+            if last == seen:
+                return True
+        return False
+
+    def journal_events(self) -> Iterator[Event]:
+        """The journal's events, in order; raises BlobCorrupt at a record that is damaged or missing."""
+        return journal.read_events(self._journal)
+
+    def state(self) -> State:
+        """What the tables hold, without the events."""
+        with self._reading() as connection:
+            return catalog_search.state(connection)
 
     def check(self) -> list[str]:
         """What is wrong with the database itself, in words; empty where nothing is."""
         with self._reading() as connection:
-            count = connection.execute(sa.select(sa.func.count()).select_from(_events)).scalar_one()
-            wrong = []
-            if count != _last_seq(connection):
-                wrong.append(f"the journal has {count} events, but the newest is number {_last_seq(connection)}")
-            dangling = sa.select(_aliases).outerjoin(_versions).where(_versions.c.number.is_(None))
-            wrong += [
-                f"{row.full_name}:{row.alias} holds version {row.number}, which is not there"
-                for row in connection.execute(dangling)
-            ]
-            return wrong
+            return catalog_search.check(connection)
 
-    def _insert(self, connection: sa.Connection, new: Publication) -> Record:
-        name = new.full_name
-        row = connection.execute(sa.select(_adapters).where(_adapters.c.full_name == name)).first()
-        number = 1 if row is None else row.next_number
-        self._step("catalog:version")
-        if row is None:
-            connection.execute(sa.insert(_adapters).values(full_name=name, next_number=number + 1))
-        else:
-            connection.execute(sa.update(_adapters).where(_adapters.c.full_name == name).values(next_number=number + 1))
-        record = Record(name, number, new.digest, new.manifest)
-        connection.execute(
-            sa.insert(_versions).values(
-                full_name=name, number=number, digest=new.digest, content=new.content, manifest=new.manifest.decode()
-            )
-        )
-        self._append(connection, "push", record, None)
-        return record
+    def replace(self, fill: Callable[[sa.Connection], None]) -> None:
+        """Empty every table and let `fill` enter the rows anew, in one transaction."""
+        with self._writing() as writer:
+            for table in reversed(tables.metadata.sorted_tables):
+                writer.connection.execute(sa.delete(table))
+            fill(writer.connection)
 
-    def _point(self, connection: sa.Connection, record: Record, alias: str, held: Any) -> None:
-        """Move `alias` from the row `held` (None: absent) to `record`, provided nobody moved it meanwhile."""
-        if held is not None and held.number == record.number:
-            return
-        self._step("catalog:alias")
-        seq = self._append(connection, "tag", record, alias)
-        if held is None:
-            connection.execute(
-                sa.insert(_aliases).values(
-                    full_name=record.full_name, alias=alias, number=record.number, generation=seq
-                )
-            )
-            return
-        here = (_aliases.c.full_name == record.full_name, _aliases.c.alias == alias)
-        moved = connection.execute(
-            sa.update(_aliases)
-            .where(*here, _aliases.c.generation == held.generation)
-            .values(number=record.number, generation=seq)
-        )
-        if moved.rowcount != 1:
-            raise AliasMoved(f"{record.full_name}:{alias} was moved by somebody else just now")
-
-    def _append(self, connection: sa.Connection, kind: str, record: Record, alias: str | None) -> int:
-        seq = _last_seq(connection) + 1
-        self._step("catalog:event")
-        connection.execute(
-            sa.insert(_events).values(
-                seq=seq, kind=kind, full_name=record.full_name, alias=alias, number=record.number,
-                digest=record.digest, time=now(),
-            )
-        )  # fmt: skip
-        return seq
+    def _settle(self, batch: int | None) -> None:
+        """Write the journal's records up to `batch`, oldest first: a record is there only when all before it are."""
+        b = tables.events.c.batch
+        lacking: list[int] = []
+        with self._reading() as connection:
+            while batch is not None and not self._journal.has(batch):
+                lacking.append(batch)
+                batch = connection.execute(sa.select(sa.func.max(b)).where(b < batch)).scalar()
+        for number in reversed(lacking):
+            with self._reading() as connection:
+                events = catalog_rows.select_events(connection, b == number)
+            self._journal.put(number, journal.encode(events))
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
@@ -236,16 +323,22 @@ class Catalog:
             yield connection
 
     @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
+    def _writing(self) -> Iterator[Writer]:
+        self.check_writable()
         with _translated():
             self._step("catalog:begin")
             with self._engine.execution_options(**{WRITING: True}).begin() as connection:
-                yield connection
-
-
-def now() -> str:
-    """The time as the hub writes it: RFC 3339, UTC, whole seconds."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+                writer = Writer(connection, self._step, self._actor)
+                yield writer
+                if writer.batch is not None and self._journal.has(writer.batch):
+                    raise HubUnavailable(journal.OTHER_STORY)
+                self._step("catalog:commit")
+        self._step("catalog:committed")
+        if writer.batch is None:
+            self.settle()  # said again because an earlier answer got lost: its record may be lacking
+        else:
+            self._settle(writer.batch)
+        self._step("journal:done")
 
 
 @contextmanager
@@ -254,49 +347,22 @@ def _translated() -> Iterator[None]:
         yield
     except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
         # The driver's own words name no path, except when it cannot open the file.
-        cause = str(getattr(error, "orig", None) or type(error).__name__)
+        cause = str(getattr(error, "orig", None) or type(error).__name__).partition("\n")[0]
         raise HubUnavailable(f"the hub's catalog cannot be used: {cause}") from error
 
 
-def _resolve(connection: sa.Connection, ref: AdapterRef) -> Record:
-    name, selector = ref.full_name, ref.selector
-    if isinstance(selector, Alias):
-        row = _alias_row(connection, name, selector.name)
-        number = row.number if row is not None else None
-        found = number and _select_record(connection, _versions.c.full_name == name, _versions.c.number == number)
-    elif isinstance(selector, Version):
-        found = _select_record(connection, _versions.c.full_name == name, _versions.c.number == selector.number)
+def _check_expected(full_name: str, alias: str, held: AliasState | None, expect: int | None) -> None:
+    if expect is None:
+        return
+    numbers = [target.version for target in held.targets] if held is not None else []
+    if numbers == ([expect] if expect else []):
+        return
+    if len(numbers) > 1:
+        holds = f"is split over versions {', '.join(map(str, numbers))}"
     else:
-        found = _select_record(connection, _versions.c.full_name == name, _versions.c.digest == selector)
-    if found:
-        return found
-    _check_known(connection, name)
-    if isinstance(selector, Alias):
-        raise AliasNotFound(f"{name} has no alias {selector.name!r}")
-    raise VersionNotFound(f"{name} has no version {str(selector).removeprefix('@')}")
-
-
-def _check_known(connection: sa.Connection, full_name: str) -> None:
-    if connection.execute(sa.select(_adapters).where(_adapters.c.full_name == full_name)).first() is None:
-        raise AdapterNotFound(f"there is no adapter {full_name!r} in this hub")
-
-
-def _alias_row(connection: sa.Connection, full_name: str, alias: str) -> Any:
-    query = sa.select(_aliases).where(_aliases.c.full_name == full_name, _aliases.c.alias == alias)
-    return connection.execute(query).first()
-
-
-def _select_record(connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> Record | None:
-    row = connection.execute(sa.select(_versions).where(*conditions)).first()
-    return None if row is None else _record(row)
-
-
-def _record(row: Any) -> Record:
-    return Record(row.full_name, row.number, Digest(row.digest), row.manifest.encode())
-
-
-def _last_seq(connection: sa.Connection) -> int:
-    return int(connection.execute(sa.select(sa.func.coalesce(sa.func.max(_events.c.seq), 0))).scalar_one())
+        holds = f"holds version {numbers[0]}" if numbers else "does not exist"
+    wanted = f"version {expect}" if expect else "it not to exist"
+    raise AliasMoved(f"{full_name}:{alias} {holds}, you expected {wanted}")
 
 
 def _split(full_name: str) -> tuple[str | None, str]:

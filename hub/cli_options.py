@@ -16,7 +16,8 @@ def hub_option(verb: Verb) -> Verb:
         "--hub",
         "hub_url",
         metavar="URL",
-        help="The hub: file:///directory or a path.  [default: $LORAPLEX_HUB, else your data directory]",
+        help="The hub: file:///directory, a path, or postgresql://user@host/database?blobs=/directory.  [default: "
+        "$LORAPLEX_HUB, else your data directory]",
     )(verb)
 
 

@@ -11,7 +11,7 @@ import click
 
 from hub.base_identity import BaseIdentity
 from hub.progress import Progress
-from hub.versions import Version
+from hub.versions import AliasState, Held, Version
 
 
 def print_json(value: Any) -> None:
@@ -101,6 +101,21 @@ def base_text(base: BaseIdentity) -> str:
     name = f"{base.name or 'unknown'}{f'@{base.revision}' if base.revision else ''}"
     known = base.fingerprint[:19] if base.fingerprint else "unverified"
     return f"{name} ({known}{f', trained in {base.quantization}' if base.quantization else ''})"
+
+
+def held_text(held: Held) -> str:
+    """What an alias holds: "@3", or of several "@3 90 %, @4 10 %"."""
+    total = sum(weight for _, weight in held)
+    if len(held) == 1:
+        return f"@{held[0][0]}"
+    return ", ".join(f"@{number} {100 * weight / total:.3g} %" for number, weight in held)
+
+
+def share_text(state: AliasState, number: int) -> str:
+    """A version's share of an alias: "" where it is all of it, else " (10 %)"."""
+    total = sum(target.weight for target in state.targets)
+    share = sum(target.weight for target in state.targets if target.version == number) / total
+    return "" if share == 1 else f" ({100 * share:.3g} %)"
 
 
 def size_text(count: int) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import getpass
-
 import click
 
+from hub.actor import current_user
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import base_text, lora_text, print_json, print_pairs, progress_bar, size_text, version_json
 from hub.hub import Hub
@@ -48,10 +47,10 @@ def push(
     with Hub.open(hub_url) as hub:
         with progress_bar() as progress:
             result = hub.push(
-                directory, ref, base=base, aliases=aliases, parents=parents, creator=_user(), progress=progress
+                directory, ref, base=base, aliases=aliases, parents=parents, creator=current_user(), progress=progress
             )
         version = result.version
-        held = [alias for alias, state in hub.aliases(version.full_name).items() if state.version == version.number]
+        held = [alias for alias, state in hub.aliases(version.full_name).items() if state.holds(version.number)]
     if as_json:
         print_json({**version_json(version, held), "created_now": result.created, "warnings": list(result.warnings)})
         return
@@ -70,10 +69,3 @@ def push(
     )
     for warning in result.warnings:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
-
-
-def _user() -> str | None:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):
-        return None

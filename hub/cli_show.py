@@ -1,4 +1,4 @@
-"""`hub list` and `hub show`."""
+"""`hub show`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from hub.adapter_dir import CONFIG_FILE, README_FILE
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import (
     base_text,
@@ -14,57 +15,13 @@ from hub.cli_output import (
     print_json,
     print_pairs,
     print_table,
-    rank_text,
+    printable,
+    share_text,
     size_text,
     version_json,
 )
 from hub.hub import Hub, Version
-
-
-@click.command(
-    "list",
-    epilog=examples(
-        """
-hub list
-hub list 'team/*'
-hub list team/sentiment --all
-"""
-    ),
-)
-@click.argument("pattern", required=False)
-@click.option("--all", "every", is_flag=True, help="Every version, not only the newest of each adapter.")
-@hub_option
-@json_option
-def list_versions(pattern: str | None, every: bool, hub_url: str | None, as_json: bool) -> None:
-    """List adapters, each with its newest version. PATTERN is a shell pattern for names ('team/*')."""
-    with Hub.open(hub_url) as hub:
-        found = hub.versions(pattern)
-        versions = found if every else list({version.full_name: version for version in found}.values())
-        aliases = {name: hub.aliases(name) for name in {version.full_name for version in versions}}
-    held = {
-        version.text: [alias for alias, state in aliases[version.full_name].items() if state.version == version.number]
-        for version in versions
-    }
-    if as_json:
-        print_json([version_json(version, held[version.text]) for version in versions])
-        return
-    if not versions:
-        click.echo(f"no adapter matches {pattern!r}" if pattern else "the hub is empty: `hub push DIR NAME` fills it")
-        return
-    print_table(
-        ["version", "aliases", "rank", "parameters", "base", "created"],
-        [
-            [
-                version.text,
-                " ".join(held[version.text]),
-                rank_text(version),
-                f"{version.manifest.lora.parameters:,}",
-                version.manifest.base.name or "unknown",
-                version.created.replace("T", " ").removesuffix("Z"),
-            ]
-            for version in versions
-        ],
-    )
+from hub.lineage import Lineage
 
 
 @click.command(
@@ -72,29 +29,59 @@ def list_versions(pattern: str | None, every: bool, hub_url: str | None, as_json
         """
 hub show team/sentiment
 hub show team/sentiment:prod --json | jq .manifest.metrics
+hub show team/sentiment@3 --lineage
+hub show team/sentiment@3 --card --config
 """
     )
 )
 @click.argument("ref")
+@click.option("--card", is_flag=True, help="Its README.md.")
+@click.option("--lineage", is_flag=True, help="What it was made from, back to the first, and what was made from it.")
+@click.option("--config", is_flag=True, help="Its adapter_config.json.")
 @hub_option
 @json_option
-def show(ref: str, hub_url: str | None, as_json: bool) -> None:
-    """Everything about the version REF names: weights, base, how it was trained, files, aliases."""
-    with Hub.open(hub_url) as hub:
+def show(ref: str, card: bool, lineage: bool, config: bool, hub_url: str | None, as_json: bool) -> None:
+    """Everything about the version REF names: weights, base, how it was trained, files, aliases.
+
+    With --card, --lineage or --config only that. Where an alias is split over versions, the heaviest is shown.
+    """
+    with Hub.open_existing(hub_url) as hub:
         version = hub.resolve(ref)
         states = hub.aliases(version.full_name)
         parents = [_known_as(hub, parent) for parent in version.manifest.parents]
-    held = [alias for alias, state in states.items() if state.version == version.number]
+        family = hub.lineage(f"{version.full_name}@{version.digest}") if lineage else None
+        files = version.manifest.files
+        text = hub.read_file(version, README_FILE).decode("utf-8", "replace") if card and README_FILE in files else None
+        settings = json.loads(hub.read_file(version, CONFIG_FILE)) if config else None
+    held = {alias: state for alias, state in states.items() if state.holds(version.number)}
     if as_json:
-        print_json(version_json(version, held))
+        value = version_json(version, list(held))
+        value |= {"card": text} if card else {}
+        value |= {"lineage": _lineage_json(family)} if family is not None else {}
+        value |= {"config": settings} if config else {}
+        print_json(value)
         return
+    if card:
+        # A card is many lines of a stranger's.
+        lines = text.splitlines() if text is not None else [f"{version.text} has no {README_FILE}"]
+        click.echo("\n".join(map(printable, lines)))
+    if settings is not None:
+        click.echo(json.dumps(settings, indent=2))
+    if family is not None:
+        _print_lineage(family)
+    if not (card or config or lineage):
+        aliases = " ".join(f":{alias}{share_text(state, version.number)}" for alias, state in held.items())
+        _print_all(version, aliases, parents)
+
+
+def _print_all(version: Version, aliases: str, parents: list[str]) -> None:
     manifest = version.manifest
     click.secho(version.text, bold=True)
     print_pairs(
         {
             "digest": version.digest,
             "created": f"{version.created}{f' by {manifest.creator}' if manifest.creator else ''}",
-            "aliases": " ".join(f":{alias}" for alias in held),
+            "aliases": aliases,
             "base": base_text(manifest.base),
             "lora": lora_text(version),
             "note": "its delta is zero everywhere: base output, always" if manifest.lora.changes_nothing else "",
@@ -110,6 +97,41 @@ def show(ref: str, hub_url: str | None, as_json: bool) -> None:
         ["file", "size", "sha256"],
         [[name, size_text(entry.bytes), entry.sha256.hex] for name, entry in manifest.files.items()],
     )
+
+
+def _print_lineage(family: Lineage) -> None:
+    rows = [
+        [str(-step.distance), step.version.text if step.version else step.digest, _brief(step.version)]
+        for step in reversed(family.ancestors)
+    ]
+    rows.append(["0", family.version.text, _brief(family.version)])
+    rows += [["+1", child.text, _brief(child)] for child in family.children]
+    print_table(["step", "version", "made"], rows)
+    if not family.complete:
+        click.echo("older ancestors are left out", err=True)
+
+
+def _brief(version: Version | None) -> str:
+    if version is None:
+        return "not in this hub any more"
+    by = f" by {version.manifest.creator}" if version.manifest.creator else ""
+    return f"{version.created.replace('T', ' ').removesuffix('Z')}{by}"
+
+
+def _lineage_json(family: Lineage) -> dict[str, Any]:
+    return {
+        "ancestors": [
+            {
+                "digest": step.digest,
+                "version": step.version.text if step.version else None,
+                "distance": step.distance,
+                "through": list(step.children),
+            }
+            for step in family.ancestors
+        ],
+        "children": [{"digest": child.digest, "version": child.text} for child in family.children],
+        "complete": family.complete,
+    }
 
 
 def _known_as(hub: Hub, digest: Any) -> str:

@@ -1,16 +1,15 @@
-"""`hub tag`, `hub untag` and `hub log`."""
+"""`hub tag`, `hub untag` and `hub rollback`."""
 
 from __future__ import annotations
 
-import threading
-from dataclasses import asdict
+from typing import Any
 
 import click
 
 from hub.cli_options import examples, hub_option, json_option
-from hub.cli_output import print_json, print_table, version_json
-from hub.hub import Event, Hub
-from hub.refs import AdapterRef
+from hub.cli_output import held_text, print_json, version_json
+from hub.hub import AliasState, Hub
+from hub.refs import AdapterRef, Alias
 
 
 @click.command(
@@ -19,25 +18,39 @@ from hub.refs import AdapterRef
 hub tag team/sentiment@3 prod
 hub tag team/sentiment:canary prod --expect 2   # only if :prod still is @2
 hub tag team/sentiment@1 first --expect 0       # only if :first does not exist
+hub tag prod team/sentiment@3=90 team/sentiment@4=10   # a canary: a tenth of the keys get @4
 """
     )
 )
-@click.argument("ref")
-@click.argument("alias")
+@click.argument("first", metavar="REF ALIAS | ALIAS REF=WEIGHT...")
+@click.argument("others", nargs=-1, required=True, metavar="")
 @click.option(
     "--expect", type=click.IntRange(0), metavar="N", help="Only if the alias holds version N now; 0: does not exist."
 )
 @hub_option
 @json_option
-def tag(ref: str, alias: str, expect: int | None, hub_url: str | None, as_json: bool) -> None:
-    """Point ALIAS at the version REF names. Servers that watch the hub follow at once."""
-    alias = alias.removeprefix(":")
-    with Hub.open(hub_url) as hub:
-        version = hub.tag(ref, alias, expect)
-    if as_json:
-        print_json({"alias": alias, **version_json(version)})
+def tag(first: str, others: tuple[str, ...], expect: int | None, hub_url: str | None, as_json: bool) -> None:
+    """Point ALIAS at the version REF names. Servers that watch the hub follow at once.
+
+    With several REF=WEIGHT the alias is split: whoever resolves it with a key (a user, a session) always gets the same
+    version, in these proportions; without a key it is the heaviest.
+    """
+    if not any("=" in other for other in others):
+        if len(others) != 1:
+            raise click.UsageError("give REF and ALIAS, or ALIAS and several REF=WEIGHT")
+        alias = others[0].removeprefix(":")
+        with Hub.open_existing(hub_url) as hub:
+            version = hub.tag(first, alias, expect)
+        if as_json:
+            print_json({"alias": alias, **version_json(version)})
+            return
+        click.echo(f"{version.full_name}:{alias} is now {version.text}")
         return
-    click.echo(f"{version.full_name}:{alias} is now {version.text}")
+    alias = first.removeprefix(":")
+    targets = [_weighted(other) for other in others]
+    with Hub.open_existing(hub_url) as hub:
+        state = hub.split(targets, alias, expect)
+    _print_state(targets[0][0].full_name, alias, state, as_json)
 
 
 @click.command(
@@ -56,7 +69,7 @@ hub untag team/sentiment canary --expect 3
 def untag(name: str, alias: str, expect: int | None, hub_url: str | None, as_json: bool) -> None:
     """Remove ALIAS from the adapter NAME. The version it held stays."""
     alias = alias.removeprefix(":")
-    with Hub.open(hub_url) as hub:
+    with Hub.open_existing(hub_url) as hub:
         version = hub.untag(name, alias, expect)
     if as_json:
         print_json({"alias": alias, **version_json(version)})
@@ -67,57 +80,51 @@ def untag(name: str, alias: str, expect: int | None, hub_url: str | None, as_jso
 @click.command(
     epilog=examples(
         """
-hub log
-hub log team/sentiment
-hub log --follow --json      # one JSON object a line, as things happen
+hub rollback team/sentiment:prod
+hub rollback team/sentiment:prod --expect 4     # only if :prod still is @4
 """
     )
 )
-@click.argument("name", required=False)
-@click.option("--since", type=click.IntRange(0), default=0, show_default=True, help="Only events after this number.")
-@click.option("--follow", is_flag=True, help="Go on as new events come; stop with Ctrl-C.")
+@click.argument("alias", metavar="NAME:ALIAS")
+@click.option("--expect", type=click.IntRange(0), metavar="N", help="Only if the alias holds version N now.")
 @hub_option
 @json_option
-def log(name: str | None, since: int, follow: bool, hub_url: str | None, as_json: bool) -> None:
-    """The journal: every push, tag and untag, oldest first; of the adapter NAME or of the whole hub."""
-    wanted = AdapterRef.parse(name).full_name if name else None
-    with Hub.open(hub_url) as hub:
-        if wanted:
-            hub.aliases(wanted)  # refuses an unknown name
-        if follow:
-            for event in hub.watch(since, threading.Event()):
-                if wanted in (None, event.full_name):
-                    _print_live(event, as_json)
-            return
-        events = [event for event in _all_events(hub, since) if wanted in (None, event.full_name)]
+def rollback(alias: str, expect: int | None, hub_url: str | None, as_json: bool) -> None:
+    """Give an alias back what it held before its last move; once more, the move before that.
+
+    A removed alias comes back. `hub log NAME` shows every move.
+    """
+    ref = AdapterRef.parse(alias)
+    if not isinstance(ref.selector, Alias):
+        raise click.BadParameter("name an alias, such as team/sentiment:prod", param_hint="NAME:ALIAS")
+    with Hub.open_existing(hub_url) as hub:
+        state = hub.rollback(ref.full_name, ref.selector.name, expect)
+    _print_state(ref.full_name, ref.selector.name, state, as_json)
+
+
+def _weighted(text: str) -> tuple[AdapterRef, int]:
+    ref, equals, weight = text.rpartition("=")
+    if not equals or not weight.isascii() or not weight.isdigit() or len(weight) > 9:
+        raise click.UsageError(f"{text[:100]!a} is no REF=WEIGHT with a whole number")
+    return AdapterRef.parse(ref), int(weight)
+
+
+def _print_state(full_name: str, alias: str, state: AliasState, as_json: bool) -> None:
     if as_json:
-        print_json([asdict(event) for event in events])
-    elif events:
-        print_table(["#", "time", "event", "what"], [_row(event) for event in events])
-    else:
-        click.echo("no events")
+        print_json(state_json(full_name, alias, state))
+        return
+    held = tuple((target.version, target.weight) for target in state.targets)
+    click.echo(f"{full_name}:{alias} is now {held_text(held)}")
 
 
-def _all_events(hub: Hub, since: int) -> list[Event]:
-    events: list[Event] = []
-    while batch := hub.events(since, limit=1000):
-        events += batch
-        since = batch[-1].seq
-    return events
-
-
-def _row(event: Event) -> list[str]:
-    time = event.time.replace("T", " ").removesuffix("Z")
-    if event.alias is None:
-        return [str(event.seq), time, event.kind, event.text]
-    arrow = "->" if event.kind == "tag" else "was"
-    return [str(event.seq), time, event.kind, f"{event.full_name}:{event.alias} {arrow} @{event.version}"]
-
-
-def _print_live(event: Event, as_json: bool) -> None:
-    if as_json:
-        import json
-
-        click.echo(json.dumps(asdict(event)))
-    else:
-        click.echo("  ".join(_row(event)))
+def state_json(full_name: str, alias: str, state: AliasState) -> dict[str, Any]:
+    """What an alias holds, for `--json`."""
+    return {
+        "name": full_name,
+        "alias": alias,
+        "generation": state.generation,
+        "targets": [
+            {"version": f"{full_name}@{target.version}", "digest": target.digest, "weight": target.weight}
+            for target in state.targets
+        ],
+    }

@@ -1,4 +1,4 @@
-"""`hub verify`."""
+"""`hub verify` and `hub fsck`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, print_table, progress_bar
-from hub.hub import Hub
+from hub.hub import Hub, Problem
 
 
 @click.command(
@@ -28,7 +28,7 @@ def verify(ctx: click.Context, ref: str | None, hub_url: str | None, as_json: bo
 
     Exits 1 where something is damaged. Pushing the same directory again mends a damaged file.
     """
-    with Hub.open(hub_url) as hub:
+    with Hub.open_existing(hub_url) as hub:
         with progress_bar() as progress:
             problems = hub.verify(ref, progress)
         count = 0 if problems else len(hub.versions()) if ref is None else 1
@@ -42,4 +42,49 @@ def verify(ctx: click.Context, ref: str | None, hub_url: str | None, as_json: bo
         click.secho("pushing the damaged versions' directories again mends their files", fg="yellow", err=True)
     else:
         click.echo(f"{count} {'version' if count == 1 else 'versions'} checked, all sound")
+    ctx.exit(1 if problems else 0)
+
+
+@click.command(
+    epilog=examples(
+        """
+hub fsck
+hub fsck --rebuild     # the catalog is lost or damaged; stop everything that writes to the hub first
+"""
+    )
+)
+@click.option("--rebuild", is_flag=True, help="Make the catalog anew from the journal and the manifests.")
+@hub_option
+@json_option
+@click.pass_context
+def fsck(ctx: click.Context, rebuild: bool, hub_url: str | None, as_json: bool) -> None:
+    """Check that catalog, journal and blobs tell the same story; reads no adapter's bytes (`hub verify` does).
+
+    With --rebuild the catalog - versions, their numbers, lineage, aliases, history, pins - is made anew from what lies
+    beside it, and then checked. A damaged database file is kept under another name. Exits 1 where something is wrong
+    or lost.
+    """
+    lost: list[Problem] = []
+    if rebuild:
+        from hub.rebuild import rebuild as make_anew
+
+        made = make_anew(hub_url)
+        lost += made.lost
+        if not as_json:
+            click.echo(
+                f"rebuilt {made.versions} versions and {made.aliases} aliases from {made.events} events", err=True
+            )
+            if made.moved_aside:
+                click.echo(f"the damaged catalog is kept as {made.moved_aside}", err=True)
+    with Hub.open_existing(hub_url) as hub, progress_bar() as progress:
+        problems = lost + hub.fsck(progress)
+    if as_json:
+        print_json([asdict(problem) for problem in problems])
+    elif problems:
+        print_table(
+            ["where", "file", "reason", "problem"],
+            [[problem.version, problem.file or "", problem.reason, problem.message] for problem in problems],
+        )
+    else:
+        click.echo("catalog, journal and blobs fit together")
     ctx.exit(1 if problems else 0)

@@ -73,6 +73,60 @@ class HubUnavailable(HubError):
     reason = "HUB_UNAVAILABLE"
 
 
+class HubNotFound(HubUnavailable):
+    """There is no hub where one is to be read; a push makes it."""
+
+    reason = "HUB_NOT_FOUND"
+
+
+class HubReadOnly(HubUnavailable):
+    """The hub can be read here and not written."""
+
+    reason = "HUB_READ_ONLY"
+
+
+class BlobsSwept(HubError):
+    """A sweep took bytes of a push before it was published; the push is made again."""
+
+    reason = "BLOBS_SWEPT"
+
+
+class VersionHeld(HubError):
+    """A version cannot be removed: an alias, a pin or a lease holds it."""
+
+    reason = "VERSION_HELD"
+
+
+class NotRestorable(HubError):
+    """The version is not removed, or it was removed so long ago that its bytes are gone."""
+
+    reason = "NOT_RESTORABLE"
+
+
+class NothingToRollBack(HubError):
+    """The alias held nothing before what it holds now."""
+
+    reason = "NOTHING_TO_ROLL_BACK"
+
+
+class GateRefused(HubError):
+    """A version does not meet what a promotion's gate asks of its metrics."""
+
+    reason = "GATE_REFUSED"
+
+
+class GateMalformed(HubError):
+    """A gate is not written as `hub.gate` says."""
+
+    reason = "GATE_MALFORMED"
+
+
+class QueryInvalid(HubError):
+    """A search condition is not written as `hub.search` says, or weights are not whole numbers in range."""
+
+    reason = "QUERY_INVALID"
+
+
 class TargetNotEmpty(HubError):
     """`pull` was given a directory that already holds something."""
 

@@ -10,21 +10,39 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from hub import catalog, location, pull, verify
+from hub import catalog, fsck, location, pull, verify
 from hub.adapter_dir import ParsedAdapter, parse_adapter
 from hub.base import base_identity
 from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
-from hub.errors import AdapterChanged, BaseMismatch, FileNotInVersion, RefInvalid
+from hub.errors import (
+    AdapterChanged,
+    AdapterNotFound,
+    BaseMismatch,
+    BlobCorrupt,
+    BlobsSwept,
+    FileNotInVersion,
+    RefInvalid,
+)
 from hub.fingerprint import known_shapes
+from hub.gate import Gate, Promotion
+from hub.lineage import Lineage, relation, trace
 from hub.manifest import Manifest
 from hub.progress import Progress
 from hub.refs import LATEST, AdapterRef, Alias, Digest
-from hub.versions import AliasState, Event, Problem, PushResult, Version
+from hub.search import Page, Query
+from hub.splitting import checked_split
+from hub.sweep import GRACE_SECONDS, RETENTION_SECONDS, collect
+from hub.versions import AliasState, Event, Lease, Problem, PushResult, Swept, Version
 
-__all__ = ["AliasState", "Event", "Hub", "Problem", "PushResult", "Version"]
+if TYPE_CHECKING:
+    from hub.diff import Diff
+    from hub.facade import HubFacade
+
+__all__ = ["AliasState", "Event", "Hub", "Lease", "Problem", "PushResult", "Swept", "Version"]
+_PUSH_ATTEMPTS = 5
 
 
 class Hub:
@@ -41,12 +59,23 @@ class Hub:
 
     @classmethod
     def open(cls, url: str | None = None) -> Self:
-        """The hub at `url` ("file:///…" or a path), made where there is none.
+        """The hub at `url`, made where there is none: "file:///…", a path or "postgresql://…?blobs=…".
 
         None means the environment's LORAPLEX_HUB, else this user's data directory. Raises HubUnavailable.
         """
-        blobs, entries = location.open_parts(url)
-        return cls(blobs, entries)
+        return cls(*location.open_parts(url))
+
+    @classmethod
+    def open_existing(cls, url: str | None = None) -> Self:
+        """The hub at `url`, which is there; in a directory that cannot be written it is open for reading.
+
+        Raises HubNotFound where there is none, HubUnavailable.
+        """
+        return cls(*location.open_existing(url))
+
+    def acting_as(self, actor: str | None) -> Hub:
+        """This hub; what is written through the result is written by `actor`. Close only one of the two."""
+        return Hub(self._blobs, self._catalog.acting_as(actor))
 
     def close(self) -> None:
         """Give back the connections."""
@@ -80,6 +109,7 @@ class Hub:
 
         Raises a subclass of AdapterRejected, BaseNotFound, BaseMalformed, AdapterNotFound for a parent.
         """
+        self._catalog.check_writable()
         target = _parsed(ref)
         wanted = [Alias.parse(alias).name for alias in aliases] + _alias_of_target(target)
         parent_digests = [self.resolve(parent).digest for parent in parents]
@@ -93,18 +123,16 @@ class Hub:
             adapter, name=target.full_name, base=identity, parents=parent_digests, creator=creator,
             created=catalog.now(),
         )  # fmt: skip
-        self._store_files(adapter, progress)
-        # Known content keeps its manifest; storing that again mends a damaged copy.
-        known = self._catalog.find(target.full_name, manifest.content)
-        data = known.manifest if known is not None else manifest.canonical()
-        digest, _ = self._blobs.put(io.BytesIO(data))
-        publication = catalog.Publication(target.full_name, digest, manifest.content, data)
-        record, created = self._catalog.publish(publication, wanted)
+        record, created = self._publish(adapter, manifest, wanted, progress)
         return PushResult(self._version(record), created, _warnings(adapter, identity))
 
-    def resolve(self, ref: AdapterRef | str) -> Version:
-        """The version `ref` names now; raises AdapterNotFound, VersionNotFound or AliasNotFound."""
-        return self._version(self._catalog.resolve(_parsed(ref)))
+    def resolve(self, ref: AdapterRef | str, key: str | None = None) -> Version:
+        """The version `ref` names now; raises AdapterNotFound, VersionNotFound or AliasNotFound.
+
+        Where an alias is split over several versions, `key` (a user, a session) always gets the same one while the
+        weights stay, see `hub.canary`; without a key it is the heaviest.
+        """
+        return self._version(self._catalog.resolve(_parsed(ref), key))
 
     def get(self, digest: Digest | str) -> Version:
         """The version with this digest; raises AdapterNotFound."""
@@ -117,7 +145,11 @@ class Hub:
         what `resolve` raises.
         """
         version = self.resolve(ref)
-        pull.write_directory(self._blobs, version, Path(directory), progress)
+        try:
+            pull.write_directory(self._blobs, version, Path(directory), progress)
+        except BlobCorrupt:
+            self.get(version.digest)  # removed and swept meanwhile: then that is what to say
+            raise
         return version
 
     def read_file(self, version: Version | Digest | str, filename: str) -> bytes:
@@ -133,13 +165,30 @@ class Hub:
             )
         return verify.read_checked(self._blobs, found, filename)
 
+    def diff(self, a: AdapterRef | str, b: AdapterRef | str) -> Diff:
+        """How the version `b` names differs from the one `a` names; raises BlobCorrupt and what `resolve` raises."""
+        from hub.diff import compare  # needs numpy's linear algebra, which only this method does
+
+        first, second = self.resolve(a), self.resolve(b)
+        return compare(self._blobs, first, second, self._relation(first, second))
+
     def versions(self, pattern: str | None = None) -> list[Version]:
         """All versions whose adapter's name matches the shell pattern ("team/*"; None: all), by name and number."""
         return [
             self._version(record)
             for record in self._catalog.records()
-            if pattern is None or fnmatch.fnmatchcase(record.full_name, pattern)
+            if record.removed is None and (pattern is None or fnmatch.fnmatchcase(record.full_name, pattern))
         ]
+
+    def search(self, query: Query) -> Page:
+        """The versions that meet a query, a page at a time, by name and number."""
+        records, aliases, more = self._catalog.search(query)
+        return Page(tuple(map(self._version, records)), aliases, more)
+
+    def lineage(self, ref: AdapterRef | str) -> Lineage:
+        """What a version was made from, back to the first, and what was made from it; raises what `resolve` does."""
+        version = self.resolve(ref)
+        return trace(version, self._known, lambda digest: map(self._version, self._catalog.children(digest)))
 
     def aliases(self, full_name: str) -> dict[str, AliasState]:
         """What the aliases of an adapter hold now, by alias; raises AdapterNotFound, RefInvalid."""
@@ -150,15 +199,88 @@ class Hub:
 
         With `expect` only if the alias holds that version number now (0: does not exist yet); AliasMoved otherwise.
         """
-        return self._version(self._catalog.tag(_parsed(ref), Alias.parse(alias).name, expect))
+        target = _parsed(ref)
+        state = self._catalog.tag([(target, 1)], Alias.parse(alias).name, expect)
+        return self.get(state.digest)
+
+    def split(
+        self, targets: Sequence[tuple[AdapterRef | str, int]], alias: str, expect: int | None = None
+    ) -> AliasState:
+        """Point `alias` at several versions of one adapter with weights from 1 to 1,000,000 (a canary); see `resolve`.
+
+        Raises QueryInvalid for weights out of range, references to several adapters or the same version twice; else
+        as `tag`.
+        """
+        wanted = checked_split([(_parsed(ref), weight) for ref, weight in targets])
+        return self._catalog.tag(wanted, Alias.parse(alias).name, expect)
+
+    def promote(self, ref: AdapterRef | str, alias: str, gate: Gate) -> Promotion:
+        """Point `alias` at the version `ref` names, provided its recorded metrics meet `gate`.
+
+        Comparisons with what the alias holds are made with what it holds at the moment it moves: where it moved
+        meanwhile, AliasMoved. Raises GateRefused, naming every number that failed, and what `resolve` raises.
+        """
+        target, name = _parsed(ref), Alias.parse(alias).name
+        version = self.resolve(target)
+        held = self.aliases(version.full_name).get(name)
+        current = self.get(held.digest) if held is not None else None
+        passed = gate.check(version, current)
+        exact = replace(target, selector=version.digest)
+        note = f"promote: {'; '.join(passed)}"[:500]
+        self._catalog.tag([(exact, 1)], name, None, generation=held.generation if held else 0, note=note)
+        return Promotion(version, current, passed)
+
+    def rollback(self, full_name: str, alias: str, expect: int | None = None) -> AliasState:
+        """Give `alias` back what it held before its last move; again: the move before that.
+
+        Raises NothingToRollBack, VersionNotFound where what it held is removed, AliasMoved (see `tag`), AliasNotFound.
+        """
+        return self._catalog.rollback(_parsed(full_name).full_name, Alias.parse(alias).name, expect)
 
     def untag(self, full_name: str, alias: str, expect: int | None = None) -> Version:
         """Remove an alias; the version it held. Raises AliasNotFound, AdapterNotFound, AliasMoved (see `tag`)."""
         return self._version(self._catalog.untag(_parsed(full_name).full_name, Alias.parse(alias).name, expect))
 
-    def events(self, since_seq: int = 0, limit: int = 1000) -> list[Event]:
-        """Up to `limit` events after number `since_seq`, oldest first."""
-        return self._catalog.events(since_seq, limit)
+    def remove(self, ref: AdapterRef | str) -> Version:
+        """Mark the version `ref` names as removed: it resolves no more, its bytes stay until a sweep takes them.
+
+        Raises VersionHeld where an alias, a pin or a lease holds it, and what `resolve` raises.
+        """
+        return self._version(self._catalog.remove(_parsed(ref)))
+
+    def restore(self, ref: AdapterRef | str) -> Version:
+        """Take a removal back; `ref` has a number or a digest. Raises NotRestorable, VersionNotFound, RefInvalid."""
+        return self._version(self._catalog.restore(_parsed(ref)))
+
+    def sweep(
+        self,
+        *,
+        retention_seconds: float = RETENTION_SECONDS,
+        grace_seconds: float = GRACE_SECONDS,
+        dry_run: bool = False,
+    ) -> Swept:
+        """Give back what nothing needs; see `hub.sweep`. With `dry_run` say what that would be."""
+        return collect(self._blobs, self._catalog, retention_seconds, grace_seconds, dry_run=dry_run)
+
+    def lease(self, ref: AdapterRef | str, holder: str, seconds: float | None = None) -> Lease:
+        """Keep the version `ref` names from being removed, for `seconds` from now or (None) until released: a pin.
+
+        Called again by the same holder it sets the end anew. Raises what `resolve` raises, RefInvalid for a holder
+        that is no short printable line.
+        """
+        return self._catalog.lease(_parsed(ref), _holder(holder), seconds)
+
+    def release(self, ref: AdapterRef | str, holder: str) -> None:
+        """Take a lease or pin back; nothing happens where there is none. Raises what `resolve` raises."""
+        self._catalog.release(_parsed(ref), _holder(holder))
+
+    def leases(self, full_name: str | None = None) -> list[Lease]:
+        """The leases and pins that hold versions now, of one adapter or (None) of all."""
+        return self._catalog.leases(_parsed(full_name).full_name if full_name is not None else None)
+
+    def events(self, since_seq: int = 0, limit: int = 1000, full_name: str | None = None) -> list[Event]:
+        """Up to `limit` events after number `since_seq`, oldest first; of one adapter or (None) of all."""
+        return self._catalog.events(since_seq, limit, _parsed(full_name).full_name if full_name is not None else None)
 
     def last_seq(self) -> int:
         """The newest event's number; 0 in a new hub."""
@@ -183,6 +305,42 @@ class Hub:
         problems = [Problem("catalog", None, "CATALOG_DAMAGED", text) for text in self._catalog.check()]
         return problems + verify.check_versions(self._blobs, self._catalog.records(), progress)
 
+    def fsck(self, progress: Progress | None = None) -> list[Problem]:
+        """Compare the catalog with the journal and the blobs' presence; what is wrong. `verify` reads the bytes."""
+        return fsck.check(self._blobs, self._catalog, progress)
+
+    def _relation(self, a: Version, b: Version) -> str:
+        return relation(self.lineage(_exact(a)), self.lineage(_exact(b)))
+
+    def _known(self, digest: Digest) -> Version | None:
+        try:
+            return self.get(digest)
+        except AdapterNotFound:
+            return None
+
+    def _publish(
+        self, adapter: ParsedAdapter, manifest: Manifest, aliases: Sequence[str], progress: Progress | None
+    ) -> tuple[catalog.Record, bool]:
+        """Store the bytes and enter the version; once more where a sweep took some of them in between."""
+        for attempt in range(_PUSH_ATTEMPTS):
+            try:
+                self._store_files(adapter, progress)
+                # Known content keeps its manifest; storing that again mends a damaged copy.
+                known = self._catalog.find(manifest.name, manifest.content)
+                data = known.manifest if known is not None else manifest.canonical()
+                digest, _ = self._blobs.put(io.BytesIO(data))
+                needed = [digest, *(file.sha256 for file in adapter.files.values())]
+                publication = catalog.Publication(manifest.name, digest, manifest.content, data)
+                return self._catalog.publish(
+                    publication,
+                    aliases,
+                    lambda needed=needed: not all(map(self._blobs.has, needed)),  # type: ignore[misc]
+                )
+            except BlobsSwept:
+                if attempt + 1 == _PUSH_ATTEMPTS:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
     def _version(self, record: catalog.Record) -> Version:
         manifest = self._manifest(record)
         return Version(record.full_name, record.number, record.digest, manifest, manifest.created)
@@ -197,6 +355,16 @@ class Hub:
             done += file.bytes
             if progress is not None:
                 progress("storing", done, adapter.bytes)
+
+
+def _exact(version: Version) -> AdapterRef:
+    return replace(AdapterRef.parse(version.full_name), selector=version.digest)
+
+
+def _holder(text: str) -> str:
+    if not 0 < len(text) <= 200 or not text.isprintable():
+        raise RefInvalid("a holder is a printable line of at most 200 characters")
+    return text
 
 
 def _parsed(ref: AdapterRef | str) -> AdapterRef:
@@ -237,3 +405,8 @@ def _warnings(adapter: ParsedAdapter, identity: BaseIdentity) -> tuple[str, ...]
         name = identity.name or "unknown"
         warnings.append(f"the base ({name}) is unverified: give --base to have every tensor checked against it")
     return tuple(warnings)
+
+
+def _keeps_the_contract(hub: Hub) -> HubFacade:
+    """Checked by mypy, never called."""
+    return hub

@@ -7,21 +7,42 @@ import sqlite3
 import uuid
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+from urllib.parse import quote
 
 import sqlalchemy as sa
 
+from hub import schema
 from hub.errors import HubUnavailable
 
 BUSY_SECONDS: Final = 30.0
 WRITING: Final = "loraplex_writing"  # execution option: this transaction will write
 
 
-def open_engine(path: Path, metadata: sa.MetaData) -> sa.Engine:
-    """An engine on the database file `path`, made with the tables of `metadata` where there is none."""
+def open_engine(path: Path) -> sa.Engine:
+    """An engine on the database file `path`, made with today's tables where there is none; not yet migrated."""
     if not path.exists():
-        _create(path, metadata)
+        _create(path)
     return _engine(path)
+
+
+def open_for_reading(path: Path) -> sa.Engine:
+    """An engine on `path` in a directory that cannot be written; raises HubUnavailable where that cannot work.
+
+    Every transaction is a connection of its own, so that what others write is seen.
+    """
+
+    def connect() -> sqlite3.Connection:
+        return _connect_read_only(path)
+
+    engine = sa.create_engine("sqlite://", creator=connect, poolclass=sa.pool.NullPool)
+    _begin_ourselves(engine)
+    with engine.connect() as connection:
+        if schema.revision(connection) == schema.HEAD:
+            return engine
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, sqlite3.Connection)
+        return _migrated_copy(driver)
 
 
 def _engine(path: Path) -> sa.Engine:
@@ -30,11 +51,19 @@ def _engine(path: Path) -> sa.Engine:
     )
 
     @sa.event.listens_for(engine, "connect")
-    def configure(connection: sqlite3.Connection, record: Any) -> None:
-        connection.isolation_level = None  # this module begins transactions, not the driver
+    def configure(connection: sqlite3.Connection, record: object) -> None:
         # FULL: a commit that was acknowledged survives a power cut.
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
+
+    _begin_ourselves(engine)
+    return engine
+
+
+def _begin_ourselves(engine: sa.Engine) -> None:
+    @sa.event.listens_for(engine, "connect")
+    def configure(connection: sqlite3.Connection, record: object) -> None:
+        connection.isolation_level = None  # this module begins transactions, not the driver
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
@@ -43,10 +72,8 @@ def _engine(path: Path) -> sa.Engine:
         writing = connection.get_execution_options().get(WRITING, False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
 
-    return engine
 
-
-def _create(path: Path, metadata: sa.MetaData) -> None:
+def _create(path: Path) -> None:
     """Make the database whole under another name, then link it into place: several processes may do this at once."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
     try:
@@ -54,7 +81,7 @@ def _create(path: Path, metadata: sa.MetaData) -> None:
             connection.execute("PRAGMA journal_mode=WAL")
         engine = _engine(temporary)
         with engine.execution_options(**{WRITING: True}).begin() as transaction:
-            metadata.create_all(transaction)
+            schema.bring_up(transaction)
         engine.dispose()
         with suppress(FileExistsError):  # somebody else may be first
             os.link(temporary, path)
@@ -64,3 +91,35 @@ def _create(path: Path, metadata: sa.MetaData) -> None:
     finally:
         for suffix in ("", "-wal", "-shm"):
             temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
+
+
+def _connect_read_only(path: Path) -> sqlite3.Connection:
+    """Read beside a living writer where its shared memory can be read, else the file alone where that is all of it."""
+    address = f"file:{quote(str(path))}?mode=ro"
+    connection = sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master").fetchone()
+        return connection
+    except sqlite3.OperationalError:
+        connection.close()
+        wal = path.with_name(path.name + "-wal")
+        if wal.exists() and wal.stat().st_size:
+            raise  # part of the catalog is in the log, and only somebody who may write can read that
+    # Nobody has it open and the file is whole: "immutable" lets SQLite do without shared memory.
+    return sqlite3.connect(f"{address}&immutable=1", uri=True, check_same_thread=False)
+
+
+def _migrated_copy(source: sqlite3.Connection) -> sa.Engine:
+    """A copy in memory of an older release's catalog, migrated; what is written later is not seen."""
+    engine = sa.create_engine("sqlite://", poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
+    _begin_ourselves(engine)
+    raw = engine.raw_connection()
+    try:
+        driver = raw.driver_connection
+        assert isinstance(driver, sqlite3.Connection)
+        source.backup(driver)
+    finally:
+        raw.close()
+    with engine.begin() as connection:
+        schema.bring_up(connection)
+    return engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -32,15 +32,11 @@ def look_at(name: str, slot: TensorSlot, data: memoryview) -> TensorValues:
 
     Raises DtypeUnsupported, NonFinite where an element is NaN or infinite, NormAbsurd above MAX_ELEMENT or MAX_NORM.
     """
-    dtype = _NUMPY_DTYPES.get(slot.dtype)
-    if dtype is None:
+    if slot.dtype not in _NUMPY_DTYPES:
         raise DtypeUnsupported(f"the tensor {name} is of type {slot.dtype}; adapters are F64, F32, F16 or BF16")
     largest, squares = 0.0, 0.0
     for begin in range(0, len(data), _CHUNK_BYTES):
-        values = np.frombuffer(data[begin : begin + _CHUNK_BYTES], dtype=dtype)
-        if slot.dtype == "BF16":
-            # numpy knows no bfloat16: it is the upper half of a float32.
-            values = (values.astype(np.uint32) << 16).view(np.float32)
+        values = as_floats(slot.dtype, data[begin : begin + _CHUNK_BYTES])
         with np.errstate(all="ignore"):
             peak = float(np.max(np.abs(values)))  # NaN where any element is NaN
         if not math.isfinite(peak):
@@ -54,3 +50,10 @@ def look_at(name: str, slot: TensorSlot, data: memoryview) -> TensorValues:
     if norm > MAX_NORM:
         raise NormAbsurd(f"the tensor {name} has the norm {norm:.3g}; at most {MAX_NORM:g} is taken")
     return TensorValues(norm, largest)
+
+
+def as_floats(dtype: str, data: memoryview) -> np.ndarray[Any, np.dtype[Any]]:
+    """Raw bytes of a tensor of the safetensors type `dtype` (F64, F32, F16 or BF16) as a flat array."""
+    values = np.frombuffer(data, dtype=_NUMPY_DTYPES[dtype])
+    # numpy knows no bfloat16: it is the upper half of a float32.
+    return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values

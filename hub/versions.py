@@ -35,25 +35,48 @@ class PushResult:
 
 
 @dataclass(frozen=True)
-class AliasState:
-    """What an alias holds just now."""
+class Target:
+    """One version that an alias holds, and its share."""
 
     version: int
     digest: Digest
+    weight: int  # from 1 up; the share is weight / the sum of the alias's weights
+
+
+@dataclass(frozen=True)
+class AliasState:
+    """What an alias holds just now."""
+
+    version: int  # of several the heaviest, of equals the oldest: what resolves without a key
+    digest: Digest
     generation: int  # grows with every move, also over an untag; never the same twice
+    targets: tuple[Target, ...] = ()  # by number; several: a canary, see `hub.canary`
+
+    def holds(self, number: int) -> bool:
+        """Whether this version is what it holds, or some of it."""
+        return any(target.version == number for target in self.targets)
+
+
+Held = tuple[tuple[int, int], ...]  # what an alias holds, as the journal writes it: (number, weight), by number
+EventKind = Literal["push", "tag", "untag", "rm", "restore", "purge", "pin", "unpin"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """One line of the hub's journal."""
+    """One line of the hub's journal: who did what, when, and from what to what."""
 
     seq: int  # 1, 2, 3, … without gaps
-    kind: Literal["push", "tag", "untag"]
+    kind: EventKind
     full_name: str
-    alias: str | None  # None for "push"
-    version: int  # the version pushed, now held by the alias, or held until the untag
+    alias: str | None  # for "tag" and "untag"
+    version: int  # the version pushed, removed, …, now held by the alias (the heaviest), or held until the untag
     digest: Digest
     time: str  # RFC 3339, UTC
+    actor: str | None = None  # who; None where an older release wrote it
+    before: Held | None = None  # what the alias held; None: it was not there
+    after: Held | None = None  # what it holds now; None: it is gone
+    note: str | None = None  # "rollback", "promote: …", a pin's holder
+    batch: int = 0  # seq of the first event of the same write
 
     @property
     def text(self) -> str:
@@ -62,8 +85,28 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Lease:
+    """Somebody keeps a version from being removed."""
+
+    full_name: str
+    version: int
+    holder: str
+    expires: float | None  # Unix time; None: a pin, until it is taken back
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What `gc` gave back, or would."""
+
+    purged: tuple[str, ...]  # versions gone for good: "team/sentiment@3"
+    blobs: int
+    leftovers: int  # half-written blobs of pushes that died
+    bytes: int  # of both
+
+
+@dataclass(frozen=True)
 class Problem:
-    """Something `verify` found wrong."""
+    """Something `verify` or `fsck` found wrong."""
 
     version: str  # "team/sentiment@3", or "catalog"
     file: str | None

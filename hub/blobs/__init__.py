@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from hub.refs import Digest
+
+
+@dataclass(frozen=True)
+class BlobInfo:
+    """What the storage knows of a blob without reading it."""
+
+    bytes: int
+    modified: float  # Unix time of the last put that wrote it
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Bytes of a put that has not come to its end, and perhaps never will."""
+
+    name: str
+    bytes: int
+    modified: float  # Unix time of the last write
 
 
 class BlobStore(ABC):
     """Immutable bytes under their SHA-256.
 
     - `put` returns only when the bytes survive a crash. A blob is visible whole or not at all; a `put` that was cut
-      short leaves nothing that `open`, `has` or `digests` shows.
+      short leaves nothing that `open`, `has` or `digests` shows. Raises BlobsSwept where `delete` or `discard` took
+      what it was working on: the caller puts the bytes again.
     - Putting bytes that are there already succeeds and changes nothing, also from several processes at once. Where the
       stored copy turned out damaged, the new bytes replace it.
     - Readers get what is stored, unchecked; whoever hands bytes on hashes them first (`Hub.read_file`, `Hub.pull`).
@@ -36,3 +55,22 @@ class BlobStore(ABC):
     @abstractmethod
     def digests(self) -> Iterator[Digest]:
         """All blobs, in no particular order."""
+
+    @abstractmethod
+    def info(self, digest: Digest) -> BlobInfo:
+        """Size and time of a blob; raises BlobNotFound."""
+
+    @abstractmethod
+    def delete(self, digest: Digest) -> None:
+        """Give the blob's bytes back; nothing happens where it is not there.
+
+        Whoever calls this holds the catalog's write lock (see `hub.sweep`). Readers that have it open read on.
+        """
+
+    @abstractmethod
+    def unfinished(self) -> Iterator[Unfinished]:
+        """What puts that died left behind, and what running ones are writing."""
+
+    @abstractmethod
+    def discard(self, unfinished: Unfinished) -> None:
+        """Remove one of `unfinished`; a put that still writes it fails and leaves nothing."""

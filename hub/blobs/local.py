@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from hub.blobs import BlobStore
-from hub.errors import BlobNotFound, HubUnavailable
+from hub.blobs import BlobInfo, BlobStore, Unfinished
+from hub.errors import BlobNotFound, BlobsSwept, HubUnavailable
 from hub.refs import Digest
 
 _CHUNK: Final = 1024 * 1024
@@ -26,32 +26,31 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 Step = Callable[[str], None]  # called with the name of each step just before it; tests cut the run there
 
 
-def _no_step(name: str) -> None: ...
+def no_step(name: str) -> None:
+    """Do nothing at a step."""
 
 
 class LocalBlobStore(BlobStore):
     """Blobs under one directory of this machine, on one file system."""
 
-    def __init__(self, root: Path, *, step: Step = _no_step) -> None:
+    def __init__(self, root: Path, *, step: Step = no_step) -> None:
         self._blobs = root / "sha256"
         self._staging = root / "staging"
+        self._root = root
         self._step = step
-        try:
-            for directory in (self._blobs, self._staging):
-                directory.mkdir(parents=True, exist_ok=True)
-            _sync_directory(root)
-        except OSError as error:
-            raise _unavailable(error) from error
 
     def put(self, source: BinaryIO) -> tuple[Digest, int]:
         """Store what is left of `source`; its digest and length in bytes."""
         temporary = self._staging / uuid.uuid4().hex
         try:
+            self._make_directories()
             self._step("blob:create")
             digest, size = self._write(temporary, source)
             self._publish(temporary, self._path(digest), size)
+        except FileNotFoundError as error:
+            raise BlobsSwept("a sweep took what was being stored: push again") from error
         except OSError as error:
-            raise _unavailable(error) from error
+            raise storage_unavailable(error) from error
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -64,7 +63,7 @@ class LocalBlobStore(BlobStore):
         except FileNotFoundError as error:
             raise BlobNotFound(f"the store has no {digest}") from error
         except OSError as error:
-            raise _unavailable(error) from error
+            raise storage_unavailable(error) from error
 
     def has(self, digest: Digest) -> bool:
         """Whether the blob is there; says nothing of its health."""
@@ -75,6 +74,44 @@ class LocalBlobStore(BlobStore):
         for path in self._blobs.glob("??/*"):
             if _HEX.fullmatch(path.name):
                 yield Digest.of_hex(path.name)
+
+    def info(self, digest: Digest) -> BlobInfo:
+        """Size and time of a blob; raises BlobNotFound."""
+        try:
+            found = self._path(digest).stat()
+        except FileNotFoundError as error:
+            raise BlobNotFound(f"the store has no {digest}") from error
+        except OSError as error:
+            raise storage_unavailable(error) from error
+        return BlobInfo(found.st_size, found.st_mtime)
+
+    def delete(self, digest: Digest) -> None:
+        """Give the blob's bytes back; nothing happens where it is not there."""
+        self._step("blob:delete")
+        try:
+            self._path(digest).unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_unavailable(error) from error
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        """What puts that died left behind, and what running ones are writing."""
+        for path in self._staging.glob("*"):
+            with suppress(FileNotFoundError):  # a put came to its end
+                found = path.stat()
+                yield Unfinished(path.name, found.st_size, found.st_mtime)
+
+    def discard(self, unfinished: Unfinished) -> None:
+        """Remove one of `unfinished`; a put that still writes it fails and leaves nothing."""
+        try:
+            (self._staging / Path(unfinished.name).name).unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_unavailable(error) from error
+
+    def _make_directories(self) -> None:
+        if not (self._blobs.is_dir() and self._staging.is_dir()):
+            for directory in (self._blobs, self._staging):
+                directory.mkdir(parents=True, exist_ok=True)
+            sync_directory(self._root)
 
     def _path(self, digest: Digest) -> Path:
         hex_digits = Digest.parse(digest).hex  # parsed again: a path is made of it
@@ -108,8 +145,8 @@ class LocalBlobStore(BlobStore):
             # A file system without hard links. Whoever was first, the bytes are the same.
             temporary.replace(final)
         self._step("blob:sync-directory")
-        _sync_directory(final.parent)
-        _sync_directory(self._blobs)
+        sync_directory(final.parent)
+        sync_directory(self._blobs)
 
 
 def _holds(path: Path, size: int) -> bool:
@@ -120,7 +157,8 @@ def _holds(path: Path, size: int) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == path.name
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -128,7 +166,8 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _unavailable(error: OSError) -> HubUnavailable:
+def storage_unavailable(error: OSError) -> HubUnavailable:
+    """The error to raise where the storage failed, without its paths."""
     what = os.strerror(error.errno) if error.errno else type(error).__name__
     advice = " - free some space and try again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return HubUnavailable(f"the hub's storage cannot be used: {what}{advice}")

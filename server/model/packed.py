@@ -123,7 +123,8 @@ def pack_output_head(model: nn.Module) -> None:
 def let_go_of_checkpoint(model: nn.Module) -> None:
     """Copy what was not packed out of the file it was read from.
 
-    A checkpoint stays mapped, and counts as memory, as long as one tensor points into it: packed weights' originals too.
+    A checkpoint stays mapped, and counts as memory, as long as one tensor points into it; packed weights too came from
+    there.
     """
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):

@@ -2,7 +2,8 @@
 
     python dying_hub.py ROOT '[{"prepare": […], "writes": […], "die_at": 7}, …]'
 
-Each case has a hub of its own, ROOT/<its position>. A write is ["push", directory, alias…] or ["tag", ref, alias].
+Each case has a hub of its own, ROOT/<its position>. A write is ["push", directory, alias…], ["tag", ref, alias],
+["rm", ref] or ["gc"] (with neither retention nor grace).
 `prepare` is done in peace, then `writes` in a forked process that sends itself SIGKILL just before step number `die_at`
 (counted from 0; null: never). Prints one JSON line a case: the steps begun and how many writes were acknowledged.
 """
@@ -23,9 +24,13 @@ def write(hub: Hub, verb: str, *arguments: str) -> None:
     if verb == "push":
         directory, *aliases = arguments
         hub.push(directory, "team/x", aliases=aliases)
-    else:
+    elif verb == "tag":
         ref, alias = arguments
         hub.tag(ref, alias)
+    elif verb == "rm":
+        hub.remove(arguments[0])
+    else:
+        hub.sweep(retention_seconds=0, grace_seconds=0)
 
 
 def run(root: Path, case: dict[str, list[list[str]]], die_at: int | None, report: int) -> None:

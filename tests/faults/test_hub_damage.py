@@ -135,6 +135,7 @@ def test_a_disk_that_fails_at_any_write_loses_and_shows_nothing(tmp_path: Path, 
 def test_a_full_disk_under_the_catalog_rolls_back_and_later_works(tmp_path: Path, hub: Hub, directory: Path) -> None:
     hub.push(directory, "x")
     blobs, catalog = open_local(tmp_path / "hub")
+    catalog._engine.dispose()  # so that the next connection is a new one
     limits = ["PRAGMA max_page_count=1"]  # SQLite raises it to the size the file has: not one page more
     big = write_adapter(tmp_path / "big", tensors=lora_tensors(seed=2))
     (big / "loraplex.json").write_text('{"recipe": {"notes": "' + "x" * 200_000 + '"}}')

@@ -1,19 +1,25 @@
-"""The contract of `hub.blobs.BlobStore`; every storage engine is to pass it."""
+"""The contracts of `hub.blobs.BlobStore` and `hub.journal.Journal`; every storage engine is to pass them."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hub.blobs import BlobStore
 from hub.blobs.local import LocalBlobStore
-from hub.errors import BlobNotFound, HubUnavailable, RefInvalid
+from hub.errors import BlobCorrupt, BlobNotFound, BlobsSwept, HubUnavailable, RefInvalid
+from hub.journal import Journal, decode, encode
+from hub.local_journal import LocalJournal
 from hub.refs import Digest
+from hub.versions import Event
 
 
 @pytest.fixture
@@ -38,12 +44,16 @@ def test_an_absent_blob_is_not_found(store: BlobStore) -> None:
     assert not store.has(absent)
     with pytest.raises(BlobNotFound):
         store.open(absent)
+    with pytest.raises(BlobNotFound):
+        store.info(absent)
+    store.delete(absent)
 
 
 def test_no_name_but_a_digest_reaches_the_storage(store: BlobStore) -> None:
     for text in ("sha256:../../etc/passwd", "sha256:" + "0" * 63 + "/", "md5:0"):
-        with pytest.raises(RefInvalid):
-            store.open(Digest(text))
+        for reach in (store.open, store.info, store.delete, store.has):
+            with pytest.raises(RefInvalid):
+                reach(Digest(text))
 
 
 def test_the_same_bytes_from_many_threads_are_one_blob(store: BlobStore) -> None:
@@ -88,3 +98,73 @@ def test_putting_again_mends_a_damaged_copy(tmp_path: Path, damage: bytes) -> No
 def test_blobs_are_written_read_only(tmp_path: Path) -> None:
     LocalBlobStore(tmp_path).put(io.BytesIO(b"x"))
     assert next((tmp_path / "sha256").glob("*/*")).stat().st_mode & 0o222 == 0
+
+
+def test_a_deleted_blob_is_gone_for_new_readers_and_can_be_put_again(store: BlobStore) -> None:
+    digest, _ = store.put(io.BytesIO(b"bytes"))
+    other, _ = store.put(io.BytesIO(b"others"))
+    assert store.info(digest).bytes == 5
+    assert abs(store.info(digest).modified - time.time()) < 60
+    with store.open(digest) as file:
+        store.delete(digest)
+        assert file.read() == b"bytes"
+    assert list(store.digests()) == [other]
+    assert store.put(io.BytesIO(b"bytes")) == (digest, 5)
+    assert read(store, digest) == b"bytes"
+
+
+def test_an_unfinished_put_can_be_seen_and_discarded_and_then_leaves_nothing(store: BlobStore) -> None:
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            data = super().read(size)
+            if data:
+                (found,) = store.unfinished()
+                store.discard(found)
+                store.discard(found)
+            return data
+
+    with pytest.raises(BlobsSwept):
+        store.put(Slow(b"bytes"))
+    assert list(store.digests()) == list(store.unfinished()) == []
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return LocalJournal(tmp_path / "journal")
+
+
+def test_a_record_is_there_once_and_never_changes(journal: Journal) -> None:
+    assert not journal.has(1)
+    assert list(journal.read()) == []
+    records = {number: encode([event(number)]) for number in (1, 2, 999, 1000, 123_456)}
+    for number in (1000, 1, 123_456, 2, 999):
+        journal.put(number, records[number])
+        journal.put(number, records[number])
+        assert journal.has(number)
+    assert list(journal.read()) == sorted(records.items())
+    with pytest.raises(HubUnavailable, match="another story"):
+        journal.put(2, encode([event(2, "mallory")]))
+    assert dict(journal.read()) == records
+
+
+def test_a_damaged_record_is_mended_by_writing_it_again(journal: Journal, tmp_path: Path) -> None:
+    journal.put(1, encode([event(1)]))
+    path = next((tmp_path / "journal").rglob("*.json"))
+    path.write_bytes(path.read_bytes()[:-9])
+    journal.put(1, encode([event(1)]))
+    assert decode(1, next(journal.read())[1]) == [event(1)]
+
+
+@given(st.integers(0, 500), st.integers(0, 7))
+def test_every_flipped_bit_of_a_record_is_noticed(position: int, bit: int) -> None:
+    record = bytearray(encode([event(1)]))
+    record[position % len(record)] ^= 1 << bit
+    with pytest.raises(BlobCorrupt):
+        decode(1, bytes(record))
+    with pytest.raises(BlobCorrupt):
+        decode(2, encode([event(1)]))
+
+
+def event(seq: int, actor: str | None = None) -> Event:
+    digest = Digest.of_hex("0" * 64)
+    return Event(seq, "tag", "x", "prod", 1, digest, "t", actor, ((1, 1),), ((1, 2), (3, 4)), None, seq)

@@ -72,7 +72,6 @@ def test_the_story_of_two_versions(tmp_path: Path, run: Run) -> None:
 
 
 def test_json_of_every_verb(tmp_path: Path, data: Callable[..., Any]) -> None:
-    assert data("list") == []
     pushed = data("push", adapter(tmp_path, 1), "x")
     assert (pushed["version"], pushed["created_now"], pushed["aliases"]) == ("x@1", True, ["latest"])
     assert data("show", "x")["digest"] == pushed["digest"]
@@ -87,8 +86,9 @@ def test_json_of_every_verb(tmp_path: Path, data: Callable[..., Any]) -> None:
 
 def test_refusals_are_one_line_with_the_reason(tmp_path: Path, run: Run) -> None:
     (tmp_path / "empty").mkdir()
+    run("push", adapter(tmp_path, 3), "nobody/x")
     refusals = {
-        ("show", "nobody/x"): "ADAPTER_NOT_FOUND",
+        ("show", "y"): "ADAPTER_NOT_FOUND",
         ("show", "../x"): "REF_INVALID",
         ("push", str(tmp_path / "empty"), "x"): "ADAPTER_FILE_MISSING",
         ("push", adapter(tmp_path, 1), "x", "--base", "nope"): "BASE_NOT_FOUND",
@@ -143,11 +143,88 @@ def test_verify_tells_damage_and_exits_1(tmp_path: Path, run: Run) -> None:
     assert (status, json.loads(out)[0]["file"]) == (1, "adapter_config.json")
 
 
-def test_a_fault_of_ours_keeps_its_trace(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hub.hub.Hub.versions", lambda *arguments: b"\xff".decode())
+def test_a_fault_of_ours_keeps_its_trace(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    monkeypatch.setattr("hub.hub.Hub.search", lambda *arguments: b"\xff".decode())
     monkeypatch.setattr(sys, "argv", ["hub", "list"])
     with pytest.raises(UnicodeDecodeError):
         cli.main()
+
+
+def test_the_story_of_upkeep(tmp_path: Path, run: Run, data: Callable[..., Any]) -> None:
+    for seed, f1 in ((1, 0.7), (2, 0.8), (3, 0.9)):
+        directory = Path(adapter(tmp_path, seed))
+        (directory / "loraplex.json").write_text(json.dumps({"metrics": {"f1": f1}}))
+        (directory / "README.md").write_text(f"# Card {seed}\n\x1b[2J")
+        run("push", str(directory), "x", *(["--parent", f"x@{seed - 1}"] if seed > 1 else []))
+    assert [found["version"] for found in data("search", "--metric", "f1>0.75")] == ["x@2", "x@3"]
+    assert [found["version"] for found in data("list", "--metric", "f1>0.75")] == ["x@3"]
+    assert data("tag", "prod", "x@2=90", "x@3=10")["targets"][1]["weight"] == 10
+    assert "prod (10 %)" in run("show", "x")[1]
+    assert run("tag", "prod", "x@1=1")[1] == "x:prod is now @1\n"
+    assert run("rollback", "x:prod")[1] == "x:prod is now @2 90 %, @3 10 %\n"
+    assert "x:prod @1 -> @2 90 %, @3 10 %  (rollback)" in run("log", "x:prod")[1]
+    status, _, err = run("rm", "x@2")
+    assert (status, "held by :prod" in err, "VERSION_HELD" in err) == (1, True, True)
+    (tmp_path / "gate.toml").write_text("require = ['f1 > 0.85']")
+    status, _, err = run("promote", "x@2", "prod", "--gate", str(tmp_path / "gate.toml"))
+    assert (status, "f1 0.8 > 0.85" in err) == (1, True)
+    assert data("promote", "x@3", "prod", "--gate", str(tmp_path / "gate.toml"))["passed"] == ["f1 0.9 > 0.85"]
+    assert data("pin", "x@2", "--holder", "audit")["expires"] is None
+    assert run("rm", "x@2")[0] == 1
+    assert data("unpin", "x@2", "--holder", "audit")["left"] == []
+    assert run("rm", "x@2")[0] == 0
+    assert run("restore", "x@2")[1] == "x@2 is back\n"
+    run("rm", "x@2")
+    assert data("gc", "--dry-run", "--retention", "0", "--grace", "0")["purged"] == ["x@2"]
+    assert "x@2 went for good" in run("gc", "--retention", "0", "--grace", "0")[1]
+    assert run("fsck") == (0, "catalog, journal and blobs fit together\n", "")
+    assert data("fsck", "--rebuild") == []
+    assert [step["version"] for step in data("show", "x@3", "--lineage")["lineage"]["ancestors"]] == [None]
+    assert data("show", "x@3", "--config")["config"]["r"] == 4
+    assert run("show", "x@3", "--card")[1] == "# Card 3\n\\x1b[2J\n"
+    found = data("diff", "x@1", "x@3")
+    assert (found["metrics"], len(found["tensors"])) == ({"f1": [0.7, 0.9]}, 8)
+    assert "scaling*B*A" in run("diff", "x@1", "x@3")[1]
+    assert run("watch", "--since", "0", "--count", "2")[1].count("\n") == 2
+    assert json.loads(run("watch", "x:prod", "--since", "0", "--count", "1", "--json")[1])["alias"] == "prod"
+
+
+def test_pages_of_a_list_say_that_there_is_more(tmp_path: Path, run: Run) -> None:
+    for seed in (1, 2, 3):
+        run("push", adapter(tmp_path, seed), "x")
+    _, out, err = run("list", "--all", "--limit", "2", "--json")
+    assert [found["version"] for found in json.loads(out)] == ["x@1", "x@2"]
+    assert err == "there are more: --after x@2\n"
+    assert [found["version"] for found in json.loads(run("list", "--all", "--after", "x@2", "--json")[1])] == ["x@3"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["list"], ["search"], ["show", "x"], ["pull", "x"], ["log"], ["verify"], ["fsck"], ["fsck", "--rebuild"], ["gc"],
+     ["tag", "x@1", "prod"], ["rm", "x@1"], ["diff", "x@1", "x@2"], ["watch"], ["rollback", "x:prod"]],
+)  # fmt: skip
+def test_no_verb_but_push_makes_a_hub(tmp_path: Path, run: Run, arguments: list[str]) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (1, "")
+    assert str(tmp_path / "default-hub") in err
+    assert err.endswith("(HUB_NOT_FOUND)\n")
+    assert not (tmp_path / "default-hub").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["tag", "prod", "x@1=x"], ["tag", "x@1", "a", "b"], ["gc", "--retention", "7"], ["gc", "--grace", "-1s"],
+     ["rollback", "x@1"], ["list", "--after", "x"], ["list", "--limit", "0"], ["watch", "--count", "0"]],
+)  # fmt: skip
+def test_wrong_usage_of_the_upkeep_verbs_exits_2(tmp_path: Path, run: Run, arguments: list[str]) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    assert run(*arguments)[0] == 2
+
+
+def test_an_event_number_beyond_what_a_database_holds_is_simply_in_the_future(tmp_path: Path, run: Run) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    assert run("log", "--since", str(2**80))[:2] == (0, "no events\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
@@ -179,7 +256,8 @@ def test_help_imports_nothing_heavy() -> None:
         "from hub.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'sqlalchemy', 'numpy', 'rich', 'torch', 'transformers', 'grpc', 'huggingface_hub', 'platformdirs'}\n"
+        "heavy = {'sqlalchemy', 'alembic', 'psycopg', 'numpy', 'rich', 'torch', 'transformers', 'grpc',"
+        " 'huggingface_hub', 'platformdirs'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
@@ -191,6 +269,7 @@ def test_the_hub_works_without_torch() -> None:
     program = (
         "import sys\n"
         "import hub.hub, hub.base, hub.lora_config, hub.cli_push, hub.cli_show, hub.cli_tags, hub.cli_verify\n"
+        "import hub.diff, hub.rebuild\n"
         "print(sorted({'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)

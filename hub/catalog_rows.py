@@ -1,0 +1,140 @@
+"""Reads the catalog's rows, inside a transaction of the caller's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from hub import canary, journal, tables
+from hub.errors import AdapterNotFound, AliasNotFound, VersionNotFound
+from hub.refs import AdapterRef, Alias, Digest, Version
+from hub.versions import AliasState, Event, Held, Target
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of the versions table."""
+
+    full_name: str
+    number: int
+    digest: Digest
+    manifest: bytes  # canonical JSON, not yet checked against `digest`
+    removed: str | None = None  # when it was marked as removed
+
+    @property
+    def text(self) -> str:
+        """As people write it: "team/sentiment@3"."""
+        return f"{self.full_name}@{self.number}"
+
+
+def resolve(connection: sa.Connection, ref: AdapterRef, key: str | None = None) -> Record:
+    """The version that `ref` names now; of a weighted alias the one that `key` gets, without a key the heaviest.
+
+    Raises AdapterNotFound, VersionNotFound (also for one that is removed) or AliasNotFound.
+    """
+    name, selector = ref.full_name, ref.selector
+    if isinstance(selector, Alias):
+        state = alias_state(connection, name, selector.name)
+        if state is None:
+            check_known(connection, name)
+            raise AliasNotFound(f"{name} has no alias {selector.name!r}")
+        number = state.version if key is None else canary.pick(state.targets, name, selector.name, key).version
+    elif isinstance(selector, Version):
+        number = selector.number
+    else:
+        found = select_record(connection, tables.versions.c.full_name == name, tables.versions.c.digest == selector)
+        number = found.number if found is not None else 0
+    return there(connection, name, number, str(selector).removeprefix("@"))
+
+
+def there(connection: sa.Connection, full_name: str, number: int, shown: str | None = None) -> Record:
+    """The version with this number; raises VersionNotFound where it is not there or removed, AdapterNotFound."""
+    record = numbered(connection, full_name, number)
+    if record is None:
+        check_known(connection, full_name)
+        raise VersionNotFound(f"{full_name} has no version {shown or number}")
+    if record.removed is not None:
+        raise VersionNotFound(f"{record.text} was removed; while it is not swept, `hub restore {record.text}` helps")
+    return record
+
+
+def numbered(connection: sa.Connection, full_name: str, number: int) -> Record | None:
+    """The version with this number, removed or not."""
+    return select_record(connection, tables.versions.c.full_name == full_name, tables.versions.c.number == number)
+
+
+def select_record(connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> Record | None:
+    """The one version that meets the conditions, removed or not."""
+    row = connection.execute(sa.select(tables.versions).where(*conditions)).first()
+    return None if row is None else record_of(row)
+
+
+def record_of(row: Any) -> Record:
+    """A row of the versions table as a value."""
+    return Record(row.full_name, row.number, Digest(row.digest), row.manifest.encode(), row.removed)
+
+
+def check_known(connection: sa.Connection, full_name: str) -> None:
+    """Raise AdapterNotFound where no version of this name was ever pushed."""
+    if connection.execute(sa.select(tables.adapters).where(tables.adapters.c.full_name == full_name)).first() is None:
+        raise AdapterNotFound(f"there is no adapter {full_name!r} in this hub")
+
+
+def alias_state(connection: sa.Connection, full_name: str, alias: str) -> AliasState | None:
+    """What one alias holds."""
+    return alias_states(connection, full_name, alias).get(alias)
+
+
+def alias_states(connection: sa.Connection, full_name: str, alias: str | None = None) -> dict[str, AliasState]:
+    """What every alias of an adapter (or this one) holds, by alias."""
+    a, t, v = tables.aliases, tables.targets, tables.versions
+    query = (
+        sa.select(a.c.alias, a.c.generation, t.c.number, t.c.weight, v.c.digest)
+        .join(t, (t.c.full_name == a.c.full_name) & (t.c.alias == a.c.alias))
+        .join(v, (v.c.full_name == t.c.full_name) & (v.c.number == t.c.number))
+        .where(a.c.full_name == full_name)
+        .order_by(a.c.alias, t.c.number)
+    )
+    if alias is not None:
+        query = query.where(a.c.alias == alias)
+    targets: dict[tuple[str, int], list[Target]] = {}
+    for row in connection.execute(query):
+        targets.setdefault((row.alias, row.generation), []).append(Target(row.number, Digest(row.digest), row.weight))
+    return {name: state_of(found, generation) for (name, generation), found in targets.items()}
+
+
+def state_of(targets: Sequence[Target], generation: int) -> AliasState:
+    """An alias with these targets."""
+    first = canary.primary(targets)
+    return AliasState(first.version, first.digest, generation, tuple(targets))
+
+
+def held_by(state: AliasState | None) -> Held | None:
+    """What an alias holds, as events tell it."""
+    return None if state is None else tuple((target.version, target.weight) for target in state.targets)
+
+
+def last_seq(connection: sa.Connection) -> int:
+    """The newest event's number, 0 where nothing happened yet."""
+    return int(connection.execute(sa.select(sa.func.coalesce(sa.func.max(tables.events.c.seq), 0))).scalar_one())
+
+
+def select_events(
+    connection: sa.Connection, *conditions: sa.ColumnElement[bool], limit: int | None = None
+) -> list[Event]:
+    """Events that meet the conditions, in order."""
+    query = sa.select(tables.events).where(*conditions).order_by(tables.events.c.seq).limit(limit)
+    return [_event(row) for row in connection.execute(query)]
+
+
+def _event(row: Any) -> Event:
+    return Event(
+        row.seq, row.kind, row.full_name, row.alias, row.number, Digest(row.digest), row.time, row.actor,
+        journal.held(json.loads(row.before)) if row.before else None,
+        journal.held(json.loads(row.after)) if row.after else None,
+        row.note, row.batch,
+    )  # fmt: skip

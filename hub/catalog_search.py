@@ -1,0 +1,160 @@
+"""Queries over many versions, inside a transaction of the catalog's."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from hub import catalog_rows, tables
+from hub.catalog_rows import Record
+from hub.refs import Digest
+from hub.replay import State
+from hub.search import COMPARE, MetricTest, Query
+
+_BATCH: Final = 500
+_WILD: Final = frozenset("*?[")
+
+
+def search(connection: sa.Connection, query: Query) -> tuple[list[Record], bool]:
+    """Versions that are there and meet the query, by name and number, and whether there are more."""
+    found: list[Record] = []
+    after = query.after
+    while True:
+        batch = min(_BATCH, max(50, query.limit + 1 - len(found)))
+        rows = connection.execute(_statement(query, after).limit(batch)).all()
+        for row in rows:
+            if query.pattern is not None and not fnmatch.fnmatchcase(row.full_name, query.pattern):
+                continue
+            if len(found) == query.limit:
+                return found, True
+            found.append(catalog_rows.record_of(row))
+        if len(rows) < batch:
+            return found, False
+        after = (rows[-1].full_name, rows[-1].number)
+
+
+def held_by(connection: sa.Connection, records: Sequence[Record]) -> dict[Digest, tuple[str, ...]]:
+    """The aliases that hold each of these versions, or some of it."""
+    t = tables.targets
+    wanted = {(record.full_name, record.number): record.digest for record in records}
+    names = sorted({record.full_name for record in records})
+    held: dict[Digest, tuple[str, ...]] = dict.fromkeys(wanted.values(), ())
+    for begin in range(0, len(names), _BATCH):
+        query = sa.select(t).where(t.c.full_name.in_(names[begin : begin + _BATCH])).order_by(t.c.full_name, t.c.alias)
+        for row in connection.execute(query):
+            digest = wanted.get((row.full_name, row.number))
+            if digest is not None:
+                held[digest] += (row.alias,)
+    return held
+
+
+def naming(connection: sa.Connection, digest: Digest) -> list[Record]:
+    """The versions whose manifest names this digest among its parents."""
+    v = tables.versions
+    # Digests of manifests appear in manifests only as parents (or in free text, which the caller's reading sorts out).
+    query = sa.select(v).where(v.c.manifest.contains(digest, autoescape=True), v.c.removed.is_(None))
+    return [catalog_rows.record_of(row) for row in connection.execute(query.order_by(v.c.full_name, v.c.number))]
+
+
+def state(connection: sa.Connection) -> State:
+    """What the tables hold, in the words of a replay."""
+    v, a, t = tables.versions, tables.aliases, tables.targets
+    found = State(last_seq=catalog_rows.last_seq(connection))
+    for row in connection.execute(sa.select(v.c.full_name, v.c.number, v.c.digest, v.c.removed)):
+        found.versions[row.full_name, row.number] = Digest(row.digest)
+        if row.removed is not None:
+            found.removed[row.full_name, row.number] = row.removed
+    for row in connection.execute(sa.select(tables.purged)):
+        found.purged[row.full_name, row.number] = (Digest(row.digest), row.time)
+    held: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
+    joined = sa.select(a, t.c.number, t.c.weight).join(t, (t.c.full_name == a.c.full_name) & (t.c.alias == a.c.alias))
+    for row in connection.execute(joined.order_by(t.c.number)):
+        held.setdefault((row.full_name, row.alias, row.generation), []).append((row.number, row.weight))
+    found.aliases = {(name, alias): (tuple(items), seq) for (name, alias, seq), items in held.items()}
+    for row in connection.execute(sa.select(tables.leases).where(tables.leases.c.expires.is_(None))):
+        found.pins.add((row.full_name, row.number, row.holder))
+    for row in connection.execute(sa.select(tables.adapters)):
+        found.next_number[row.full_name] = row.next_number
+    return found
+
+
+def check(connection: sa.Connection) -> list[str]:
+    """What is wrong with the catalog's rows, in words; empty where nothing is."""
+    wrong = []
+    e, a, t, v = tables.events, tables.aliases, tables.targets, tables.versions
+    newest = catalog_rows.last_seq(connection)
+    count = connection.execute(sa.select(sa.func.count()).select_from(e)).scalar_one()
+    if count != newest:
+        wrong.append(f"the journal has {count} events, but the newest is number {newest}")
+    dangling = (
+        sa.select(t)
+        .outerjoin(v, (v.c.full_name == t.c.full_name) & (v.c.number == t.c.number))
+        .where(sa.or_(v.c.number.is_(None), v.c.removed.is_not(None)))
+    )
+    wrong += [
+        f"{row.full_name}:{row.alias} holds version {row.number}, which is not there"
+        for row in connection.execute(dangling)
+    ]
+    empty = sa.select(a).outerjoin(t, (t.c.full_name == a.c.full_name) & (t.c.alias == a.c.alias))
+    wrong += [
+        f"{row.full_name}:{row.alias} holds nothing" for row in connection.execute(empty.where(t.c.number.is_(None)))
+    ]
+    if connection.dialect.name == "sqlite":
+        verdicts = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
+        wrong += [f"SQLite says: {verdict}" for verdict in verdicts if verdict != "ok"]
+    return wrong
+
+
+def _statement(query: Query, after: tuple[str, int]) -> sa.Select[Any]:
+    v = tables.versions
+    statement = sa.select(v).where(v.c.removed.is_(None)).order_by(v.c.full_name, v.c.number)
+    if after != ("", 0):
+        statement = statement.where(sa.tuple_(v.c.full_name, v.c.number) > sa.tuple_(*map(sa.literal, after)))
+    if query.newest:
+        # The adapters lead: one look-up each, however many versions they have.
+        a, other = tables.adapters, tables.versions.alias()
+        newest = (
+            sa.select(sa.func.max(other.c.number))
+            .where(other.c.full_name == a.c.full_name, other.c.removed.is_(None))
+            .scalar_subquery()
+        )
+        statement = statement.join(a, a.c.full_name == v.c.full_name).where(v.c.number == newest)
+    if query.pattern is not None:
+        prefix = query.pattern[: next((i for i, char in enumerate(query.pattern) if char in _WILD), None)]
+        if prefix == query.pattern:
+            statement = statement.where(v.c.full_name == prefix)
+        elif prefix:
+            statement = statement.where(v.c.full_name >= prefix, v.c.full_name < prefix[:-1] + chr(ord(prefix[-1]) + 1))
+        if prefix != query.pattern:
+            statement = statement.where(v.c.full_name.like(_like(query.pattern), escape="\\"))
+    if query.base is not None:
+        by_name = v.c.base_name == query.base
+        by_print = v.c.base_fingerprint.startswith(query.base, autoescape=True)
+        statement = statement.where(sa.or_(by_name, by_print) if query.base.startswith("sha256:") else by_name)
+    if query.tag is not None:
+        t = tables.targets
+        statement = statement.where(_among(sa.select(t.c.full_name, t.c.number).where(t.c.alias == query.tag)))
+    for test in query.metrics:
+        statement = statement.where(_meets(test))
+    return statement
+
+
+def _among(keys: sa.Select[Any]) -> sa.ColumnElement[bool]:
+    v = tables.versions
+    return sa.tuple_(v.c.full_name, v.c.number).in_(keys)
+
+
+def _meets(test: MetricTest) -> sa.ColumnElement[bool]:
+    m = tables.metrics.c
+    met = COMPARE[test.compare](m.value, sa.literal(test.bound, sa.Double))
+    return _among(sa.select(m.full_name, m.number).where(m.name == test.name, met))
+
+
+def _like(pattern: str) -> str:
+    """A LIKE pattern, with backslash for escape, that matches at least what the shell pattern matches."""
+    text = re.sub(r"\[!?\]?[^\]]*\]", "?", pattern)  # a class stands for one character
+    return "".join({"*": "%", "?": "_"}.get(char, f"\\{char}" if char in "%_\\" else char) for char in text)

@@ -1,0 +1,160 @@
+"""`hub rm`, `hub restore`, `hub gc`, `hub pin` and `hub unpin`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from hub.actor import current_user
+from hub.cli_options import examples, hub_option, json_option
+from hub.cli_output import print_json, size_text, version_json
+from hub.hub import Hub
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, written "30s", "10m", "2h" or "7d"; 0 needs no unit."""
+
+    name = "duration"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The seconds."""
+        if isinstance(value, float):
+            return value
+        text = str(value)
+        number, unit = (text, "s") if text == "0" else (text[:-1], text[-1:])
+        if unit not in "smhd" or not number.isascii() or not number.isdigit() or len(number) > 9:
+            self.fail(f"{text!r} is no time: write 30s, 10m, 2h or 7d", param, ctx)
+        return float(number) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
+
+
+@click.command(
+    epilog=examples(
+        """
+hub rm team/sentiment@2
+hub restore team/sentiment@2    # within the retention of `hub gc`, seven days unless told otherwise
+"""
+    )
+)
+@click.argument("ref")
+@hub_option
+@json_option
+def rm(ref: str, hub_url: str | None, as_json: bool) -> None:
+    """Mark the version REF names as removed: nobody finds it any more. Its number is never given again.
+
+    Refused while an alias (:latest too), a pin or a server's lease holds it. `hub gc` takes its bytes once the
+    retention is over; `hub restore` brings it back until then, and so does pushing the same directory again.
+    """
+    with Hub.open_existing(hub_url) as hub:
+        version = hub.remove(ref)
+    if as_json:
+        print_json(version_json(version))
+    else:
+        click.echo(f"removed {version.text}; `hub restore {version.text}` brings it back until `hub gc` takes it")
+
+
+@click.command(
+    epilog=examples(
+        """
+hub restore team/sentiment@2
+"""
+    )
+)
+@click.argument("ref")
+@hub_option
+@json_option
+def restore(ref: str, hub_url: str | None, as_json: bool) -> None:
+    """Bring a removed version back; REF has a number or a digest. Aliases are not moved."""
+    with Hub.open_existing(hub_url) as hub:
+        version = hub.restore(ref)
+    if as_json:
+        print_json(version_json(version))
+    else:
+        click.echo(f"{version.text} is back")
+
+
+@click.command(
+    epilog=examples(
+        """
+hub gc --dry-run
+hub gc
+hub gc --retention 30d
+"""
+    )
+)
+@click.option("--dry-run", is_flag=True, help="Change nothing; say what would go.")
+@click.option(
+    "--retention", type=Duration(), default="7d", show_default=True, help="How long removed versions can be restored."
+)
+@click.option(
+    "--grace", type=Duration(), default="1h", show_default=True, help="Leave what was written more recently alone."
+)
+@hub_option
+@json_option
+def gc(dry_run: bool, retention: float, grace: float, hub_url: str | None, as_json: bool) -> None:
+    """Give back space: versions removed long ago, files no version needs, leavings of pushes that died.
+
+    Safe while others push and pull. A file that another version shares stays.
+    """
+    with Hub.open_existing(hub_url) as hub:
+        swept = hub.sweep(retention_seconds=retention, grace_seconds=grace, dry_run=dry_run)
+    if as_json:
+        print_json({**asdict(swept), "dry_run": dry_run})
+        return
+    verb = "would go" if dry_run else "went"
+    for text in swept.purged:
+        click.echo(f"{text} {verb} for good")
+    click.echo(
+        f"{swept.blobs} files and {swept.leftovers} leftovers of dead pushes {verb}: {size_text(swept.bytes)}"
+        if swept.blobs or swept.leftovers
+        else "no bytes to give back"
+    )
+
+
+@click.command(
+    epilog=examples(
+        """
+hub pin team/sentiment@2
+hub pin team/sentiment@2 --holder audit-2026 --for 30d
+"""
+    )
+)
+@click.argument("ref")
+@click.option("--holder", metavar="TEXT", help="Who or what needs it.  [default: your user name]")
+@click.option("--for", "seconds", type=Duration(), help="Only for so long (10m, 2h, 7d).  [default: until `unpin`]")
+@hub_option
+@json_option
+def pin(ref: str, holder: str | None, seconds: float | None, hub_url: str | None, as_json: bool) -> None:
+    """Keep the version REF names from being removed."""
+    with Hub.open_existing(hub_url) as hub:
+        lease = hub.lease(ref, holder or current_user() or "unknown", seconds)
+    if as_json:
+        print_json(asdict(lease))
+    else:
+        click.echo(f"{lease.full_name}@{lease.version} is pinned by {lease.holder}")
+
+
+@click.command(
+    epilog=examples(
+        """
+hub unpin team/sentiment@2
+hub unpin team/sentiment@2 --holder audit-2026
+"""
+    )
+)
+@click.argument("ref")
+@click.option("--holder", metavar="TEXT", help="Whose pin.  [default: your user name]")
+@hub_option
+@json_option
+def unpin(ref: str, holder: str | None, hub_url: str | None, as_json: bool) -> None:
+    """Take a pin back; nothing happens where there is none."""
+    who = holder or current_user() or "unknown"
+    with Hub.open_existing(hub_url) as hub:
+        hub.release(ref, who)
+        version = hub.resolve(ref)
+        left = [lease for lease in hub.leases(version.full_name) if lease.version == version.number]
+    if as_json:
+        print_json({"version": version.text, "holder": who, "left": [asdict(lease) for lease in left]})
+        return
+    others = f", but by {', '.join(lease.holder for lease in left)}" if left else ""
+    click.echo(f"{version.text} is not pinned by {who}{others}")

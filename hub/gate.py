@@ -1,0 +1,131 @@
+"""What a promotion asks of a version's recorded metrics, as a small TOML or JSON file says.
+
+    require = ["f1 >= 0.8", "test.loss < 1.2"]   # numbers the version must have
+    no_lower = {f1 = 0.01}                       # may fall by at most this below what the alias holds now
+    no_higher = {"test.loss" = 0}                # may rise by at most this above it
+
+Nested metrics are named with dots. A metric that is not recorded fails. Where the alias holds nothing yet, or what it
+holds lacks the metric, there is nothing to compare with: `no_lower` and `no_higher` then only ask that the version has
+the metric.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+from hub import json_text
+from hub.errors import GateMalformed, GateRefused, QueryInvalid
+from hub.search import METRIC_NAME, MetricTest, metric_numbers
+from hub.versions import Version
+
+MAX_GATE_BYTES: Final = 64 * 1024
+_KEYS = ("require", "no_lower", "no_higher")
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A promotion that was made."""
+
+    version: Version
+    before: Version | None  # what the alias held, of several versions the heaviest
+    passed: tuple[str, ...]  # every condition, with the numbers: "f1 0.83 >= 0.8"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Conditions, all of which must hold."""
+
+    require: tuple[MetricTest, ...] = ()
+    no_lower: Mapping[str, float] = field(default_factory=dict)
+    no_higher: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The gate in a file; raises GateMalformed."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise GateMalformed(f"{path} cannot be read: {error.strerror}") from error
+        return cls.parse(data, path.name)
+
+    @classmethod
+    def parse(cls, data: bytes, name: str = "the gate") -> Self:
+        """The gate in JSON (where the name ends so, or the text begins with a brace) or TOML; raises GateMalformed."""
+        try:
+            if len(data) > MAX_GATE_BYTES:
+                raise ValueError(f"has {len(data)} bytes, the limit is {MAX_GATE_BYTES}")
+            if name.endswith(".json") or data.lstrip()[:1] == b"{":
+                value: dict[str, Any] = json_text.parse_object(data, max_bytes=MAX_GATE_BYTES)
+            else:
+                value = tomllib.loads(data.decode("utf-8"))
+            if strange := [key for key in value if key not in _KEYS]:
+                raise ValueError(f"has the unknown key {strange[0][:60]!a}; known: {', '.join(_KEYS)}")
+            gate = cls(
+                tuple(map(_test, _list(value.get("require", [])))),
+                _slack(value.get("no_lower", {}), "no_lower"),
+                _slack(value.get("no_higher", {}), "no_higher"),
+            )
+            if gate == cls():
+                raise ValueError(f"asks for nothing; known: {', '.join(_KEYS)}")
+        except (ValueError, QueryInvalid) as error:
+            raise GateMalformed(f"{name}: {error}") from error
+        return gate
+
+    def check(self, version: Version, current: Version | None) -> tuple[str, ...]:
+        """Every condition with its numbers, all met by `version`; `current` is what the alias holds.
+
+        Raises GateRefused, naming all that failed.
+        """
+        have = dict(metric_numbers(version.manifest.metrics))
+        had = dict(metric_numbers(current.manifest.metrics)) if current is not None else {}
+        passed: list[str] = []
+        failed: list[str] = []
+        for test in self.require:
+            if test.name not in have:
+                failed.append(f"{test.name} is not recorded")
+                continue
+            said = f"{test.name} {have[test.name]:g} {test.compare} {test.bound:g}"
+            (passed if test.met_by(have[test.name]) else failed).append(said)
+        for slacks, sign, compare in ((self.no_lower, 1, ">="), (self.no_higher, -1, "<=")):
+            for name, slack in slacks.items():
+                if name not in have:
+                    failed.append(f"{name} is not recorded")
+                elif name not in had:
+                    passed.append(f"{name} {have[name]:g}, nothing to compare with")
+                else:
+                    bound = had[name] - sign * slack
+                    met = have[name] >= bound if sign > 0 else have[name] <= bound
+                    assert current is not None
+                    said = f"{name} {have[name]:g} {compare} {bound:g} ({current.text} has {had[name]:g})"
+                    (passed if met else failed).append(said)
+        if failed:
+            raise GateRefused(f"{version.text} does not pass: {'; '.join(failed)}")
+        return tuple(passed)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("require is no list")
+    return value
+
+
+def _test(value: Any) -> MetricTest:
+    if not isinstance(value, str):
+        raise ValueError("require holds something that is no text")
+    return MetricTest.parse(value)
+
+
+def _slack(value: Any, key: str) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is no table of metric and slack")
+    slacks = {}
+    for name, slack in value.items():
+        number = isinstance(slack, (int, float)) and not isinstance(slack, bool)
+        if not METRIC_NAME.fullmatch(name) or not number or not 0 <= slack < float("inf"):
+            raise ValueError(f"{key}: {name[:80]!a} needs a slack, a number from 0 up")
+        slacks[name] = float(slack)
+    return slacks

@@ -1,0 +1,1 @@
+"""How an older catalog becomes today's: Alembic revisions, oldest first."""

@@ -1,0 +1,355 @@
+"""Removal, restoring, sweeping, checking and rebuilding, over both catalog engines."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from hub import sweep as sweeping
+from hub.errors import (
+    BlobCorrupt,
+    HubNotFound,
+    HubUnavailable,
+    NotRestorable,
+    RefInvalid,
+    VersionHeld,
+    VersionNotFound,
+)
+from hub.facts import Facts
+from hub.hub import Hub
+from hub.rebuild import rebuild
+from hub.replay import State
+from hub.search import Query
+from tests.hub.conftest import MakeUrl
+from tests.hub.making import lora_tensors, write_adapter
+
+
+def adapter(tmp_path: Path, seed: int, card: str | None = None) -> Path:
+    directory = write_adapter(tmp_path / f"adapter-{seed}", tensors=lora_tensors(seed=seed))
+    if card is not None:
+        (directory / "README.md").write_text(card)
+    return directory
+
+
+def three(hub: Hub, tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        hub.push(adapter(tmp_path, seed), "x")
+
+
+def sweep(hub: Hub) -> tuple[tuple[str, ...], int]:
+    swept = hub.sweep(retention_seconds=0, grace_seconds=0)
+    return swept.purged, swept.blobs
+
+
+def test_a_removed_version_is_found_by_nobody_until_it_is_restored(hub: Hub, tmp_path: Path) -> None:
+    three(hub, tmp_path)
+    version = hub.remove("x@2")
+    for look in (
+        lambda: hub.resolve("x@2"),
+        lambda: hub.resolve(f"x@{version.digest}"),
+        lambda: hub.get(version.digest),
+        lambda: hub.pull("x@2", tmp_path / "out"),
+        lambda: hub.tag("x@2", "prod"),
+        lambda: hub.remove("x@2"),
+        lambda: hub.lease("x@2", "me"),
+    ):
+        with pytest.raises(VersionNotFound, match="was removed"):
+            look()
+    assert [found.number for found in hub.versions()] == [1, 3]
+    assert [found.number for found in hub.search(Query()).versions] == [1, 3]
+    assert hub.verify() == hub.fsck() == []
+    assert hub.restore(f"x@{version.digest}") == version
+    assert hub.resolve("x@2") == version
+    with pytest.raises(NotRestorable, match="not removed"):
+        hub.restore("x@2")
+    with pytest.raises(RefInvalid):
+        hub.restore("x:latest")
+    with pytest.raises(VersionNotFound):
+        hub.restore("x@9")
+    assert [event.kind for event in hub.events()][-2:] == ["rm", "restore"]
+
+
+def test_what_an_alias_a_pin_or_a_lease_holds_stays(hub: Hub, tmp_path: Path) -> None:
+    three(hub, tmp_path)
+    hub.split([("x@1", 99), ("x@2", 1)], "prod")
+    with pytest.raises(VersionHeld, match=":prod"):
+        hub.remove("x@2")
+    with pytest.raises(VersionHeld, match=":latest"):
+        hub.remove("x")
+    hub.untag("x", "prod")
+    hub.lease("x@2", "audit")
+    hub.lease("x@2", "server-1", 60)
+    with pytest.raises(VersionHeld, match="a pin of audit, a lease of server-1"):
+        hub.remove("x@2")
+    assert [(lease.holder, lease.expires is None) for lease in hub.leases("x")] == [
+        ("audit", True), ("server-1", False),
+    ]  # fmt: skip
+    hub.release("x@2", "audit")
+    hub.release("x@2", "nobody")
+    hub.lease("x@2", "server-1", -1)  # renewed to an end that is past
+    assert hub.leases() == []
+    hub.remove("x@2")
+    assert [event.kind for event in hub.events() if event.kind in ("pin", "unpin")] == ["pin", "unpin"]
+    assert hub.fsck() == []
+
+
+def test_pushing_a_removed_version_again_brings_it_back(hub: Hub, tmp_path: Path) -> None:
+    three(hub, tmp_path)
+    hub.remove("x@1")
+    result = hub.push(adapter(tmp_path, 1), "x")
+    assert (result.version.number, result.created) == (1, False)
+    assert hub.resolve("x").number == 1
+    assert [(event.kind, event.alias) for event in hub.events()][-2:] == [("restore", None), ("tag", "latest")]
+
+
+def test_the_sweep_takes_what_nothing_needs_and_only_that(hub: Hub, tmp_path: Path) -> None:
+    hub.push(adapter(tmp_path, 1, card="shared"), "x")
+    hub.push(adapter(tmp_path, 2, card="shared"), "x")
+    hub.push(adapter(tmp_path, 3, card="alone"), "x")
+    hub.tag("x@1", "latest")
+    hub.remove("x@2")
+    hub.remove("x@3")
+    foretold = hub.sweep(retention_seconds=0, grace_seconds=0, dry_run=True)
+    assert hub.last_seq() == 9
+    assert hub.fsck() == []
+    swept = hub.sweep(retention_seconds=0, grace_seconds=0)
+    assert swept == foretold
+    assert swept.purged == ("x@2", "x@3")
+    assert swept.blobs == 5  # two weights, two manifests, one card; config and the other card are x@1's too
+    assert sweep(hub) == ((), 0)
+    assert hub.verify() == hub.fsck() == []
+    hub.pull("x@1", tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == "shared"
+    with pytest.raises(NotRestorable, match="its bytes are gone"):
+        hub.restore("x@2")
+    with pytest.raises(VersionNotFound):
+        hub.resolve("x@2")
+    assert hub.push(tmp_path / "adapter-2", "x").version.number == 4  # a number is never given twice
+
+
+def test_retention_and_grace_keep_what_is_young(hub: Hub, tmp_path: Path) -> None:
+    three(hub, tmp_path)
+    hub.remove("x@1")
+    (hub._blobs.put(io.BytesIO(b"of a push that died")))
+    assert hub.sweep().purged == ()
+    swept = hub.sweep(retention_seconds=0)
+    assert (swept.purged, swept.blobs) == (("x@1",), 0)
+    assert hub.sweep(grace_seconds=0).blobs == 3  # x@1's weights and manifest, the orphan
+
+
+def test_leftovers_of_dead_pushes_go_when_they_are_old(hub: Hub, tmp_path: Path) -> None:
+    three(hub, tmp_path)
+    staging = tmp_path / "hub" / "blobs" / "staging"
+    (staging / "young").write_bytes(b"x")
+    (staging / "old").write_bytes(b"xx")
+    os.utime(staging / "old", (time.time() - 7200,) * 2)
+    swept = hub.sweep()
+    assert (swept.leftovers, swept.bytes) == (1, 2)
+    assert [path.name for path in staging.iterdir()] == ["young"]
+
+
+def test_a_push_whose_bytes_are_swept_before_it_publishes_stores_them_again(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push(adapter(tmp_path, 1), "x")
+    directory = adapter(tmp_path, 2)
+    publish, swept = hub._catalog.publish, []
+
+    def sweep_first(*arguments: object) -> object:
+        if not swept:
+            swept.append(hub.sweep(retention_seconds=0, grace_seconds=0).blobs)
+        return publish(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hub._catalog, "publish", sweep_first)
+    assert hub.push(directory, "x").version.number == 2
+    assert swept == [2]
+    assert hub.verify() == hub.fsck() == []
+
+
+def test_nothing_is_swept_by_a_catalog_that_lags_behind_the_journal(make_url: MakeUrl, tmp_path: Path) -> None:
+    """One put back from a backup knows nothing of the versions since, whose bytes are there."""
+    with Hub.open(make_url()) as hub:
+        three(hub, tmp_path)
+        _forget_after(hub, 2)
+        with pytest.raises(HubUnavailable, match="fsck --rebuild"):
+            hub.sweep(retention_seconds=0, grace_seconds=0)
+        assert "CATALOG_DAMAGED" in {problem.reason for problem in hub.fsck()}
+        with pytest.raises(HubUnavailable, match="another story"):
+            hub.push(adapter(tmp_path, 4), "x")
+    rebuild(make_url())
+    with Hub.open(make_url()) as hub:
+        assert [version.number for version in hub.versions()] == [1, 2, 3]
+        assert hub.push(adapter(tmp_path, 4), "x").version.number == 4
+        assert hub.fsck() == []
+
+
+def _forget_after(hub: Hub, seq: int) -> None:
+    """Take the catalog, and not the journal, back to event `seq` of a story of pushes."""
+    import sqlalchemy as sa
+
+    from hub.sqlite import WRITING
+
+    with hub._catalog._engine.execution_options(**{WRITING: True}).begin() as connection:
+        for table in ("targets", "aliases", "files", "metrics", "versions"):
+            late = "" if table in ("targets", "aliases") else " WHERE number > 1"
+            connection.execute(sa.text(f"DELETE FROM {table}{late}"))
+        connection.execute(sa.text(f"DELETE FROM events WHERE seq > {seq}"))
+        connection.execute(sa.text("UPDATE adapters SET next_number = 2"))
+        connection.execute(sa.text(f"INSERT INTO aliases VALUES ('x', 'latest', {seq})"))
+        connection.execute(sa.text("INSERT INTO targets VALUES ('x', 'latest', 1, 1)"))
+
+
+def everything(hub: Hub) -> tuple[object, ...]:
+    return (
+        [(version.text, version.digest, version.manifest) for version in hub.versions()],
+        {name: hub.aliases(name) for name in ("team/a", "b")},
+        hub.events(),
+        hub.leases(),
+        hub._catalog.state(),
+    )
+
+
+def test_the_catalog_is_made_anew_from_the_journal_and_the_manifests(make_url: MakeUrl, tmp_path: Path) -> None:
+    with Hub.open(make_url()) as hub:
+        ada = hub.acting_as("ada")
+        Facts(metrics={"f1": 0.9}).write(adapter(tmp_path, 1))
+        ada.push(tmp_path / "adapter-1", "team/a:prod", creator="ada")
+        ada.push(adapter(tmp_path, 2), "team/a", parents=["team/a@1"])
+        ada.push(adapter(tmp_path, 3), "team/a")
+        ada.push(adapter(tmp_path, 4), "team/a")
+        ada.push(adapter(tmp_path, 1), "b")
+        ada.split([("team/a@1", 90), ("team/a@4", 10)], "prod")
+        ada.tag("team/a@2", "gone")
+        ada.untag("team/a", "gone")
+        ada.remove("team/a@2")
+        sweep(hub)
+        ada.remove("team/a@3")
+        ada.lease("b@1", "audit")
+        before = everything(hub)
+        hub.sweep(grace_seconds=0)
+    with Hub.open(make_url()) as hub:
+        hub._catalog.replace(lambda connection: None)  # an empty catalog
+    if "://" not in make_url():
+        for path in (tmp_path / "hub").glob("catalog.sqlite*"):
+            path.unlink()
+    made = rebuild(make_url())
+    assert (made.versions, made.aliases, made.lost) == (4, 3, ())
+    with Hub.open(make_url()) as hub:
+        assert everything(hub) == before
+        assert hub.fsck() == hub.verify() == []
+        assert hub.restore("team/a@3").number == 3
+        assert hub.search(Query(base="tiny-base")).versions[0].text == "b@1"
+        assert hub.push(adapter(tmp_path, 5), "team/a").version.number == 5
+        assert hub.lineage("team/a@5").ancestors == ()
+        assert hub.fsck() == []
+
+
+def test_a_damaged_database_file_is_kept_and_replaced(tmp_path: Path) -> None:
+    with Hub.open(str(tmp_path / "hub")) as hub:
+        three(hub, tmp_path)
+        before = hub.events()
+    (tmp_path / "hub" / "catalog.sqlite").write_bytes(b"garbage" * 1000)
+    made = rebuild(str(tmp_path / "hub"))
+    assert made.moved_aside is not None
+    assert (tmp_path / "hub" / made.moved_aside).read_bytes().startswith(b"garbage")
+    with Hub.open(str(tmp_path / "hub")) as hub:
+        assert hub.events() == before
+        assert hub.fsck() == []
+
+
+def test_a_rebuild_tells_what_is_lost_and_keeps_its_number(hub: Hub, make_url: MakeUrl, tmp_path: Path) -> None:
+    three(hub, tmp_path)
+    hub._blobs.delete(hub.resolve("x@3").digest)
+    assert {problem.version for problem in hub.fsck()} == {"x@3"}
+    made = rebuild(make_url())
+    assert [problem.version for problem in made.lost] == ["x@3"]
+    assert [version.number for version in hub.versions()] == [1, 2]
+    assert hub.push(adapter(tmp_path, 3), "x").version.number == 4
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_journal_is_told_and_never_rebuilt_from(
+    hub: Hub, make_url: MakeUrl, tmp_path: Path, damage: str
+) -> None:
+    three(hub, tmp_path)
+    record = sorted((tmp_path / "hub" / "journal").rglob("*.json"))[1]
+    data = record.read_bytes()
+    record.chmod(0o644)
+    if damage == "gone":
+        record.unlink()
+    else:
+        record.write_bytes(data[:-1] if damage == "cut" else data.replace(b'"number":2', b'"number":3', 1))
+    assert [problem.reason for problem in hub.fsck()] == ["JOURNAL_DAMAGED"]
+    with pytest.raises(BlobCorrupt):
+        rebuild(make_url())
+    assert hub.resolve("x").number == 3  # the catalog is as it was
+
+
+def test_no_file_of_an_adapter_can_pass_for_a_version_in_a_rebuild(make_url: MakeUrl, tmp_path: Path) -> None:
+    """A card that is a perfect manifest of somebody else's adapter is still only a card."""
+    with Hub.open(make_url()) as hub:
+        version = hub.push(adapter(tmp_path, 1), "prod/model").version
+        forged = json.loads(version.manifest.canonical()) | {"creator": "mallory"}
+        card = json.dumps(forged, separators=(",", ":"), sort_keys=True)
+        hub.push(adapter(tmp_path, 2, card=card), "mallory/x")
+    rebuild(make_url())
+    with Hub.open(make_url()) as hub:
+        assert [found.text for found in hub.versions()] == ["mallory/x@1", "prod/model@1"]
+        assert hub.resolve("prod/model") == version
+
+
+def test_rebuilding_nothing_changes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(HubNotFound):
+        rebuild(str(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
+    Hub.open(str(tmp_path / "hub")).close()
+    with pytest.raises(HubUnavailable, match="no journal"):
+        rebuild(str(tmp_path / "hub"))
+
+
+def test_the_journal_is_brought_up_by_whoever_writes_next(hub: Hub, tmp_path: Path) -> None:
+    three(hub, tmp_path)
+    records = sorted((tmp_path / "hub" / "journal").rglob("*.json"))
+    for record in records[1:]:  # as a process leaves it that dies between commit and journal
+        record.unlink()
+    assert [problem.reason for problem in hub.fsck()] == ["JOURNAL_BEHIND"]
+    assert not hub.push(adapter(tmp_path, 3), "x").created
+    assert sorted((tmp_path / "hub" / "journal").rglob("*.json")) == records
+    assert hub.fsck() == []
+
+
+def test_a_pull_that_a_sweep_overtakes_says_that_the_version_was_removed(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(hub, tmp_path)
+    version = hub.resolve("x@1")
+    monkeypatch.setattr(hub, "resolve", lambda ref: version)
+    hub.remove("x@1")
+    sweep(hub)
+    with pytest.raises(Exception, match="there is no version sha256"):
+        hub.pull("x@1", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_write_that_lasts_longer_than_a_second_tells_one_time(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by killing processes a thousand times: purged rows and their events differed by a second."""
+    three(hub, tmp_path)
+    seconds = iter(range(10**6))
+    monkeypatch.setattr("hub.catalog_writer.now", lambda: f"2026-01-01T00:{next(seconds):04}Z")
+    hub.remove("x@1")
+    hub.remove("x@2")
+    assert hub.fsck() == []
+    sweep(hub)
+    assert hub.fsck() == []
+
+
+def test_defaults_are_those_the_guide_names() -> None:
+    assert (sweeping.RETENTION_SECONDS, sweeping.GRACE_SECONDS) == (7 * 86400, 3600)
+    assert State().last_seq == 0
