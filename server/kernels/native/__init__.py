@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from server.kernels.native.library import TYPES, library
 from server.kernels.native.plans import SPAN_ROWS, DecodePlan, PrefillPlan, Sites
-from server.kernels.native.structs import I64, pointer
+from server.kernels.native.structs import I64, int64s, pointer
 
 MAX_HEAD_WIDTH = 512  # MAX_WIDTH in common.h
 
@@ -32,6 +33,7 @@ class Native:
         self._rope_store = getattr(native, f"rope_store_{suffix}")
         self._attention = getattr(native, f"attention_{suffix}")
         self._adapters = getattr(native, f"adapters_{suffix}")
+        self._finite_pages = getattr(native, f"finite_pages_{suffix}")
         self.decode = getattr(native, f"decode_{suffix}")
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, late: bool = False) -> Tensor:
@@ -102,6 +104,19 @@ class Native:
             ctypes.c_float(softcap or 0.0),
         )
         return out
+
+    def finite_pages(self, caches: Sequence[Tensor], pages: Sequence[int], page_tokens: int) -> list[bool]:
+        """For each page, whether all caches, [kv_heads, slots, width] each, hold finite numbers there."""
+        kv_heads, slots, width = caches[0].shape
+        finite = int64s([1] * len(pages))
+        self._finite_pages(
+            (ctypes.c_void_p * len(caches))(*(cache.data_ptr() for cache in caches)),
+            *map(I64, (len(caches), kv_heads, slots, width, page_tokens)),
+            int64s(pages),
+            I64(len(pages)),
+            finite,
+        )
+        return [bool(each) for each in finite]
 
     def lora(self, x: Tensor, sites: Sites, y: Tensor, decode: DecodePlan | None, prefill: PrefillPlan | None) -> None:
         """Add each row's own deltas in place: `reference.lora_add` for sites that share the input x [rows, in].

@@ -70,6 +70,14 @@ static inline bf16 narrow(float f) {
 
 static inline float same(float f) { return f; }
 
+/* 1 for a NaN or an infinity. */
+static inline int odd_bf16(bf16 v) { return (v & 0x7f80u) == 0x7f80u; }
+static inline int odd_f32(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return (bits & 0x7f800000u) == 0x7f800000u;
+}
+
 /* e^x within 2 ulp, without a call, so that loops over it become vector instructions. */
 static inline float exponential(float x) {
   x = x > 88.0f ? 88.0f : x;

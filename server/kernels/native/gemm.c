@@ -122,7 +122,7 @@ static void panel_bf16(const bf16 *x, const bf16 *w, const float *bias, bf16 *y,
         _tile_loadd(4, x0 + s * 32, k * 2);
         _tile_loadd(6, w + s * 1024, 64);
         _tile_loadd(7, w + s * 1024 + 512, 64);
-        prefetch(w + s * 1024 + 4096, 2048);
+        for (int64_t i = 0; i < 2048; i += 64) __builtin_prefetch((const char *)(w + s * 1024 + 16384) + i, 0, 2);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
       }

@@ -286,3 +286,22 @@ void NAME(adapters)(const site *sites, int64_t count, const T *x, int64_t in, T 
 #pragma omp parallel
   NAME(adapters_part)(sites, count, x, in, y, stride, decode, prefill, layers, h, scratch);
 }
+
+/* finite[i] = 0 where page pages[i] holds a NaN or an infinity in one of the caches, each [kv_heads, slots, width]; the
+ * others are left alone. */
+void NAME(finite_pages)(const T *const *caches, int64_t count, int64_t kv_heads, int64_t slots, int64_t width,
+                        int64_t page_tokens, const int64_t *pages, int64_t page_count, int64_t *finite) {
+#pragma omp parallel for schedule(static) collapse(2)
+  for (int64_t c = 0; c < count; c++)
+    for (int64_t i = 0; i < page_count; i++) {
+      int odd = 0;
+      for (int64_t h = 0; h < kv_heads; h++) {
+        const T *values = caches[c] + (h * slots + pages[i] * page_tokens) * width;
+        for (int64_t n = 0; n < page_tokens * width; n++) odd |= NAME(odd)(values[n]);
+      }
+      if (odd) {
+#pragma omp atomic write
+        finite[i] = 0;
+      }
+    }
+}

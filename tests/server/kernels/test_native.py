@@ -202,3 +202,14 @@ def test_a_row_does_not_depend_on_its_company(kernels: tuple[Native, torch.dtype
         alone = y[t : t + 1].clone()
         k.lora(x[t : t + 1], sites, alone, DecodePlan([(0, 1, *segments[t][2:])]), None)
         assert torch.equal(alone[0], crowd[t])
+
+
+def test_finite_pages(kernels: tuple[Native, torch.dtype]) -> None:
+    k, dtype = kernels
+    caches = [torch.randn(3, 40, 8).to(dtype) for _ in range(4)]
+    for page, value in ((2, "nan"), (7, "inf"), (9, "-inf")):
+        place = page * 4 + random.randrange(4)
+        random.choice(caches)[random.randrange(3), place, random.randrange(8)] = float(value)
+    pages = random.sample(range(10), 10)
+    assert k.finite_pages(caches, pages, 4) == [page not in (2, 7, 9) for page in pages]
+    assert k.finite_pages(caches, [], 4) == []
