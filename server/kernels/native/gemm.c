@@ -207,6 +207,14 @@ void NAME(pack)(const T *w, T *packed, int64_t n, int64_t k) {
         packed[nb * 32 * k + NAME(PACKED_AT)(k, i, o)] = nb * 32 + o < n ? w[(nb * 32 + o) * k + i] : 0;
 }
 
+/* rows[r] = w[outputs[r]], from the packed weight. */
+void NAME(packed_rows)(const T *packed, const int64_t *outputs, T *rows, int64_t count, int64_t k) {
+  for (int64_t r = 0; r < count; r++) {
+    const T *panel = packed + outputs[r] / 32 * 32 * k;
+    for (int64_t i = 0; i < k; i++) rows[r * k + i] = panel[NAME(PACKED_AT)(k, i, outputs[r] % 32)];
+  }
+}
+
 /* The outputs of several products of one input side by side. buffer: [threads, 32 * k] where there is NF4. Threads do
  * not wait for each other at the end. */
 static void NAME(multiply_part)(const product *products, int64_t count, const T *x, T *y, int64_t rows, int64_t stride,

@@ -25,6 +25,7 @@ class PackedWeight:
         self.in_float32 = weight.dtype == torch.float32
         panels = -(-self.out_features // PANEL)
         self._packed = torch.empty(panels, PANEL * self.in_features, dtype=weight.dtype)
+        self._rows = getattr(native, f"packed_rows_{TYPES[weight.dtype]}")
         contiguous = weight.contiguous()
         getattr(native, f"pack_{TYPES[weight.dtype]}")(
             pointer(contiguous), pointer(self._packed), I64(self.out_features), I64(self.in_features)
@@ -49,12 +50,13 @@ class PackedWeight:
         return weight.reshape(-1, self.in_features)[: self.out_features]
 
     def rows(self, outputs: Tensor) -> Tensor:
-        """`dense()[outputs]` without unpacking the rest; outputs: [n] int64 → [n, in]."""
-        panel, place = outputs // PANEL, outputs % PANEL
-        if self.in_float32:
-            return self._packed.view(-1, self.in_features, PANEL)[panel, :, place]
-        tiles = self._packed.view(-1, self.in_features // 32, 2, 16, 16, 2)
-        return tiles[panel, :, place // 16, :, place % 16].reshape(-1, self.in_features)
+        """`dense()[outputs]` without unpacking the rest; outputs: [n] int64 → [n, in]. Raises IndexError."""
+        if outputs.numel() and not 0 <= int(outputs.min()) <= int(outputs.max()) < self.out_features:
+            raise IndexError(f"a row below 0 or above {self.out_features - 1} was asked for")
+        rows = torch.empty(outputs.numel(), self.in_features, dtype=self.dtype)
+        count, width = I64(outputs.numel()), I64(self.in_features)
+        self._rows(pointer(self._packed), pointer(outputs.contiguous()), pointer(rows), count, width)
+        return rows
 
 
 class PackedNf4:

@@ -14,7 +14,7 @@ from server.model.packed import pack_linear, pack_output_head
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler on this machine")
 
 # One rounding to the element type, and float32 sums.
-TOLERANCE = {torch.bfloat16: {"rtol": 2**-8, "atol": 1e-3}, torch.float32: {"rtol": 1e-5, "atol": 1e-4}}
+TOLERANCE = {torch.bfloat16: {"rtol": 2**-8, "atol": 1e-3}, torch.float32: {"rtol": 1e-5, "atol": 5e-4}}
 
 
 def multiply(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
@@ -53,6 +53,9 @@ def test_packed_weights_can_be_read_back(dtype: torch.dtype) -> None:
     assert torch.equal(packed.dense(), weight)
     ids = torch.randint(75, (20,))
     assert torch.equal(packed.rows(ids), weight[ids])
+    for outside in (-1, 75):
+        with pytest.raises(IndexError):
+            packed.rows(torch.tensor([3, outside]))
 
 
 def test_what_cannot_be_packed_is_left_alone() -> None:
