@@ -58,12 +58,14 @@ static void NAME(rope_store_rows)(const T *qkv, const T *cos, const T *sin, cons
     const T *in = qkv + t * (heads + 2 * kv_heads) * width, *c = cos + t * rotary, *s = sin + t * rotary;
     for (int64_t h = 0; h < heads + kv_heads; h++, in += width) {
       T *out = h < heads ? q + (t * heads + h) * width : k_cache + ((h - heads) * slots + write[t]) * width;
+      T turned[MAX_WIDTH]; /* not `out` itself: it might be any of the inputs, for all the compiler knows */
       for (int64_t i = 0; i < half; i++) {
         /* Rounded after every operation, as the tensors of transformers' rotation are. */
         const float a = LOAD(in[i]), b = LOAD(in[i + half]);
-        out[i] = STORE(LOAD(STORE(a * LOAD(c[i]))) + LOAD(STORE(-b * LOAD(s[i]))));
-        out[i + half] = STORE(LOAD(STORE(b * LOAD(c[i + half]))) + LOAD(STORE(a * LOAD(s[i + half]))));
+        turned[i] = STORE(LOAD(STORE(a * LOAD(c[i]))) + LOAD(STORE(-b * LOAD(s[i]))));
+        turned[i + half] = STORE(LOAD(STORE(b * LOAD(c[i + half]))) + LOAD(STORE(a * LOAD(s[i + half]))));
       }
+      memcpy(out, turned, (size_t)rotary * sizeof(T));
       memcpy(out + rotary, in + rotary, (size_t)(width - rotary) * sizeof(T));
     }
     for (int64_t h = 0; h < kv_heads; h++, in += width)
