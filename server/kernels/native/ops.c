@@ -238,7 +238,8 @@ static void NAME(pieces_part)(const site *sites, int64_t count, const T *x, int6
     int64_t column = 0;
     for (int64_t k = 0; k < s; k++) column += sites[k].out;
     T *out = y + from * stride + column;
-    for (int64_t r = 0; r < rank; r++)
+    for (int64_t r = 0; r < rank; r++) {
+      prefetch(b + r * n, n * (int64_t)sizeof(T)); /* read below in columns, which no processor foresees */
       for (int64_t t = 0; t < rows; t += 4) {
         const T *inputs[4];
         float sums[4];
@@ -246,6 +247,7 @@ static void NAME(pieces_part)(const site *sites, int64_t count, const T *x, int6
         NAME(dots)(inputs, a + r * in, in, NULL, sums);
         for (int64_t j = 0; j < 4 && t + j < rows; j++) h[(t + j) * widest + r] = plan->weight[i] * sums[j];
       }
+    }
     for (int64_t c = 0; c < n; c += 32) {
       const int64_t wide = n - c < 32 ? n - c : 32;
       for (int64_t t = 0; t < rows; t += 4) {
