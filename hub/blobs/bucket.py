@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", re.ASCII)
 _PREFIX_PART: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}", re.ASCII)
+_REGION: Final = re.compile(r"[a-z0-9-]{1,40}", re.ASCII)
+_ENDPOINT: Final = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?", re.ASCII)
 _CODE: Final = re.compile(r"<Code>([A-Za-z0-9]{1,60})</Code>")
 _STATUS: Final = re.compile(r"status code: (\d{3})")
 _CONNECT_SECONDS: Final = 5
@@ -65,9 +67,10 @@ class Bucket:
         if unknown := options.keys() - {"endpoint", "region"}:
             raise HubUnavailable(f"an S3 URL has no parameter {min(unknown)[:40]!a}, only endpoint and region")
         endpoint = options.get("endpoint")
-        if endpoint is not None and not re.fullmatch(r"https?://[^@/?#\s]+/?", endpoint):
-            raise HubUnavailable("an S3 endpoint is written https://host:port")
-        return cls(parts.netloc, prefix, endpoint and endpoint.rstrip("/"), options.get("region"))
+        region = options.get("region")
+        if region is not None and not _REGION.fullmatch(region):
+            raise HubUnavailable("an S3 region is a short name such as eu-central-1")
+        return cls(parts.netloc, prefix, None if endpoint is None else _endpoint(endpoint), region)
 
     @property
     def url(self) -> str:
@@ -78,7 +81,8 @@ class Bucket:
 
     def connect(self) -> S3Store:
         """A client; nothing is asked of the service yet. Raises HubUnavailable for settings that cannot be."""
-        endpoint = self.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        said = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        endpoint = self.endpoint or (_endpoint(said) if said else None)
         client: ClientConfig = {
             "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
             "timeout": timedelta(seconds=_REQUEST_SECONDS),
@@ -98,6 +102,15 @@ class Bucket:
             )
         except (exceptions.BaseError, ValueError) as error:
             raise HubUnavailable("the settings for S3 cannot be used; see AWS_… in the environment") from error
+
+
+def _endpoint(text: str) -> str:
+    """The endpoint without a closing slash; the client would not refuse a broken one but panic."""
+    text = text.rstrip("/")
+    found = _ENDPOINT.fullmatch(text)
+    if found is None or int((found[2] or ":0")[1:]) > 65535:
+        raise HubUnavailable("an S3 endpoint is written https://host:port")
+    return text
 
 
 @contextmanager
