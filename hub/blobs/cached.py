@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -117,6 +118,7 @@ class CachedBlobStore(BlobStore):
         try:
             self._fill(digest, file)
             partial.replace(path)
+            _touch(path)
             self._make_room(path)
         except BlobCorrupt:
             partial.unlink(missing_ok=True)
@@ -209,6 +211,13 @@ def _claim(path: Path) -> BinaryIO | None:
     return file
 
 
+def _touch(path: Path) -> None:
+    """Note that the copy was opened just now, for `_make_room`; finer than the kernel's own clock for files."""
+    now = time.time_ns()
+    with suppress(OSError):
+        os.utime(path, ns=(now, now))
+
+
 def _open_sound(path: Path, digest: Digest) -> BinaryIO | None:
     """The cached copy, just hashed; None where there is none, or none that is sound."""
     try:
@@ -217,8 +226,7 @@ def _open_sound(path: Path, digest: Digest) -> BinaryIO | None:
         return None
     try:
         if hashlib.file_digest(file, "sha256").hexdigest() == digest.hex:
-            with suppress(OSError):
-                os.utime(path)  # for `_make_room`
+            _touch(path)
             file.seek(0)
             return file
     except OSError:

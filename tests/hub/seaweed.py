@@ -62,7 +62,7 @@ class Seaweed:
                     f"-volume.port.grpc={_grpc(volume)}", "-filer", f"-filer.port={filer}",
                     f"-filer.port.grpc={_grpc(filer)}", "-s3", f"-s3.port={s3}", f"-s3.port.grpc={_grpc(s3)}",
                     f"-s3.config={self._root / 's3.json'}", "-master.volumeSizeLimitMB=128", "-volume.max=40",
-                    "-master.telemetry=false",
+                    "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
                 ],
                 cwd=self._root, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
@@ -88,7 +88,7 @@ class Seaweed:
                 obstore.put(store, "ready", b"x")  # also makes the bucket, which only an administrator may
                 return
             except obstore.exceptions.BaseError:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or self._process is None or self._process.poll() is not None:
                     raise
                 time.sleep(0.1)
 
