@@ -155,6 +155,7 @@ def test_a_damaged_copy_in_the_cache_is_not_served_when_the_bucket_is_away_eithe
         cached.open(digest)
 
 
+@pytest.mark.timeout(170)
 @pytest.mark.parametrize("engine", ["sqlite", "postgresql"])
 def test_what_is_cached_can_be_read_while_the_service_is_away(
     own_service: Seaweed, engine: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -186,6 +187,7 @@ def test_what_is_cached_can_be_read_while_the_service_is_away(
         assert hub.verify() == hub.fsck() == []
 
 
+@pytest.mark.timeout(170)
 @pytest.mark.parametrize("die_at", ["blob:write 1", "blob:write 3", "blob:complete 1", "journal:write 2"])
 def test_a_push_whose_service_dies_fails_and_can_be_made_again(
     own_service: Seaweed, tmp_path: Path, die_at: str, monkeypatch: pytest.MonkeyPatch
@@ -394,9 +396,7 @@ def test_a_missing_bucket_and_an_unreachable_service_are_told(
     with pytest.raises(StorageUnreachable):
         Hub.open(f"file://{tmp_path / 'hub'}?blobs={nobody}")
     with pytest.raises(StorageUnreachable) as caught:
-        Hub.open_existing(f"postgresql://ada:secret@127.0.0.1:1/hub?blobs={nobody}") if False else S3BlobStore(
-            Bucket.parse(nobody)
-        ).put(io.BytesIO(b"x"))
+        S3BlobStore(Bucket.parse(nobody)).put(io.BytesIO(b"x"))
     assert "127.0.0.1" not in str(caught.value)
 
 
