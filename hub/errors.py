@@ -85,6 +85,24 @@ class HubReadOnly(HubUnavailable):
     reason = "HUB_READ_ONLY"
 
 
+class StorageUnreachable(HubUnavailable):
+    """The service that keeps the hub's files does not answer; what is cached can still be read."""
+
+    reason = "STORAGE_UNREACHABLE"
+
+
+class StorageRefused(HubUnavailable):
+    """The service that keeps the hub's files does not accept the credentials, or not for this."""
+
+    reason = "STORAGE_REFUSED"
+
+
+class BucketNotFound(HubUnavailable):
+    """The S3 bucket that is to keep the hub's files is not there."""
+
+    reason = "BUCKET_NOT_FOUND"
+
+
 class BlobsSwept(HubError):
     """A sweep took bytes of a push before it was published; the push is made again."""
 

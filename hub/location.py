@@ -1,82 +1,29 @@
-"""Where a hub lies, from a URL to its parts.
-
-    file:///directory, or a path                        everything in one directory
-    postgresql://user@host/database?blobs=/directory    the catalog in PostgreSQL, the rest in the directory
-
-<directory>/FORMAT           "loraplex hub 2"
-<directory>/catalog.sqlite   versions, aliases, events; not with PostgreSQL
-<directory>/blobs/           files and manifests by SHA-256
-<directory>/journal/         the events once more, to rebuild the catalog from
-"""
+"""Opens a hub: the parts that a place (see `hub.place`) is made of, checked to be a hub this release reads."""
 
 from __future__ import annotations
 
 import os
-import uuid
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
-from urllib.parse import unquote, urlsplit
 
 import platformdirs
 import sqlalchemy as sa
 
-from hub import catalog, postgres, schema, sqlite
+from hub import catalog, format_mark, postgres, schema, sqlite
 from hub.actor import current_user
 from hub.blobs import BlobStore
 from hub.blobs.local import LocalBlobStore
-from hub.errors import HubNotFound, HubUnavailable
+from hub.errors import HubNotFound, HubUnavailable, StorageUnreachable
 from hub.journal import Journal
 from hub.local_journal import LocalJournal
+from hub.place import ENVIRONMENT, Place, default_url
 
-ENVIRONMENT: Final = "LORAPLEX_HUB"
-_FORMAT: Final = "loraplex hub 2\n"
-_READ_FORMATS: Final = ("loraplex hub 1\n", _FORMAT)
+__all__ = ["ENVIRONMENT", "Place", "default_url"]
 
 
 def no_step(name: str) -> None:
     """Do nothing at a step."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A hub's place, parsed from its URL."""
-
-    directory: Path
-    database: sa.URL | None = None  # the PostgreSQL catalog; None: SQLite in the directory
-
-    @classmethod
-    def parse(cls, url: str | None) -> Place:
-        """The place that `url` names; None means LORAPLEX_HUB, else this user's data directory.
-
-        Raises HubUnavailable.
-        """
-        text = url or os.environ.get(ENVIRONMENT) or default_url()
-        scheme = text.partition("://")[0] if "://" in text else ""
-        if scheme.partition("+")[0] not in ("postgresql", "postgres"):
-            return cls(_directory(text))
-        try:
-            database = sa.make_url(text)
-        except (sa.exc.ArgumentError, ValueError) as error:
-            raise HubUnavailable("the hub's PostgreSQL URL cannot be read") from error
-        blobs = database.query.get("blobs")
-        if not isinstance(blobs, str):
-            raise HubUnavailable(
-                "a PostgreSQL hub says where its blobs are: postgresql://user@host/database?blobs=/directory"
-            )
-        return cls(_directory(blobs), database.difference_update_query(["blobs"]))
-
-    @property
-    def catalog(self) -> Path:
-        """The SQLite catalog's file."""
-        return self.directory / "catalog.sqlite"
-
-    @property
-    def shown(self) -> str:
-        """The place for people; never a password."""
-        if self.database is None:
-            return str(self.directory)
-        return f"{self.database.render_as_string()} with blobs in {self.directory}"
 
 
 def open_parts(url: str | None) -> tuple[BlobStore, catalog.Catalog]:
@@ -90,19 +37,15 @@ def open_existing(url: str | None) -> tuple[BlobStore, catalog.Catalog]:
     Raises HubNotFound, naming the place, where there is none.
     """
     place = Place.parse(url)
-    try:
-        if not (place.directory / "FORMAT").exists() and not place.catalog.exists():
-            raise HubNotFound(f"there is no hub at {place.shown}; `hub push` makes it")
-        _check_format(place.directory)
-        if os.access(place.directory, os.W_OK) and (
-            place.database is not None or not place.catalog.exists() or os.access(place.catalog, os.W_OK)
-        ):
-            return _open(place, no_step)
-        return _open_for_reading(place)
-    except OSError as error:
-        raise HubUnavailable(f"the hub cannot be opened: {os.strerror(error.errno or 0)}") from error
-    except sa.exc.DBAPIError as error:
-        raise HubUnavailable(f"the hub's catalog cannot be used: {_first_line(error)}") from error
+    with _failures():
+        away: StorageUnreachable | None = None
+        try:
+            if not format_mark.is_hub(place):
+                raise HubNotFound(f"there is no hub at {place.shown}; `hub push` makes it")
+            format_mark.check(place)
+        except StorageUnreachable as error:
+            away = error
+        return _open(place, no_step, away) if place.writable else _open_for_reading(place)
 
 
 def open_local(root: Path, *, step: catalog.Step = no_step) -> tuple[BlobStore, catalog.Catalog]:
@@ -115,65 +58,78 @@ def make(place: Place, *, step: catalog.Step = no_step) -> tuple[BlobStore, cata
 
     `step` is called before every step of a write, with the step's name; the crash tests stop there.
     """
-    try:
-        place.directory.mkdir(parents=True, exist_ok=True)
-        # Another process may just be writing the file.
-        if all(path.name.startswith(".FORMAT.") for path in place.directory.iterdir()):
-            _write_format(place.directory)
-        _check_format(place.directory)
-        return _open(place, step)
-    except OSError as error:
-        raise HubUnavailable(f"the hub cannot be opened: {os.strerror(error.errno or 0)}") from error
-    except sa.exc.DBAPIError as error:
-        raise HubUnavailable(f"the hub's catalog cannot be used: {_first_line(error)}") from error
+    with _failures():
+        away: StorageUnreachable | None = None
+        try:
+            format_mark.make(place)
+            format_mark.check(place)
+        except StorageUnreachable as error:
+            away = error  # what is cached can be read, if only the catalog is there
+        return _open(place, step, away)
 
 
 def make_anew(place: Place) -> tuple[BlobStore, catalog.Catalog]:
     """As `make`, but a catalog that is missing beside a journal is made, empty: for whoever fills it from there."""
-    try:
-        engine = sqlite.open_engine(place.catalog) if place.database is None else postgres.open_engine(place.database)
+    with _failures():
+        engine = _engine(place)
         with engine.execution_options(**{sqlite.WRITING: True}).begin() as connection:
             schema.bring_up(connection)
-        _write_format(place.directory)
-    except OSError as error:
-        raise HubUnavailable(f"the hub cannot be opened: {os.strerror(error.errno or 0)}") from error
-    except sa.exc.DBAPIError as error:
-        raise HubUnavailable(f"the hub's catalog cannot be used: {_first_line(error)}") from error
+        format_mark.write(place)
     blobs, journal = storage(place)
     return blobs, catalog.Catalog(engine, journal, actor=current_user())
 
 
 def storage(place: Place, step: catalog.Step = no_step) -> tuple[BlobStore, Journal]:
     """The parts that are not the catalog."""
-    return LocalBlobStore(place.directory / "blobs", step=step), LocalJournal(place.directory / "journal", step=step)
+    if place.bucket is None:
+        assert place.directory is not None
+        return (
+            LocalBlobStore(place.directory / "blobs", step=step),
+            LocalJournal(place.directory / "journal", step=step),
+        )
+    # The S3 client is large; hubs without one do not load it.
+    from hub.blobs import cached
+    from hub.blobs.bucket import Bucket
+    from hub.blobs.s3 import S3BlobStore
+    from hub.s3_journal import S3Journal
+
+    bucket = Bucket.parse(place.bucket)
+    far, root = S3BlobStore(bucket, step=step), platformdirs.user_cache_path("loraplex") / "blobs"
+    return cached.CachedBlobStore(far, root, max_bytes=cached.limit()), S3Journal(bucket, step=step)
 
 
-def default_url() -> str:
-    """This user's hub: file:// and the XDG data directory."""
-    return (platformdirs.user_data_path("loraplex") / "hub").as_uri()
+@contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HubUnavailable(f"the hub cannot be opened: {os.strerror(error.errno or 0)}") from error
+    except sa.exc.DBAPIError as error:
+        raise HubUnavailable(f"the hub's catalog cannot be used: {_first_line(error)}") from error
 
 
-def _open(place: Place, step: catalog.Step) -> tuple[BlobStore, catalog.Catalog]:
+def _open(place: Place, step: catalog.Step, away: StorageUnreachable | None) -> tuple[BlobStore, catalog.Catalog]:
+    """The parts, with the tables brought up; `away`: why the bucket could not be asked whether it is a hub's."""
     blobs, journal = storage(place, step)
-    if place.database is None:
-        # Asked again after the journal: another process may just be making both.
-        if not place.catalog.exists() and journal.has(1) and not place.catalog.exists():
-            raise _without_catalog()
-        engine = sqlite.open_engine(place.catalog)
-    else:
-        engine = postgres.open_engine(place.database)
+    file = place.catalog
+    # Asked again after the journal: another process may just be making both.
+    if file is not None and not file.exists() and journal.has(1) and not file.exists():
+        raise _without_catalog()
+    engine = _engine(place)
     entries = catalog.Catalog(engine, journal, actor=current_user(), step=step)
     try:
         with engine.connect() as connection:
             current = schema.revision(connection) == schema.HEAD
         if not current:
+            if away is not None:
+                raise away
             with engine.execution_options(**{sqlite.WRITING: True}).begin() as connection:
                 if schema.revision(connection) is None and journal.has(1):
                     raise _without_catalog()
                 schema.bring_up(connection)
             entries.settle()
-        if _format(place.directory) != _FORMAT:
-            _write_format(place.directory)
+        if away is None:
+            format_mark.bring_up(place)
     except BaseException:
         engine.dispose()
         raise
@@ -184,9 +140,17 @@ def _open_for_reading(place: Place) -> tuple[BlobStore, catalog.Catalog]:
     blobs, journal = storage(place)
     if place.database is not None:
         return blobs, catalog.Catalog(postgres.open_engine(place.database), journal, read_only=True)
-    if not place.catalog.exists():
+    file = place.catalog
+    if file is None or not file.exists():
         raise _without_catalog()
-    return blobs, catalog.Catalog(sqlite.open_for_reading(place.catalog), journal, read_only=True)
+    return blobs, catalog.Catalog(sqlite.open_for_reading(file), journal, read_only=True)
+
+
+def _engine(place: Place) -> sa.Engine:
+    if place.database is not None:
+        return postgres.open_engine(place.database)
+    assert place.catalog is not None
+    return sqlite.open_engine(place.catalog)
 
 
 def _without_catalog() -> HubUnavailable:
@@ -194,44 +158,6 @@ def _without_catalog() -> HubUnavailable:
         "the hub has a journal and no catalog: open it by the URL its catalog is at (PostgreSQL?), or, where the "
         "catalog is lost, make it anew with `hub fsck --rebuild`"
     )
-
-
-def _directory(url: str) -> Path:
-    if "://" not in url:
-        return Path(url).expanduser().absolute()
-    parts = urlsplit(url)
-    if parts.scheme != "file":
-        raise HubUnavailable(
-            f"this release cannot open {parts.scheme}:// hubs; give file:///directory, a path, or "
-            "postgresql://user@host/database?blobs=/directory"
-        )
-    if parts.netloc not in ("", "localhost"):
-        raise HubUnavailable(f"{url}: a file URL has three slashes, file:///directory")
-    if not parts.path.strip("/"):
-        raise HubUnavailable(f"{url} names no directory")
-    return Path(unquote(parts.path))
-
-
-def _check_format(directory: Path) -> None:
-    found = _format(directory)
-    if found is None:
-        if not (directory / "catalog.sqlite").exists() and not (directory / "blobs").exists():
-            raise HubUnavailable("the directory holds other things and no hub; give an empty or a new one")
-    elif found not in _READ_FORMATS:
-        raise HubUnavailable(f"the hub's format is {found.strip()[:40]!a}, this release reads {_FORMAT.strip()!r}")
-
-
-def _format(directory: Path) -> str | None:
-    try:
-        return (directory / "FORMAT").read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
-
-
-def _write_format(directory: Path) -> None:
-    temporary = directory / f".FORMAT.{uuid.uuid4().hex}"
-    temporary.write_text(_FORMAT)
-    temporary.replace(directory / "FORMAT")
 
 
 def _first_line(error: sa.exc.DBAPIError) -> str:

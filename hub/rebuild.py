@@ -41,9 +41,9 @@ def rebuild(url: str | None) -> Rebuilt:
     Raises HubNotFound, HubUnavailable, BlobCorrupt where the journal itself is damaged or lacks a record.
     """
     place = Place.parse(url)
-    if not (place.directory / "journal").is_dir() and not place.catalog.exists():
-        raise HubNotFound(f"there is no hub at {place.shown}, or it has no journal to rebuild from")
     blobs, journal = location.storage(place)
+    if next(journal.read(), None) is None and not (place.catalog is not None and place.catalog.exists()):
+        raise HubNotFound(f"there is no hub at {place.shown}, or it has no journal to rebuild from")
     with suppress(HubError):  # a catalog that still works may know of a last write that the journal lacks
         _, catalog = location.make(place)
         try:
@@ -87,7 +87,7 @@ def _manifests(blobs: BlobStore, state: State) -> tuple[dict[tuple[str, int], by
 
 def _empty_catalog(place: Place) -> str | None:
     """Move a SQLite file that no longer works, or is not there, out of the way; its new name, "" where it was lost."""
-    if place.database is not None:
+    if place.catalog is None:
         return None
     if not place.catalog.exists():
         return ""

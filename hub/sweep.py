@@ -14,7 +14,7 @@ from typing import Final
 from hub.blobs import BlobStore
 from hub.catalog import Catalog
 from hub.catalog_writer import stamp
-from hub.errors import BlobNotFound, HubUnavailable
+from hub.errors import HubUnavailable
 from hub.refs import Digest
 from hub.versions import Swept
 
@@ -52,11 +52,7 @@ def collect(
 def _batches(blobs: BlobStore, before: float) -> Iterator[dict[Digest, int]]:
     """Blobs that were last written up to `before`, with their sizes, some at a time."""
     batch: dict[Digest, int] = {}
-    for digest in blobs.digests():
-        try:
-            info = blobs.info(digest)
-        except BlobNotFound:
-            continue  # another sweep was quicker
+    for digest, info in blobs.infos():
         if info.modified <= before:
             batch[digest] = info.bytes
         if len(batch) == _TOGETHER:

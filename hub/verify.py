@@ -15,6 +15,7 @@ from hub.refs import Digest
 from hub.versions import Problem, Version
 
 _CHUNK: Final = 1024 * 1024
+_DAMAGED: Final = "{} is damaged in the hub's storage: its bytes are not those that were pushed"
 
 
 def copy_checked(blobs: BlobStore, digest: Digest, size: int, what: str, take: Callable[[bytes], object]) -> None:
@@ -33,8 +34,10 @@ def copy_checked(blobs: BlobStore, digest: Digest, size: int, what: str, take: C
                 take(chunk)
     except BlobNotFound as error:
         raise BlobCorrupt(f"{what} is missing from the hub's storage") from error
+    except BlobCorrupt as error:  # a cache found out while it fetched
+        raise BlobCorrupt(_DAMAGED.format(what)) from error
     if length != size or hasher.hexdigest() != digest.hex:
-        raise BlobCorrupt(f"{what} is damaged in the hub's storage: its bytes are not those that were pushed")
+        raise BlobCorrupt(_DAMAGED.format(what))
 
 
 def read_manifest(blobs: BlobStore, record: Record) -> Manifest:
@@ -45,7 +48,7 @@ def read_manifest(blobs: BlobStore, record: Record) -> Manifest:
     try:
         with blobs.open(record.digest) as source:
             data = source.read(MAX_MANIFEST_BYTES)
-    except BlobNotFound:
+    except (BlobNotFound, BlobCorrupt):
         data = b""
     if hashlib.sha256(data).hexdigest() != record.digest.hex:
         raise BlobCorrupt(f"the manifest of {text} is damaged in the catalog and in the hub's storage")
@@ -62,6 +65,7 @@ def read_checked(blobs: BlobStore, version: Version, filename: str) -> bytes:
 
 def check_versions(blobs: BlobStore, records: Sequence[Record], progress: Progress | None) -> list[Problem]:
     """What is wrong with these versions' manifests and files; every blob is read once."""
+    blobs = blobs.stored()
     problems: list[Problem] = []
     files: list[tuple[str, str, FileEntry]] = []
     for record in records:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from hub.errors import BlobNotFound
 from hub.refs import Digest
 
 
@@ -36,6 +38,7 @@ class BlobStore(ABC):
     - Putting bytes that are there already succeeds and changes nothing, also from several processes at once. Where the
       stored copy turned out damaged, the new bytes replace it.
     - Readers get what is stored, unchecked; whoever hands bytes on hashes them first (`Hub.read_file`, `Hub.pull`).
+      A store that checks what it fetches raises BlobCorrupt from `open` instead.
     - Methods are safe to call from several threads. All raise HubUnavailable where the storage fails (no space, no
       permission, I/O error), and never show a path of the store.
     """
@@ -59,6 +62,16 @@ class BlobStore(ABC):
     @abstractmethod
     def info(self, digest: Digest) -> BlobInfo:
         """Size and time of a blob; raises BlobNotFound."""
+
+    def infos(self) -> Iterator[tuple[Digest, BlobInfo]]:
+        """All blobs with their `info`; stores that list both at once do."""
+        for digest in self.digests():
+            with suppress(BlobNotFound):  # a sweep was quicker
+                yield digest, self.info(digest)
+
+    def stored(self) -> BlobStore:
+        """The store whose bytes are the hub's: what lies behind a cache, else this one. `verify` reads there."""
+        return self
 
     @abstractmethod
     def delete(self, digest: Digest) -> None:

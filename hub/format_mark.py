@@ -1,0 +1,113 @@
+"""The mark by which a hub is known: the text "loraplex hub 2" in FORMAT, in its directory or at its bucket's prefix."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from hub.errors import HubUnavailable
+from hub.place import Place
+
+_FORMAT: Final = "loraplex hub 2\n"
+_READ_FORMATS: Final = ("loraplex hub 1\n", _FORMAT)
+_OURS: Final = (".FORMAT.", ".BLOBS.", "BLOBS")  # what a process that is just making the hub may have written first
+
+
+def is_hub(place: Place) -> bool:
+    """Whether there is a hub at all; may raise OSError, HubUnavailable."""
+    if place.directory is None:
+        return _read(place) is not None
+    return (place.directory / "FORMAT").exists() or (place.catalog is not None and place.catalog.exists())
+
+
+def make(place: Place) -> None:
+    """Mark a place that is empty; may raise OSError, HubUnavailable."""
+    directory = place.directory
+    if directory is None:
+        if _read(place) is None:
+            _write_bucket(place)
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    # Another process may just be writing the files.
+    if all(path.name.startswith(_OURS) for path in directory.iterdir()):
+        write(place)
+
+
+def write(place: Place) -> None:
+    """Mark a place, whatever is there; may raise OSError, HubUnavailable."""
+    if place.bucket is not None:
+        _write_bucket(place)  # first: where the bucket cannot be used, nothing is made here
+        if place.directory is not None:
+            _write_once(place.directory, "BLOBS", place.bucket + "\n")
+            if Place.parse(str(place.directory)).bucket != place.bucket:
+                raise HubUnavailable(f"somebody else just made the hub in {place.directory} with other blobs")
+    if place.directory is not None:
+        temporary = place.directory / f".FORMAT.{uuid.uuid4().hex}"
+        temporary.write_text(_FORMAT)
+        temporary.replace(place.directory / "FORMAT")
+
+
+def bring_up(place: Place) -> None:
+    """Write today's mark over an older one; may raise OSError, HubUnavailable."""
+    if _read(place) != _FORMAT:
+        write(place)
+
+
+def check(place: Place) -> None:
+    """Raise HubUnavailable where the place is no hub, or one of a format this release does not read."""
+    found = _read(place)
+    if found is None:
+        directory = place.directory
+        if directory is None or not ((directory / "catalog.sqlite").exists() or (directory / "blobs").exists()):
+            raise HubUnavailable("the directory holds other things and no hub; give an empty or a new one")
+    elif found not in _READ_FORMATS:
+        raise HubUnavailable(f"the hub's format is {found.strip()[:40]!a}, this release reads {_FORMAT.strip()!r}")
+
+
+def _read(place: Place) -> str | None:
+    if place.directory is None:
+        return _read_bucket(place)
+    try:
+        return (place.directory / "FORMAT").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _read_bucket(place: Place) -> str | None:
+    import obstore
+
+    from hub.blobs.bucket import Bucket, no_bucket, reasons
+
+    bucket = Bucket.parse(place.bucket or "")
+    with reasons(bucket):
+        try:
+            found = bytes(obstore.get(bucket.connect(), "FORMAT").bytes())
+        except FileNotFoundError as error:
+            if no_bucket(error):
+                raise
+            return None
+    return found.decode("utf-8", errors="replace")
+
+
+def _write_bucket(place: Place) -> None:
+    import obstore
+
+    from hub.blobs.bucket import Bucket, reasons
+
+    bucket = Bucket.parse(place.bucket or "")
+    with reasons(bucket):
+        obstore.put(bucket.connect(), "FORMAT", _FORMAT.encode(), use_multipart=False)
+
+
+def _write_once(directory: Path, name: str, text: str) -> None:
+    """Write a small file that nobody ever writes again."""
+    temporary = directory / f".{name}.{uuid.uuid4().hex}"
+    try:
+        temporary.write_text(text)
+        with suppress(FileExistsError):
+            os.link(temporary, directory / name)
+    finally:
+        temporary.unlink(missing_ok=True)
