@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from hub.facade import HubFacade
 from hub.hub import Hub
+from hub.registry.server import RegistryConfig, RegistryServer
+from hub.remote.remote_hub import RemoteHub
 from tests.hub import postgres
 
 
@@ -56,7 +59,18 @@ def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> MakeUrl:
 
 
 @pytest.fixture
-def hub(make_url: MakeUrl) -> Iterator[Hub]:
-    """A new hub, over one engine after the other."""
+def local_hub(make_url: MakeUrl) -> Iterator[Hub]:
+    """A new hub on this machine, over one engine after the other; for tests that reach behind the facade."""
     with Hub.open(make_url()) as opened:
+        yield opened
+
+
+@pytest.fixture(params=["local", "remote"])
+def hub(request: pytest.FixtureRequest, local_hub: Hub, tmp_path: Path) -> Iterator[HubFacade]:
+    """A new hub, over one engine after the other, here and behind a server."""
+    if request.param == "local":
+        yield local_hub
+        return
+    config = RegistryConfig(listen="127.0.0.1:0", uploads=tmp_path / "registry-uploads")
+    with RegistryServer(local_hub, None, config) as server, RemoteHub.open(f"grpc://{server.address}") as opened:
         yield opened
