@@ -22,8 +22,13 @@ def open_existing(url: str | None = None) -> HubFacade:
     return _remote(url) or Hub.open_existing(url)
 
 
+def named(url: str | None) -> str:
+    """`url`, else LORAPLEX_HUB, else empty: the default directory."""
+    return url or os.environ.get(ENVIRONMENT) or ""
+
+
 def _remote(url: str | None) -> HubFacade | None:
-    text = url or os.environ.get(ENVIRONMENT) or ""
+    text = named(url)
     if not text.startswith(("grpc://", "grpcs://")):
         return None
     from hub.remote.remote_hub import RemoteHub  # grpc takes a while to import, and only this kind needs it

@@ -330,7 +330,7 @@ def test_a_pull_that_a_sweep_overtakes_says_that_the_version_was_removed(
     version = local_hub.resolve("x@1")
     monkeypatch.setattr(local_hub, "resolve", lambda ref: version)
     local_hub.remove("x@1")
-    sweep(hub)
+    sweep(local_hub)
     with pytest.raises(Exception, match="there is no version sha256"):
         local_hub.pull("x@1", tmp_path / "out")
     assert not (tmp_path / "out").exists()
