@@ -54,7 +54,7 @@ def test_the_cache_goes_on_and_says_how_old_it_is(store: Hub, tmp_path: Path, ca
             with pytest.raises(HubUnavailable):
                 unknown()
         with pytest.raises(HubUnavailable):
-            hub.read_file(first, "adapter_config.json")  # known, but its bytes never came
+            hub.read_file(first, "adapter_model.safetensors")  # known, but its bytes never came
         age(tmp_path, 30 * 86400)
         with pytest.raises(HubUnavailable, match="too long"):
             hub.resolve("x")

@@ -157,7 +157,7 @@ def test_tokens_end(filled: Hub, connect: ConnectAs, tokens: TokenStore, monkeyp
         connect(token=short).resolve("team/x")
     with pytest.raises(Unauthenticated, match="not known"):  # a wrong secret learns nothing of the token
         connect(token=text[:-1] + ("a" if text[-1] != "a" else "b")).resolve("team/x")
-    assert [(token.subject, token.revoked_by) for token in tokens.list()][0] == ("ci", "ada")
+    assert (tokens.list()[0].subject, tokens.list()[0].revoked_by) == ("ci", "ada")
 
 
 def test_a_revoked_token_ends_its_watch(filled: Hub, connect: ConnectAs, tokens: TokenStore, tmp_path: Path) -> None:
