@@ -29,7 +29,8 @@ hub login grpcs://hub.example.org --forget
 )
 @click.argument("url")
 @click.option("--forget", is_flag=True, help="Forget this server's token.")
-def login(url: str, forget: bool) -> None:
+@json_option
+def login(url: str, forget: bool, as_json: bool) -> None:
     """Keep a token for the shared hub at URL, after asking the server whether it is good.
 
     It is kept in a file that only you can read. The environment's LORAPLEX_HUB_TOKEN goes before it.
@@ -43,17 +44,30 @@ def login(url: str, forget: bool) -> None:
     address = Address.parse(url)
     if forget:
         credentials.remember(address, None)
-        click.echo(f"forgot the token for {address}")
+        if as_json:
+            print_json({"hub": str(address), "subject": None})
+        else:
+            click.echo(f"forgot the token for {address}")
         return
     credentials.check_private(address)
     token = click.prompt("token", hide_input=True) if sys.stdin.isatty() else sys.stdin.readline()
     with RemoteHub(Connection(address, token.strip()), Cache.of(address)) as hub:
         who = hub.who_am_i()
     credentials.remember(address, token.strip())
+    if as_json:
+        print_json({"hub": str(address), "subject": who.subject})
+        return
     click.echo(f"logged in to {address} as {who.subject}")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        """
+hub whoami --hub grpcs://hub.example.org
+hub whoami --json                              # of LORAPLEX_HUB
+"""
+    )
+)
 @hub_option
 @json_option
 def whoami(hub_url: str | None, as_json: bool) -> None:
@@ -70,7 +84,15 @@ def whoami(hub_url: str | None, as_json: bool) -> None:
     print_pairs({"hub": place, "token": who.token_id, "grants": "  ".join(grants), "expires": expires})
 
 
-@click.group()
+@click.group(
+    epilog=examples(
+        """
+hub token create ci --grant team:push --expires 90
+hub token list
+hub token revoke 0123456789abcdef
+"""
+    )
+)
 def token() -> None:
     """Tokens of a shared hub: run where the hub lies, or with a token that has admin for all namespaces."""
 
