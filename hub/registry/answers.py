@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import grpc
 
 from hub.errors import HubError, ServerBusy
-from hub.remote.status import INTERNAL_REASON, answer_for, trailing
+from hub.remote.status import DRAINING_REASON, INTERNAL_REASON, answer_for, trailing
 
 log = logging.getLogger(__name__)
 _PREFIX = "/loraplex.v1.Registry/"
@@ -86,4 +86,4 @@ class Answers(grpc.ServerInterceptor):  # type: ignore[type-arg]  # no subscript
 class Draining(ServerBusy):
     """The server takes no new calls; it, or another one behind the same address, will soon."""
 
-    reason = "DRAINING"
+    reason = DRAINING_REASON

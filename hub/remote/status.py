@@ -18,6 +18,7 @@ DOMAIN: Final = "loraplex"
 REASON_KEY: Final = "loraplex-reason"
 DETAILS_KEY: Final = "grpc-status-details-bin"
 INTERNAL_REASON: Final = "INTERNAL"
+DRAINING_REASON: Final = "DRAINING"
 MAX_MESSAGE_CHARS: Final = 1000  # messages travel in metadata, which is bounded
 
 # The closest class of an error's ancestry decides.
@@ -93,13 +94,15 @@ def error_of(error: grpc.RpcError) -> errors.HubError:
 
 
 def is_away(error: grpc.RpcError) -> bool:
-    """Whether no answer of a hub's server came: trying again may help."""
-    return reason_of(error) is None and isinstance(error, grpc.Call) and error.code() in _AWAY
+    """Whether no answer came, or that the server drains or lacks its database: trying again may help."""
+    return isinstance(error, grpc.Call) and error.code() in _AWAY and reason_of(error) in _AWAY_REASONS
 
 
 _AWAY: Final = (
     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN,
 )  # fmt: skip
+
+_AWAY_REASONS: Final = (None, DRAINING_REASON, errors.HubUnavailable.reason)
 
 
 def _first_line(text: str) -> str:
