@@ -66,6 +66,11 @@ class Catalog:
         """The same catalog; what is written through it is written by `actor`."""
         return Catalog(self._engine, self._journal, actor=actor, step=self._step, read_only=self._read_only)
 
+    @property
+    def engine(self) -> sa.Engine:
+        """The database, for tables that are no part of the catalog (the shared server's tokens)."""
+        return self._engine
+
     def close(self) -> None:
         """Give back the connections."""
         self._engine.dispose()
@@ -134,6 +139,13 @@ class Catalog:
         with self._reading() as connection:
             records, more = catalog_search.search(connection, query)
             return records, catalog_search.held_by(connection, records), more
+
+    def names_file(self, full_name: str, digest: Digest) -> bool:
+        """Whether a version of this adapter, removed or not, has a file with this digest."""
+        f = tables.files.c
+        with self._reading() as connection:
+            query = sa.select(sa.literal(1)).where(f.full_name == full_name, f.sha256 == digest).limit(1)
+            return connection.execute(query).first() is not None
 
     def children(self, digest: Digest) -> list[Record]:
         """The versions that name this one as a parent, by name and number."""

@@ -12,7 +12,7 @@ import click
 
 from hub.commands import Command
 
-_SECTIONS = ("Versions", "Training", "Serving")
+_SECTIONS = ("Versions", "Sharing", "Training", "Serving")
 
 
 class VerbGroup(click.Group):

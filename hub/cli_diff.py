@@ -11,7 +11,7 @@ import click
 
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, print_table
-from hub.hub import Hub
+from hub.opening import open_existing
 
 _SHOWN_TENSORS = 20
 
@@ -36,7 +36,7 @@ def diff(a: str, b: str, tensors: bool, hub_url: str | None, as_json: bool) -> N
     For each tensor its norms, the cosine between both and the norm of the change; for each LoRA module the same of
     scaling*B*A, what it really adds, since equal products can be written in different factors.
     """
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         found = hub.diff(a, b)
     if as_json:
         value = {key: asdict(found)[key] for key in asdict(found) if key not in ("a", "b")}

@@ -10,7 +10,7 @@ import click
 
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, print_table, rank_text, version_json
-from hub.hub import Hub
+from hub.opening import open_existing
 from hub.refs import AdapterRef, Version
 from hub.search import MetricTest, Query, metric_numbers
 
@@ -93,7 +93,7 @@ def _query(
 
 
 def _print_found(query: Query, hub_url: str | None, as_json: bool) -> None:
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         page = hub.search(query)
     if as_json:
         print_json([version_json(version, page.aliases[version.digest]) for version in page.versions])

@@ -11,7 +11,9 @@ import click
 
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import held_text, print_json, print_table, printable
-from hub.hub import Event, Hub
+from hub.facade import HubFacade
+from hub.hub import Event
+from hub.opening import open_existing
 from hub.refs import AdapterRef
 
 
@@ -36,7 +38,7 @@ def log(name: str | None, since: int, follow: bool, hub_url: str | None, as_json
     NAME (an adapter, or one alias of it) asks for its events alone.
     """
     full_name, alias = _wanted(name)
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         if full_name:
             hub.aliases(full_name)  # refuses an unknown name
         if follow:
@@ -73,7 +75,7 @@ def watch(name: str | None, since: int | None, count: int | None, hub_url: str |
     To go on after a break, give --since the number of the last event seen.
     """
     full_name, alias = _wanted(name)
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         begin = hub.last_seq() if since is None else since
         events = (event for event in hub.watch(begin, threading.Event()) if _matches(event, full_name, alias))
         for event in islice(events, count):
@@ -90,7 +92,7 @@ def _matches(event: Event, full_name: str | None, alias: str | None) -> bool:
     return full_name in (None, event.full_name) and alias in (None, event.alias)
 
 
-def _all_events(hub: Hub, since: int, full_name: str | None) -> list[Event]:
+def _all_events(hub: HubFacade, since: int, full_name: str | None) -> list[Event]:
     events: list[Event] = []
     while batch := hub.events(since, 1000, full_name):
         events += batch

@@ -16,7 +16,8 @@ def hub_option(verb: Verb) -> Verb:
         "--hub",
         "hub_url",
         metavar="URL",
-        help="The hub: file:///directory, a path, or postgresql://user@host/database?blobs=/directory.  [default: "
+        help="The hub: file:///directory, a path, postgresql://user@host/database?blobs=/directory, or a shared one, "
+        "grpc://host:port or grpcs://host:port.  [default: "
         "$LORAPLEX_HUB, else your data directory]",
     )(verb)
 

@@ -9,7 +9,7 @@ import click
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, version_json
 from hub.gate import Gate
-from hub.hub import Hub
+from hub.opening import open_existing
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -39,7 +39,7 @@ def promote(ref: str, alias: str, gate: Path, hub_url: str | None, as_json: bool
     """
     conditions = Gate.read(gate)
     alias = alias.removeprefix(":")
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         done = hub.promote(ref, alias, conditions)
     if as_json:
         before = done.before.text if done.before else None

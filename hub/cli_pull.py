@@ -8,7 +8,7 @@ import click
 
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, progress_bar, size_text, version_json
-from hub.hub import Hub
+from hub.opening import open_existing
 from hub.refs import AdapterRef
 
 
@@ -32,7 +32,7 @@ def pull(ref: str, directory: str | None, hub_url: str | None, as_json: bool) ->
     and the directory appears whole or not at all.
     """
     target = Path(directory) if directory else Path(AdapterRef.parse(ref).name)
-    with Hub.open_existing(hub_url) as hub, progress_bar() as progress:
+    with open_existing(hub_url) as hub, progress_bar() as progress:
         version = hub.pull(ref, target, progress)
     if as_json:
         print_json({**version_json(version), "directory": str(target)})

@@ -7,7 +7,7 @@ import click
 from hub.actor import current_user
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import base_text, lora_text, print_json, print_pairs, progress_bar, size_text, version_json
-from hub.hub import Hub
+from hub.opening import open_hub
 
 
 @click.command(
@@ -44,7 +44,7 @@ def push(
 
     Without --base the base is what loraplex.json or the config says, "unverified" where nobody has hashed it.
     """
-    with Hub.open(hub_url) as hub:
+    with open_hub(hub_url) as hub:
         with progress_bar() as progress:
             result = hub.push(
                 directory, ref, base=base, aliases=aliases, parents=parents, creator=current_user(), progress=progress

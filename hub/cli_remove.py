@@ -9,7 +9,7 @@ import click
 from hub.actor import current_user
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, size_text, version_json
-from hub.hub import Hub
+from hub.opening import open_existing
 
 
 class Duration(click.ParamType[float]):
@@ -45,7 +45,7 @@ def rm(ref: str, hub_url: str | None, as_json: bool) -> None:
     Refused while an alias (:latest too), a pin or a server's lease holds it. `hub gc` takes its bytes once the
     retention is over; `hub restore` brings it back until then, and so does pushing the same directory again.
     """
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         version = hub.remove(ref)
     if as_json:
         print_json(version_json(version))
@@ -65,7 +65,7 @@ hub restore team/sentiment@2
 @json_option
 def restore(ref: str, hub_url: str | None, as_json: bool) -> None:
     """Bring a removed version back; REF has a number or a digest. Aliases are not moved."""
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         version = hub.restore(ref)
     if as_json:
         print_json(version_json(version))
@@ -96,7 +96,7 @@ def gc(dry_run: bool, retention: float, grace: float, hub_url: str | None, as_js
 
     Safe while others push and pull. A file that another version shares stays.
     """
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         swept = hub.sweep(retention_seconds=retention, grace_seconds=grace, dry_run=dry_run)
     if as_json:
         print_json({**asdict(swept), "dry_run": dry_run})
@@ -126,7 +126,7 @@ hub pin team/sentiment@2 --holder audit-2026 --for 30d
 @json_option
 def pin(ref: str, holder: str | None, seconds: float | None, hub_url: str | None, as_json: bool) -> None:
     """Keep the version REF names from being removed."""
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         lease = hub.lease(ref, holder or current_user() or "unknown", seconds)
     if as_json:
         print_json(asdict(lease))
@@ -149,7 +149,7 @@ hub unpin team/sentiment@2 --holder audit-2026
 def unpin(ref: str, holder: str | None, hub_url: str | None, as_json: bool) -> None:
     """Take a pin back; nothing happens where there is none."""
     who = holder or current_user() or "unknown"
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         hub.release(ref, who)
         version = hub.resolve(ref)
         left = [lease for lease in hub.leases(version.full_name) if lease.version == version.number]

@@ -20,8 +20,10 @@ from hub.cli_output import (
     size_text,
     version_json,
 )
-from hub.hub import Hub, Version
+from hub.facade import HubFacade
+from hub.hub import Version
 from hub.lineage import Lineage
+from hub.opening import open_existing
 
 
 @click.command(
@@ -45,7 +47,7 @@ def show(ref: str, card: bool, lineage: bool, config: bool, hub_url: str | None,
 
     With --card, --lineage or --config only that. Where an alias is split over versions, the heaviest is shown.
     """
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         version = hub.resolve(ref)
         states = hub.aliases(version.full_name)
         parents = [_known_as(hub, parent) for parent in version.manifest.parents]
@@ -134,7 +136,7 @@ def _lineage_json(family: Lineage) -> dict[str, Any]:
     }
 
 
-def _known_as(hub: Hub, digest: Any) -> str:
+def _known_as(hub: HubFacade, digest: Any) -> str:
     from hub.errors import NotFound
 
     try:

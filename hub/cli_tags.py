@@ -8,7 +8,8 @@ import click
 
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import held_text, print_json, version_json
-from hub.hub import AliasState, Hub
+from hub.hub import AliasState
+from hub.opening import open_existing
 from hub.refs import AdapterRef, Alias
 
 
@@ -39,7 +40,7 @@ def tag(first: str, others: tuple[str, ...], expect: int | None, hub_url: str | 
         if len(others) != 1:
             raise click.UsageError("give REF and ALIAS, or ALIAS and several REF=WEIGHT")
         alias = others[0].removeprefix(":")
-        with Hub.open_existing(hub_url) as hub:
+        with open_existing(hub_url) as hub:
             version = hub.tag(first, alias, expect)
         if as_json:
             print_json({"alias": alias, **version_json(version)})
@@ -48,7 +49,7 @@ def tag(first: str, others: tuple[str, ...], expect: int | None, hub_url: str | 
         return
     alias = first.removeprefix(":")
     targets = [_weighted(other) for other in others]
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         state = hub.split(targets, alias, expect)
     _print_state(targets[0][0].full_name, alias, state, as_json)
 
@@ -69,7 +70,7 @@ hub untag team/sentiment canary --expect 3
 def untag(name: str, alias: str, expect: int | None, hub_url: str | None, as_json: bool) -> None:
     """Remove ALIAS from the adapter NAME. The version it held stays."""
     alias = alias.removeprefix(":")
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         version = hub.untag(name, alias, expect)
     if as_json:
         print_json({"alias": alias, **version_json(version)})
@@ -97,7 +98,7 @@ def rollback(alias: str, expect: int | None, hub_url: str | None, as_json: bool)
     ref = AdapterRef.parse(alias)
     if not isinstance(ref.selector, Alias):
         raise click.BadParameter("name an alias, such as team/sentiment:prod", param_hint="NAME:ALIAS")
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         state = hub.rollback(ref.full_name, ref.selector.name, expect)
     _print_state(ref.full_name, ref.selector.name, state, as_json)
 

@@ -8,7 +8,8 @@ import click
 
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, print_table, progress_bar
-from hub.hub import Hub, Problem
+from hub.hub import Problem
+from hub.opening import open_existing
 
 
 @click.command(
@@ -28,7 +29,7 @@ def verify(ctx: click.Context, ref: str | None, hub_url: str | None, as_json: bo
 
     Exits 1 where something is damaged. Pushing the same directory again mends a damaged file.
     """
-    with Hub.open_existing(hub_url) as hub:
+    with open_existing(hub_url) as hub:
         with progress_bar() as progress:
             problems = hub.verify(ref, progress)
         count = 0 if problems else len(hub.versions()) if ref is None else 1
@@ -76,7 +77,7 @@ def fsck(ctx: click.Context, rebuild: bool, hub_url: str | None, as_json: bool) 
             )
             if made.moved_aside:
                 click.echo(f"the damaged catalog is kept as {made.moved_aside}", err=True)
-    with Hub.open_existing(hub_url) as hub, progress_bar() as progress:
+    with open_existing(hub_url) as hub, progress_bar() as progress:
         problems = lost + hub.fsck(progress)
     if as_json:
         print_json([asdict(problem) for problem in problems])

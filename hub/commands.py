@@ -18,7 +18,7 @@ class Command:
     name: str  # "push"
     target: str  # "package.module:attribute" of the click.Command
     summary: str  # one line for `hub --help`
-    section: str  # heading in `hub --help`: "Versions", "Training", "Serving"
+    section: str  # heading in `hub --help`: "Versions", "Sharing", "Training", "Serving"
 
 
 COMMANDS: tuple[Command, ...] = (
@@ -41,4 +41,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("gc", "hub.cli_remove:gc", "Give back the space of what nothing needs.", "Versions"),
     Command("verify", "hub.cli_verify:verify", "Read and check stored bytes.", "Versions"),
     Command("fsck", "hub.cli_verify:fsck", "Check, or rebuild, the catalog.", "Versions"),
+    Command("registry", "hub.cli_registry:registry", "Run a shared server over a hub.", "Sharing"),
+    Command("login", "hub.cli_login:login", "Keep a token for a shared hub.", "Sharing"),
+    Command("whoami", "hub.cli_login:whoami", "Who you are to a shared hub.", "Sharing"),
+    Command("token", "hub.cli_login:token", "Make, list and revoke tokens.", "Sharing"),
 )

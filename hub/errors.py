@@ -287,3 +287,51 @@ class BaseMismatch(AdapterRejected):
     """The adapter's own record names another base than the one it is pushed for."""
 
     reason = "BASE_MISMATCH"
+
+
+class Unauthenticated(HubError):
+    """The shared server does not know the caller: no token, or one that is wrong, expired or revoked."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class Forbidden(HubError):
+    """The caller's token does not grant what was asked, in this namespace; the message names the role it lacks."""
+
+    reason = "FORBIDDEN"
+
+
+class GrantInvalid(HubError):
+    """A grant, a subject or a lifetime is not written as `hub.registry.grants` says."""
+
+    reason = "GRANT_INVALID"
+
+
+class TokenNotFound(NotFound):
+    """There is no token with this id."""
+
+    reason = "TOKEN_NOT_FOUND"
+
+
+class UploadRefused(HubError):
+    """An upload is not what it said it would be: another digest, more bytes than announced, no known file name."""
+
+    reason = "UPLOAD_REFUSED"
+
+
+class UploadLost(HubError):
+    """The server no longer has some bytes of a push that was announced; the client sends them again."""
+
+    reason = "UPLOAD_LOST"
+
+
+class ServerBusy(HubError):
+    """The shared server holds as many watches, uploads or staged bytes as it may; try again later."""
+
+    reason = "SERVER_BUSY"
+
+
+class CredentialsUnsafe(HubError):
+    """A token would be sent unencrypted, or the file it is kept in is open to others; the message says what to do."""
+
+    reason = "CREDENTIALS_UNSAFE"

@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
 
 from hub.gate import Gate, Promotion
 from hub.lineage import Lineage
@@ -30,6 +31,12 @@ class HubFacade(Protocol):
 
     def close(self) -> None:
         """Give back the connections."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
     def push(
         self,

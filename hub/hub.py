@@ -5,12 +5,12 @@ from __future__ import annotations
 import fnmatch
 import io
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 from hub import catalog, fsck, location, pull, verify
 from hub.adapter_dir import ParsedAdapter, parse_adapter
@@ -38,6 +38,8 @@ from hub.sweep import GRACE_SECONDS, RETENTION_SECONDS, collect
 from hub.versions import AliasState, Event, Lease, Problem, PushResult, Swept, Version
 
 if TYPE_CHECKING:
+    import sqlalchemy as sa
+
     from hub.diff import Diff
     from hub.facade import HubFacade
 
@@ -111,17 +113,40 @@ class Hub:
         """
         self._catalog.check_writable()
         target = _parsed(ref)
-        wanted = [Alias.parse(alias).name for alias in aliases] + _alias_of_target(target)
+        wanted = [Alias.parse(alias).name for alias in aliases]
+        pushed_aliases(target)  # refuses a number before anything is read
         parent_digests = [self.resolve(parent).digest for parent in parents]
         located, hashed = base_identity(base, progress=progress) if base is not None else (None, None)
         adapter = parse_adapter(Path(directory), progress=progress)
-        identity = _identity(adapter, located)
-        shapes = hashed.shapes if hashed else identity.fingerprint and known_shapes(identity.fingerprint)
+        return self.publish(
+            adapter, target, located=located, shapes=hashed.shapes if hashed else None, aliases=wanted,
+            parents=parent_digests, creator=creator, progress=progress,
+        )  # fmt: skip
+
+    def publish(
+        self,
+        adapter: ParsedAdapter,
+        ref: AdapterRef,
+        *,
+        located: BaseIdentity | None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        aliases: Sequence[str] = (),
+        parents: Sequence[Digest] = (),
+        creator: str | None = None,
+        progress: Progress | None = None,
+    ) -> PushResult:
+        """The second half of `push`: store an adapter that was read, whose base was `located` (None: not given).
+
+        `shapes` are those of the base's tensors; without them those that this machine knows of it are used.
+        """
+        wanted = [*aliases, *pushed_aliases(ref)]
+        identity = identity_of(adapter, located)
+        if shapes is None and identity.fingerprint:
+            shapes = known_shapes(identity.fingerprint)
         if shapes:
             adapter.check_binds(shapes)
         manifest = Manifest.of(
-            adapter, name=target.full_name, base=identity, parents=parent_digests, creator=creator,
-            created=catalog.now(),
+            adapter, name=ref.full_name, base=identity, parents=parents, creator=creator, created=catalog.now(),
         )  # fmt: skip
         record, created = self._publish(adapter, manifest, wanted, progress)
         return PushResult(self._version(record), created, _warnings(adapter, identity))
@@ -158,12 +183,30 @@ class Hub:
         Raises FileNotInVersion, BlobCorrupt, AdapterNotFound.
         """
         found = version if isinstance(version, Version) else self.get(version)
-        entry = found.manifest.files.get(filename)
-        if entry is None:
-            raise FileNotInVersion(
-                f"{found.text} has no file {filename[:80]!a}; it has {', '.join(found.manifest.files)}"
-            )
+        check_has(found, filename)
         return verify.read_checked(self._blobs, found, filename)
+
+    def open_file(self, version: Version, filename: str) -> BinaryIO:
+        """One file of a version to read from, for the caller to close; whoever uses the bytes checks them first.
+
+        Raises FileNotInVersion, BlobNotFound.
+        """
+        check_has(version, filename)
+        return self._blobs.open(version.manifest.files[filename].sha256)
+
+    @property
+    def storage(self) -> BlobStore:
+        """Where the bytes are; for the shared server, which hands them on in parts."""
+        return self._blobs
+
+    @property
+    def database(self) -> sa.Engine:
+        """Where the catalog is; for the shared server, whose tokens lie beside it."""
+        return self._catalog.engine
+
+    def holds_file(self, full_name: str, digest: Digest) -> bool:
+        """Whether a version of this adapter has a file with this digest, and its bytes are stored."""
+        return self._catalog.names_file(full_name, digest) and self._blobs.has(digest)
 
     def diff(self, a: AdapterRef | str, b: AdapterRef | str) -> Diff:
         """How the version `b` names differs from the one `a` names; raises BlobCorrupt and what `resolve` raises."""
@@ -268,11 +311,11 @@ class Hub:
         Called again by the same holder it sets the end anew. Raises what `resolve` raises, RefInvalid for a holder
         that is no short printable line.
         """
-        return self._catalog.lease(_parsed(ref), _holder(holder), seconds)
+        return self._catalog.lease(_parsed(ref), checked_holder(holder), seconds)
 
     def release(self, ref: AdapterRef | str, holder: str) -> None:
         """Take a lease or pin back; nothing happens where there is none. Raises what `resolve` raises."""
-        self._catalog.release(_parsed(ref), _holder(holder))
+        self._catalog.release(_parsed(ref), checked_holder(holder))
 
     def leases(self, full_name: str | None = None) -> list[Lease]:
         """The leases and pins that hold versions now, of one adapter or (None) of all."""
@@ -357,11 +400,20 @@ class Hub:
                 progress("storing", done, adapter.bytes)
 
 
+def check_has(version: Version, filename: str) -> None:
+    """Raise FileNotInVersion where the version has no such file."""
+    if filename not in version.manifest.files:
+        raise FileNotInVersion(
+            f"{version.text} has no file {filename[:80]!a}; it has {', '.join(version.manifest.files)}"
+        )
+
+
 def _exact(version: Version) -> AdapterRef:
     return replace(AdapterRef.parse(version.full_name), selector=version.digest)
 
 
-def _holder(text: str) -> str:
+def checked_holder(text: str) -> str:
+    """A lease's holder as it is; raises RefInvalid."""
     if not 0 < len(text) <= 200 or not text.isprintable():
         raise RefInvalid("a holder is a printable line of at most 200 characters")
     return text
@@ -371,14 +423,14 @@ def _parsed(ref: AdapterRef | str) -> AdapterRef:
     return AdapterRef.parse(ref) if isinstance(ref, str) else ref
 
 
-def _alias_of_target(ref: AdapterRef) -> list[str]:
+def pushed_aliases(ref: AdapterRef) -> list[str]:
     """The alias that a push to `ref` moves besides "latest"."""
     if not isinstance(ref.selector, Alias):
         raise RefInvalid(f"{ref}: the hub numbers versions itself; push to {ref.full_name}")
     return [] if ref.selector.name == LATEST else [ref.selector.name]
 
 
-def _identity(adapter: ParsedAdapter, located: BaseIdentity | None) -> BaseIdentity:
+def identity_of(adapter: ParsedAdapter, located: BaseIdentity | None) -> BaseIdentity:
     """The base as `--base` found it, else as loraplex.json says, else as PEFT's config names it."""
     recorded = adapter.facts.base
     if located is None:

@@ -23,8 +23,7 @@ def write_directory(blobs: BlobStore, version: Version, target: Path, progress: 
     target = target.absolute()
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-            raise TargetNotEmpty(f"{target} is not an empty directory; give another or remove what is in it")
+        check_target(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         _write_files(blobs, version, temporary, progress)
@@ -36,6 +35,12 @@ def write_directory(blobs: BlobStore, version: Version, target: Path, progress: 
         raise HubUnavailable(f"{target} cannot be written: {os.strerror(error.errno or 0)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(target: Path) -> None:
+    """Raise TargetNotEmpty where the directory is there and holds something, or is none."""
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise TargetNotEmpty(f"{target.absolute()} is not an empty directory; give another or remove what is in it")
 
 
 def _write_files(blobs: BlobStore, version: Version, directory: Path, progress: Progress | None) -> None:

@@ -16,7 +16,7 @@ from server.config import EngineLimits, ModelConfig, Quantization, ServerConfig
 from server.errors import BaseUnavailable
 
 if TYPE_CHECKING:
-    from hub.hub import Hub
+    from hub.facade import HubFacade
     from server.adapters.directory import AdapterDirectory
     from server.engine.engine import Engine
     from server.metrics import Metrics
@@ -187,13 +187,13 @@ def serve(hub: str | None, **options: Any) -> int:
 
 def _serve(config: ServerConfig) -> int:
     from hub.base import locate_base
-    from hub.hub import Hub
+    from hub.opening import open_hub
     from server.api.serving import Outcome, Parts
     from server.api.serving import serve as run
 
     # What a typing error breaks is found out before anything is bound or loaded.
     locate_base(config.model.base)
-    with Hub.open(config.hub) as opened:
+    with open_hub(config.hub) as opened:
         parts = Parts(lambda: _directory(opened), lambda metrics: _engine(config, opened, metrics))
         outcome = asyncio.run(run(config, parts, announce=_announce, progress=_progress))
     if outcome is Outcome.ABANDONED:
@@ -218,13 +218,13 @@ def bound_openmp(threads: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _directory(hub: Hub) -> AdapterDirectory:
+def _directory(hub: HubFacade) -> AdapterDirectory:
     from server.adapters.directory import AdapterDirectory
 
     return AdapterDirectory(hub)
 
 
-def _engine(config: ServerConfig, hub: Hub, metrics: Metrics) -> Engine:
+def _engine(config: ServerConfig, hub: HubFacade, metrics: Metrics) -> Engine:
     import torch
 
     from server.adapters.directory import hub_fetch

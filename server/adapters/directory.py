@@ -19,7 +19,7 @@ from hub.errors import AdapterNotFound, HubError
 from hub.refs import AdapterRef, Alias
 
 if TYPE_CHECKING:
-    from hub.hub import Hub
+    from hub.facade import HubFacade
     from server.adapters.weights import AdapterFetch
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class AdapterDirectory:
                 self._remember(ref, found)
 
 
-def hub_fetch(hub: Hub) -> AdapterFetch:
+def hub_fetch(hub: HubFacade) -> AdapterFetch:
     """The engine's way to an adapter's files; raises the hub's errors."""
     from server.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 

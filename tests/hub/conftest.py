@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from hub.facade import HubFacade
 from hub.hub import Hub
+from hub.registry.server import RegistryConfig, RegistryServer
+from hub.remote.remote_hub import RemoteHub
 from tests.hub import postgres, seaweed
 from tests.hub.seaweed import Seaweed
 
@@ -73,13 +76,29 @@ def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 MakeUrl = Callable[[], str]
 
 
+# Which facade runs over which engines: every one of both somewhere, and the whole of a team's set-up once.
+SET_UPS = {
+    ("sqlite", "local"),
+    ("postgresql", "local"),
+    ("sqlite-s3", "local"),
+    ("postgresql-s3", "remote"),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of what lies in the hub's directory are not for hubs whose blobs lie elsewhere."""
-    items[:] = [
-        item
-        for item in items
-        if not (item.get_closest_marker("files_of_the_hub") and "-s3" in getattr(item, "name", ""))
-    ]
+    """Keep the set-ups above; tests of what lies in the hub's directory are not for hubs whose blobs lie elsewhere."""
+    items[:] = [item for item in items if _belongs(item)]
+
+
+def _belongs(item: pytest.Item) -> bool:
+    given = getattr(item, "callspec", None)
+    engine = None if given is None else given.params.get("make_url")
+    if given is None or engine is None:
+        return True
+    if item.get_closest_marker("files_of_the_hub") and engine.endswith("-s3"):
+        return False
+    facade = given.params.get("hub", "local")
+    return (engine, facade) in SET_UPS
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "sqlite-s3", "postgresql-s3"])
@@ -94,7 +113,18 @@ def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> MakeUrl:
 
 
 @pytest.fixture
-def hub(make_url: MakeUrl) -> Iterator[Hub]:
-    """A new hub, over one engine after the other."""
+def local_hub(make_url: MakeUrl) -> Iterator[Hub]:
+    """A new hub on this machine, over one engine after the other; for tests that reach behind the facade."""
     with Hub.open(make_url()) as opened:
+        yield opened
+
+
+@pytest.fixture(params=["local", "remote"])
+def hub(request: pytest.FixtureRequest, local_hub: Hub, tmp_path: Path) -> Iterator[HubFacade]:
+    """A new hub, over one engine after the other, here and behind a server."""
+    if request.param == "local":
+        yield local_hub
+        return
+    config = RegistryConfig(listen="127.0.0.1:0", uploads=tmp_path / "registry-uploads")
+    with RegistryServer(local_hub, None, config) as server, RemoteHub.open(f"grpc://{server.address}") as opened:
         yield opened

@@ -232,8 +232,9 @@ def test_every_verb_has_help_with_examples(run: Run, command: Command) -> None:
     status, out, _ = run(command.name, "--help")
     assert status == 0
     assert f"hub {command.name}" in out.partition("Examples:")[2]
-    assert "--json" in out
-    assert "--hub" in out
+    # A server prints one line for whoever started it; a group's own verbs have the option.
+    assert "--json" in out or command.name in ("registry", "token")
+    assert "--hub" in out or command.name in ("login", "token")  # login names it, as its argument
 
 
 def test_a_package_that_cannot_be_imported_does_not_take_the_others_away(

@@ -132,14 +132,14 @@ def test_the_sweep_takes_what_nothing_needs_and_only_that(hub: Hub, tmp_path: Pa
     assert hub.push(tmp_path / "adapter-2", "x").version.number == 4  # a number is never given twice
 
 
-def test_retention_and_grace_keep_what_is_young(hub: Hub, tmp_path: Path) -> None:
-    three(hub, tmp_path)
-    hub.remove("x@1")
-    (hub._blobs.put(io.BytesIO(b"of a push that died")))
-    assert hub.sweep().purged == ()
-    swept = hub.sweep(retention_seconds=0)
+def test_retention_and_grace_keep_what_is_young(local_hub: Hub, tmp_path: Path) -> None:
+    three(local_hub, tmp_path)
+    local_hub.remove("x@1")
+    (local_hub._blobs.put(io.BytesIO(b"of a push that died")))
+    assert local_hub.sweep().purged == ()
+    swept = local_hub.sweep(retention_seconds=0)
     assert (swept.purged, swept.blobs) == (("x@1",), 0)
-    assert hub.sweep(grace_seconds=0).blobs == 3  # x@1's weights and manifest, the orphan
+    assert local_hub.sweep(grace_seconds=0).blobs == 3  # x@1's weights and manifest, the orphan
 
 
 @pytest.mark.files_of_the_hub
@@ -155,21 +155,21 @@ def test_leftovers_of_dead_pushes_go_when_they_are_old(hub: Hub, tmp_path: Path)
 
 
 def test_a_push_whose_bytes_are_swept_before_it_publishes_stores_them_again(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.push(adapter(tmp_path, 1), "x")
+    local_hub.push(adapter(tmp_path, 1), "x")
     directory = adapter(tmp_path, 2)
-    publish, swept = hub._catalog.publish, []
+    publish, swept = local_hub._catalog.publish, []
 
     def sweep_first(*arguments: object) -> object:
         if not swept:
-            swept.append(hub.sweep(retention_seconds=0, grace_seconds=0).blobs)
+            swept.append(local_hub.sweep(retention_seconds=0, grace_seconds=0).blobs)
         return publish(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(hub._catalog, "publish", sweep_first)
-    assert hub.push(directory, "x").version.number == 2
+    monkeypatch.setattr(local_hub._catalog, "publish", sweep_first)
+    assert local_hub.push(directory, "x").version.number == 2
     assert swept == [2]
-    assert hub.verify() == hub.fsck() == []
+    assert local_hub.verify() == local_hub.fsck() == []
 
 
 def test_nothing_is_swept_by_a_catalog_that_lags_behind_the_journal(make_url: MakeUrl, tmp_path: Path) -> None:
@@ -263,14 +263,14 @@ def test_a_damaged_database_file_is_kept_and_replaced(tmp_path: Path) -> None:
         assert hub.fsck() == []
 
 
-def test_a_rebuild_tells_what_is_lost_and_keeps_its_number(hub: Hub, make_url: MakeUrl, tmp_path: Path) -> None:
-    three(hub, tmp_path)
-    hub._blobs.delete(hub.resolve("x@3").digest)
-    assert {problem.version for problem in hub.fsck()} == {"x@3"}
+def test_a_rebuild_tells_what_is_lost_and_keeps_its_number(local_hub: Hub, make_url: MakeUrl, tmp_path: Path) -> None:
+    three(local_hub, tmp_path)
+    local_hub._blobs.delete(local_hub.resolve("x@3").digest)
+    assert {problem.version for problem in local_hub.fsck()} == {"x@3"}
     made = rebuild(make_url())
     assert [problem.version for problem in made.lost] == ["x@3"]
-    assert [version.number for version in hub.versions()] == [1, 2]
-    assert hub.push(adapter(tmp_path, 3), "x").version.number == 4
+    assert [version.number for version in local_hub.versions()] == [1, 2]
+    assert local_hub.push(adapter(tmp_path, 3), "x").version.number == 4
 
 
 @pytest.mark.files_of_the_hub
@@ -327,15 +327,15 @@ def test_the_journal_is_brought_up_by_whoever_writes_next(hub: Hub, tmp_path: Pa
 
 
 def test_a_pull_that_a_sweep_overtakes_says_that_the_version_was_removed(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    three(hub, tmp_path)
-    version = hub.resolve("x@1")
-    monkeypatch.setattr(hub, "resolve", lambda ref: version)
-    hub.remove("x@1")
-    sweep(hub)
+    three(local_hub, tmp_path)
+    version = local_hub.resolve("x@1")
+    monkeypatch.setattr(local_hub, "resolve", lambda ref: version)
+    local_hub.remove("x@1")
+    sweep(local_hub)
     with pytest.raises(Exception, match="there is no version sha256"):
-        hub.pull("x@1", tmp_path / "out")
+        local_hub.pull("x@1", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,36 @@
+"""A hub by its URL, whichever kind it is."""
+
+from __future__ import annotations
+
+import os
+
+from hub.facade import HubFacade
+from hub.hub import Hub
+from hub.location import ENVIRONMENT
+
+
+def open_hub(url: str | None = None) -> HubFacade:
+    """The hub at `url` (see `Hub.open` and `hub.remote.address`), made where a local one is not there yet.
+
+    None means the environment's LORAPLEX_HUB, else this user's data directory. Raises HubUnavailable.
+    """
+    return _remote(url) or Hub.open(url)
+
+
+def open_existing(url: str | None = None) -> HubFacade:
+    """The hub at `url`, which is there; raises HubNotFound where there is none, HubUnavailable."""
+    return _remote(url) or Hub.open_existing(url)
+
+
+def named(url: str | None) -> str:
+    """`url`, else LORAPLEX_HUB, else empty: the default directory."""
+    return url or os.environ.get(ENVIRONMENT) or ""
+
+
+def _remote(url: str | None) -> HubFacade | None:
+    text = named(url)
+    if not text.startswith(("grpc://", "grpcs://")):
+        return None
+    from hub.remote.remote_hub import RemoteHub  # grpc takes a while to import, and only this kind needs it
+
+    return RemoteHub.open(text)

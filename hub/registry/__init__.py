@@ -1,0 +1,1 @@
+"""The shared server: any hub, offered over gRPC to holders of tokens."""

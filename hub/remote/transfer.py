@@ -1,0 +1,142 @@
+"""Files to and from a shared hub, in parts: what was cut goes on where it ended, what arrives is hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from hub.adapter_dir import AdapterFile
+from hub.errors import AdapterChanged, BlobCorrupt, HubUnavailable, UploadLost, UploadRefused
+from hub.progress import Progress
+from hub.remote.cache import Cache
+from hub.remote.connection import Connection
+from hub.versions import Version
+from protos.loraplex.v1 import registry_pb2 as pb
+
+CHUNK_BYTES: Final = 1024 * 1024
+_ROUNDS: Final = 3
+
+
+def upload(
+    connection: Connection, directory: Path, files: Sequence[AdapterFile], ref: str, actor: str | None,
+    progress: Progress | None,
+) -> None:  # fmt: skip
+    """Bring the server what it lacks of `files`; raises AdapterChanged where one changed meanwhile."""
+    wanted = [pb.PushedFile(name=file.name, sha256=file.sha256, bytes=file.bytes) for file in files]
+    by_name = {file.name: file for file in files}
+    total = sum(file.bytes for file in files)
+    offsets: dict[str, int] = {}
+
+    def missing() -> dict[str, int]:
+        answer = connection.call("BeginPush", pb.BeginPushRequest(ref=ref, files=wanted), actor)
+        found = {each.name: int(each.offset) for each in answer.missing}
+        offsets.update({name: found.get(name, by_name[name].bytes) for name in by_name})
+        return found
+
+    def told(name: str, done: int) -> None:
+        offsets[name] = done
+        if progress is not None:
+            progress("uploading", sum(offsets.values()), total)
+
+    def send_missing() -> None:
+        for name, offset in missing().items():
+            try:
+                _send(connection, directory / name, by_name[name], ref, offset, actor, told)
+            except UploadRefused as error:
+                if _sha256(directory / name) != by_name[name].sha256.hex:
+                    raise AdapterChanged(f"{name} changed while it was being pushed; nothing was published") from error
+                raise
+
+    for last in range(_ROUNDS):
+        try:
+            connection.persist(send_missing, lambda: sum(offsets.values()))
+            break
+        except (UploadLost, UploadRefused):
+            # Another push of the same bytes, or damage among those that came first: the server dropped them.
+            if last + 1 == _ROUNDS:
+                raise
+    if progress is not None:
+        progress("uploading", total, total)
+
+
+def fetch(
+    connection: Connection, cache: Cache, version: Version, filename: str, actor: str | None,
+    told: Callable[[int], None] = lambda done: None,
+) -> None:  # fmt: skip
+    """Have one file of a version in the cache, verified; raises BlobCorrupt, and what the server answers."""
+    entry = version.manifest.files[filename]
+    if cache.blobs.has(entry.sha256):
+        return
+    damaged = BlobCorrupt(
+        f"{filename} of {version.text} is damaged in the hub's storage: its bytes are not those that were pushed"
+    )
+    try:
+        with cache.partial(entry.sha256) as file:
+            for attempt in ("go on", "anew"):
+                resumed = file.seek(0, os.SEEK_END)
+                if resumed > entry.bytes or attempt == "anew":
+                    file.truncate(0)
+                    resumed = 0
+
+                def receive() -> None:
+                    have = file.seek(0, os.SEEK_END)
+                    request = pb.ReadFileRequest(digest=version.digest, filename=filename, offset=have)
+                    for part in connection.stream("ReadFile", request, actor) if have < entry.bytes else ():
+                        have += len(part.data)
+                        if have > entry.bytes:
+                            raise damaged
+                        file.write(part.data)
+                        told(have)
+
+                connection.persist(receive, lambda: file.seek(0, os.SEEK_END))
+                file.seek(0)
+                digest, _ = cache.blobs.put(file)
+                if digest == entry.sha256:
+                    break
+                cache.blobs.delete(digest)
+                file.truncate(0)
+                if not resumed:
+                    raise damaged
+            else:
+                raise damaged
+        cache.finished(entry.sha256)
+    except OSError as error:
+        raise HubUnavailable(f"the cache of the hub cannot be written: {os.strerror(error.errno or 0)}") from error
+
+
+def _send(
+    connection: Connection, path: Path, file: AdapterFile, ref: str, offset: int, actor: str | None,
+    told: Callable[[str, int], None],
+) -> None:  # fmt: skip
+    pushed = pb.PushedFile(name=file.name, sha256=file.sha256, bytes=file.bytes)
+    short = False
+
+    def parts() -> Iterator[pb.UploadRequest]:
+        nonlocal short
+        yield pb.UploadRequest(begin=pb.UploadRequest.Begin(ref=ref, file=pushed, offset=offset))
+        done = offset
+        with path.open("rb") as source:
+            source.seek(offset)
+            while done < file.bytes:
+                data = source.read(min(CHUNK_BYTES, file.bytes - done))
+                if not data:
+                    short = True
+                    return
+                yield pb.UploadRequest(data=data)
+                done += len(data)
+                told(file.name, done)
+
+    answer = connection.call("Upload", parts(), actor, seconds=None)
+    if short or answer.bytes < file.bytes:
+        raise AdapterChanged(f"{file.name} changed while it was being pushed; nothing was published")
+
+
+def _sha256(path: Path) -> str:
+    hasher = hashlib.sha256()
+    with path.open("rb") as source:
+        while chunk := source.read(CHUNK_BYTES):
+            hasher.update(chunk)
+    return hasher.hexdigest()
