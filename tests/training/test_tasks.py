@@ -14,6 +14,7 @@ from training.build import build_task
 from training.data import read_jsonl
 from training.errors import DataTooSmall, SourceUnavailable, UnknownTask
 from training.tasks import MODULES, packages, sentiment, task_named
+from training.tasks.archive import read_member
 from training.tasks.aws_summary import operations, plain_text
 from training.tasks.iam_definition import actions
 from training.tasks.policy import is_valid
@@ -131,7 +132,7 @@ def test_another_archive_than_the_pinned_one_is_refused_and_forgotten(
 
 
 @pytest.mark.parametrize("kind", ["link", "absent", "large"])
-def test_members_are_read_as_plain_bounded_files_only(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_are_read_as_plain_bounded_files_only(kind: str) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         member = tarfile.TarInfo("member" if kind != "absent" else "other")
@@ -141,6 +142,5 @@ def test_members_are_read_as_plain_bounded_files_only(kind: str, monkeypatch: py
             member.size = 10
         archive.addfile(member, io.BytesIO(b"0123456789"))
     buffer.seek(0)
-    monkeypatch.setattr(sentiment, "_MAX_MEMBER_BYTES", 9)
     with tarfile.open(fileobj=buffer) as archive, pytest.raises(SourceUnavailable, match="member"):
-        sentiment._read(archive, "member")
+        read_member(archive, "member", limit=9)
