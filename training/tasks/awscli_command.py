@@ -34,7 +34,7 @@ def parse_command(text: str) -> Command | None:
     """
     stripped = text.strip()
     fenced = _FENCE.match(stripped)
-    joined = re.sub(r"\s*\\\s*\n\s*", " ", fenced.group(1).strip() if fenced else stripped).removeprefix("$ ")
+    joined = one_line(fenced.group(1) if fenced else stripped)
     if "\n" in joined:
         return None
     try:
@@ -53,6 +53,10 @@ def parse_command(text: str) -> Command | None:
             values.setdefault(option, []).extend([value] if equals else [])
         else:
             values.setdefault(option, []).append(word)
-    return Command(
-        words[1], " ".join(words[2:named]), frozenset((name, " ".join(given)) for name, given in values.items())
-    )
+    arguments = frozenset((name, " ".join(given)) for name, given in values.items())
+    return Command(words[1], " ".join(words[2:named]), arguments)
+
+
+def one_line(text: str) -> str:
+    """The text with lines that end in a backslash joined to what follows, and without a shell's `$` in front."""
+    return re.sub(r"[ \t]*\\[ \t]*\n[ \t]*", " ", text.strip()).removeprefix("$ ")
