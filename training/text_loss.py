@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.nn import functional
 
 from server.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from training.errors import DataInvalid, DataTooSmall
-from training.loss import label_loss
 from training.metrics import Measured, per_token
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ def text_loss(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> Measu
     with torch.inference_mode():
         for window in windows:
             ids = torch.tensor([window])
-            loss = label_loss(model, ids, torch.ones_like(ids), ids)
-            nats.append(float(loss.total))
-            tokens.append(loss.tokens)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            nats.append(float(functional.cross_entropy(logits, ids[0, 1:], reduction="sum")))
+            tokens.append(len(window) - 1)
     return per_token(nats, tokens)
 
 

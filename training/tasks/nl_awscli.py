@@ -36,6 +36,7 @@ _NOT_ONE_COMMAND: Final = re.compile(r"[|<>;^`&]|\$\(")  # pipes, redirections, 
 _OPENING: Final = re.compile(
     r"^(?:the following|this|the)\s+(?:(?:``[^`]+``|example|command|cli|aws|of|the)\s+)*", re.IGNORECASE
 )
+_SAYS_WHAT_IT_DOES: Final = re.compile(r"^[a-z]+s\b(?! is\b| are\b)", re.IGNORECASE)  # "shows …", "deletes …"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,12 @@ def _request(said: str, command: Command, line: str) -> str | None:
     text = re.sub(r"``([^`]*)``|`([^`<]*?)(?: <[^>]*>)?`_*", lambda match: match.group(1) or match.group(2) or "", text)
     text = text.replace("**", "")
     name = re.escape(command.operation.split()[-1])
-    if len(text) < _REQUEST_CHARS[0] or re.search(rf"\b{name}\b", text, re.IGNORECASE) or "::" in text:
+    if (
+        not _SAYS_WHAT_IT_DOES.match(text)
+        or len(text) < _REQUEST_CHARS[0]
+        or re.search(rf"\b{name}\b", text, re.IGNORECASE)
+        or "::" in text
+    ):
         return None
     # Words of the command that are no option and that the text does not say; shlex has parsed the line before.
     unsaid = [
