@@ -139,7 +139,7 @@ def test_a_file_with_faults_fails_until_it_is_fixed(tiny_base: Path, tmp_path: P
         "4 of 35 lines",
         "tokens",
         "label",
-        "50.0%",
+        "48.4%",
     ):
         assert words in bad.output
     assert "\x1b" not in bad.output

@@ -191,7 +191,9 @@ def test_commands_are_documented_without_their_names() -> None:
     assert len(found) > 4_000 and len({one.command.service for one in found}) > 150
     for one in found:
         assert len(one.line) <= 200 and "\n" not in one.line and one.request.endswith(".")
-        assert not re.search(rf"\b{re.escape(one.command.operation)}\b", one.request, re.IGNORECASE)
+        assert not re.search(
+            rf"\b{re.escape(one.command.operation)}\b", one.request.split(" Values: ")[0], re.IGNORECASE
+        )
         for _, value in one.command.arguments:
             assert all(word.lower() in one.request.lower() for word in value.split())
     built = nl_awscli.TASK.build(300, 80, 0)

@@ -132,12 +132,10 @@ def _request(said: str, command: Command, line: str) -> str | None:
         or "::" in text
     ):
         return None
-    # Words of the command that are no option and that the text does not say; shlex has parsed the line before.
-    unsaid = [
-        word
-        for word in dict.fromkeys(shlex.split(line)[2 + len(command.operation.split()) :])
-        if not word.startswith("--") and word.lower() not in text.lower()
-    ]
+    # The values that the text does not say; parse_command has split the line before.
+    words = shlex.split(line)[2 + len(command.operation.split()) :]
+    values = [word.partition("=")[2] if word.startswith("--") else word for word in words]
+    unsaid = [value for value in dict.fromkeys(values) if value and value.lower() not in text.lower()]
     text = text[0].upper() + text[1:] + "." + (f" Values: {', '.join(unsaid)}." if unsaid else "")
     return text if len(text) <= _REQUEST_CHARS[1] else None
 
