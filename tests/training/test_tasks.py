@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from training.build import build_task
-from training.data import Example, read_jsonl
+from training.data import Example, read_jsonl, write_jsonl
+from training.data_check import check_file
 from training.errors import DataTooSmall, SourceUnavailable, UnknownTask
 from training.tasks import MODULES, address_json, name_json, nl_awscli, packages, sentiment, task_named
 from training.tasks.archive import read_member
@@ -268,3 +269,13 @@ def test_the_order_of_options_does_not_matter_but_their_values_do() -> None:
     assert scores == pytest.approx(
         {"operation_accuracy": 0.5, "argument_f1": 2 * 4 / (8 + 5), "exact_command": 0.25, "parse_rate": 0.75}
     )
+
+
+@pytest.mark.parametrize("name", ["sentiment", "iam-policy", "nl-awscli", "address-json", "name-json"])
+def test_a_built_task_has_no_duplicates_and_no_leak(name: str, tmp_path: Path) -> None:
+    """Found by `hub data check` in two builders: an action listed twice, "Wrong!" in training and "wrong." outside."""
+    built = task_named(name).build(600, 150, 1)
+    write_jsonl(path := tmp_path / "train.jsonl", built.train)
+    report = check_file(path, lambda example: (1, 1), evaluation=built.evaluation, similarity=1.0, max_length=9)
+    assert {fault.check for fault in report.faults} <= {"near_duplicates"}  # of the labelled addresses, a few
+    assert sum(fault.count for fault in report.faults) <= 3

@@ -49,7 +49,13 @@ class IamPolicy(Task):
     def build(self, train: int, evaluation: int, seed: int) -> Built:
         """See `Task.build`; each gold policy has passed parliament."""
         described, version = actions()
-        usable = [action for action in described if action.phrase and len(action.phrase) <= _MAX_PHRASE_CHARS]
+        # By name: the list has some actions twice.
+        once = {action.full_name: action for action in reversed(described)}
+        usable = [
+            action
+            for action in described
+            if action is once[action.full_name] and action.phrase and len(action.phrase) <= _MAX_PHRASE_CHARS
+        ]
         # More than wanted, for those whose gold parliament refuses.
         sides = split_by_group(
             usable,
