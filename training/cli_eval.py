@@ -232,13 +232,14 @@ def _show_differences(compare: str, task: Task, differences: dict[str, dict[str,
     for model, each in differences.items():
         for name, difference in each.items():
             low, high = difference.interval.low, difference.interval.high
-            told = "may be chance" if low <= 0 <= high else "higher" if low > 0 else "lower"
+            told = "the same" if low == high == 0 else "higher" if low > 0 else "lower" if high < 0 else "may be chance"
             rows.append((model, _heading(name, task), f"{difference.value:+.3f}", f"{low:+.3f} … {high:+.3f}", told))
     print_table(("model", "metric", "difference", "95 % interval", ""), rows)
 
 
 def _heading(name: str, task: Task) -> str:
-    return f"{name.replace('_', ' ')}{' *' if name == task.headline else ''}"
+    mark = " *" if name == task.headline else " (lower is better)" if name == TEXT_LOSS else ""
+    return name.replace("_", " ") + mark
 
 
 def _shown(name: str, value: float) -> str:

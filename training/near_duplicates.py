@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,9 +46,10 @@ def near_copies(texts: Sequence[str], threshold: float) -> list[Pair]:
     index = _Index(threshold)
     found = []
     for position, text in enumerate(texts):
-        nearest = index.nearest(position, text)
+        read = _Read(text)
+        nearest = index.nearest(position, read)
         if nearest is None:
-            index.add(position, text)
+            index.add(position, read)
         else:
             found.append(nearest)
     return found
@@ -58,9 +59,20 @@ def near_matches(texts: Sequence[str], others: Sequence[str], threshold: float) 
     """Each of `texts` that is at least `threshold` similar to one of `others`."""
     index = _Index(threshold)
     for position, text in enumerate(others):
-        index.add(position, text)
-    found = (index.nearest(position, text) for position, text in enumerate(texts))
+        index.add(position, _Read(text))
+    found = (index.nearest(position, _Read(text)) for position, text in enumerate(texts))
     return [pair for pair in found if pair is not None]
+
+
+class _Read:
+    """A text's shingles and their sketch."""
+
+    def __init__(self, text: str) -> None:
+        from datasketch import MinHash
+
+        self.shingles = shingles(text)
+        self.sketch = MinHash(num_perm=_PERMUTATIONS, seed=_SEED)
+        self.sketch.update_batch([part.encode() for part in sorted(self.shingles)])
 
 
 class _Index:
@@ -73,23 +85,14 @@ class _Index:
         self._bands = MinHashLSH(threshold=max(0.1, threshold - _SLACK), num_perm=_PERMUTATIONS)
         self._shingles: dict[int, Shingles] = {}
 
-    def add(self, position: int, text: str) -> None:
+    def add(self, position: int, read: _Read) -> None:
         """Keep the text under its position."""
-        self._shingles[position] = shingles(text)
-        self._bands.insert(position, _sketch(self._shingles[position]))
+        self._shingles[position] = read.shingles
+        self._bands.insert(position, read.sketch)
 
-    def nearest(self, position: int, text: str) -> Pair | None:
+    def nearest(self, position: int, read: _Read) -> Pair | None:
         """The most similar text kept, the earliest of equals; None when none is similar enough."""
-        own = shingles(text)
-        candidates: Iterator[int] = iter(sorted(self._bands.query(_sketch(own))))
-        scored = [(similarity(own, self._shingles[other]), -other) for other in candidates]
+        candidates = self._bands.query(read.sketch)
+        scored = [(similarity(read.shingles, self._shingles[other]), -other) for other in candidates]
         best, negative = max(scored, default=(0.0, 0))
         return Pair(position, -negative, best) if best >= self._threshold else None
-
-
-def _sketch(parts: Shingles) -> object:
-    from datasketch import MinHash
-
-    sketch = MinHash(num_perm=_PERMUTATIONS, seed=_SEED)
-    sketch.update_batch([part.encode() for part in sorted(parts)])
-    return sketch
