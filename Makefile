@@ -8,7 +8,7 @@ PY     := $(VENV)/bin/python
 PROTOS := protos/loraplex/v1/*.proto
 
 # Two compute threads that sleep when idle: spinning ones starve every other process of a small machine.
-# After `make venv` nothing may look for models on the network. (pip still fetches one data set: the VADER sdist.)
+# After `make venv` nothing may look for models on the network. (pip still fetches the tasks' data: four sdists.)
 BOUNDED := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help

@@ -12,6 +12,7 @@ import click
 from hub.cli_options import examples, json_option
 from hub.cli_output import print_json, print_table
 from training.build import BuiltFiles, build_task
+from training.cli_data_check import check
 from training.data import Dataset, read_jsonl
 from training.tasks import MODULES
 
@@ -49,6 +50,9 @@ def build(task: str, out: Path, train_count: int, eval_count: int, seed: int, as
         return
     _show_files(out, built)
     _show_example(read_jsonl(out / "train.jsonl"))
+
+
+data.add_command(check)
 
 
 @data.command()

@@ -14,14 +14,18 @@ from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, print_table
 from server.cli import bound_openmp
 from server.config import EngineLimits, ModelConfig, Quantization
-from training.data import Dataset, read_jsonl
+from training.data import Dataset, digest_of, read_jsonl
 from training.quiet import quiet_libraries
 from training.tasks import MODULES, Task, task_named
 
 if TYPE_CHECKING:
-    from training.evaluate import Comparison
+    from training.bootstrap import Interval
+    from training.engine_generator import Adapters
+    from training.evaluate import Comparison, Difference, Result
+    from training.metrics import Measured
 
 BASE = "base"
+TEXT_LOSS = "text_nats_per_token"  # lower is better, unlike every metric of a task
 
 
 @click.command(
@@ -30,6 +34,7 @@ BASE = "base"
         """
 hub eval base team/sentiment:prod --task sentiment --data data/sentiment/eval.jsonl
 hub eval base out/sentiment team/sentiment@1 --task sentiment --data data/sentiment/eval.jsonl --limit 100
+hub eval team/sentiment:prod --task sentiment --data data/sentiment/eval.jsonl --compare base --text README.md
 """
     ),
 )
@@ -37,6 +42,18 @@ hub eval base out/sentiment team/sentiment@1 --task sentiment --data data/sentim
 @click.option("--task", type=click.Choice(list(MODULES)), required=True, help="Which scores.")
 @click.option("--data", type=click.Path(path_type=Path, exists=True, dir_okay=False), required=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first examples.")
+@click.option(
+    "--compare",
+    metavar="base|REF|DIR",
+    help="Score this model too, and show the others' differences to it (paired bootstrap intervals).",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the bootstrap.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Held-out text, UTF-8: also each model's cross-entropy on it, in float32 (lower is better).",
+)
+@click.option("--text-windows", type=click.IntRange(min=1), default=64, show_default=True, help="Of 256 tokens, most.")
 @click.option("--base", default="smollm2-135m", show_default=True, metavar="NAME|DIR|ORG/NAME[@REV]")
 @click.option(
     "--quantize",
@@ -54,6 +71,10 @@ def evaluate(
     task: str,
     data: Path,
     limit: int | None,
+    compare: str | None,
+    seed: int,
+    text: Path | None,
+    text_windows: int,
     base: str,
     quantize: Any,
     threads: int,
@@ -63,17 +84,25 @@ def evaluate(
 ) -> None:
     """Score MODELS on the examples of --data. A model is `base`, a reference into the hub, or an adapter directory.
 
-    All answer greedily through the engine that serves them, every model in the same batches.
+    All answer greedily through the engine that serves them, every model in the same batches. Intervals are 95 %
+    bootstrap intervals over the examples: they cover which questions were asked, not the seed of the training.
     """
     if len(set(models)) < len(models):
         raise click.UsageError("a model is named twice")
+    if compare is not None and compare not in models:
+        models = (compare, *models)
+    if compare is not None and len(models) == 1:
+        raise click.UsageError(f"there is nothing to compare {compare} with")
     chosen, dataset = task_named(task), read_jsonl(data)
     if limit is not None:
         dataset = Dataset(dataset.examples[:limit], dataset.digest)
     bound_openmp(threads)
     quiet_libraries()
     config = ModelConfig(base=base, quantization=quantize, threads=threads)
-    comparison = _compare(chosen, dataset, models, config, hub_url)
+    comparison, adapters = _compare(chosen, dataset, models, config, hub_url)
+    texts = _text_losses(base, models, adapters, text, text_windows) if text is not None else {}
+    results = {result.model: _told(result, texts, seed) for result in comparison.results}
+    differences = _differences(comparison, texts, compare, seed) if compare is not None else {}
     if answers is not None:
         _write_answers(answers, dataset, comparison)
     if as_json:
@@ -83,16 +112,41 @@ def evaluate(
                 "data": {"file": str(data), "digest": dataset.digest, "examples": len(dataset)},
                 "base": {"name": base, "quantization": quantize},
                 "seconds": round(comparison.seconds, 1),
-                "models": {result.model: result.metrics for result in comparison.results},
+                "models": {
+                    model: {name: value for name, (value, _) in scores.items()} for model, scores in results.items()
+                },
+                "intervals": {
+                    "share": 0.95,
+                    "seed": seed,
+                    "models": {
+                        model: {name: [i.low, i.high] for name, (_, i) in scores.items()}
+                        for model, scores in results.items()
+                    },
+                },
+                "text": {"file": str(text), "digest": digest_of(text.read_bytes())} if text is not None else None,
+                "compare": {
+                    "to": compare,
+                    "differences": {
+                        model: {
+                            name: {"value": d.value, "interval": [d.interval.low, d.interval.high]}
+                            for name, d in each.items()
+                        }
+                        for model, each in differences.items()
+                    },
+                }
+                if compare is not None
+                else None,
             }
         )
     else:
-        _show(chosen, data, quantize, comparison)
+        _show(chosen, data, quantize, comparison, results)
+        if compare is not None:
+            _show_differences(compare, chosen, differences)
 
 
 def _compare(
     task: Task, dataset: Dataset, models: Sequence[str], config: ModelConfig, hub_url: str | None
-) -> Comparison:
+) -> tuple[Comparison, Adapters]:
     from hub.hub import Hub
     from server.engine.engine import Engine
     from training.engine_generator import EngineGenerator, find_adapters, is_adapter_directory
@@ -105,19 +159,87 @@ def _compare(
         adapters = find_adapters(names, hub)
         engine = stack.enter_context(closing(Engine.build(config, EngineLimits(), adapters.fetch)))
         wanted = [None if model == BASE else model for model in models]
-        return evaluate(task, dataset.examples, wanted, EngineGenerator(engine, adapters.uses))
+        return evaluate(task, dataset.examples, wanted, EngineGenerator(engine, adapters.uses)), adapters
 
 
-def _show(task: Task, data: Path, quantization: str, comparison: Comparison) -> None:
+def _text_losses(base: str, models: Sequence[str], adapters: Adapters, text: Path, windows: int) -> dict[str, Measured]:
+    """By model; run when the engine is gone, for one base in memory is enough."""
+    from hub.base import locate_base
+    from training.text_loss import read_text, text_losses
+
+    files = {
+        None if model == BASE else model: adapters.fetch(adapters.uses[model].digest) if model != BASE else None
+        for model in models
+    }
+    losses = text_losses(locate_base(base).directory, files, read_text(text), windows)
+    return {name or BASE: measured for name, measured in losses.items()}
+
+
+def _told(result: Result, texts: dict[str, Measured], seed: int) -> dict[str, tuple[float, Interval]]:
+    """Every score of a model with its interval."""
+    from training.bootstrap import interval
+
+    intervals = result.intervals(seed)
+    told = {name: (value, intervals[name]) for name, value in result.metrics.items()}
+    if result.model in texts:
+        told[TEXT_LOSS] = (texts[result.model].value, interval(texts[result.model], seed))
+    return told
+
+
+def _differences(
+    comparison: Comparison, texts: dict[str, Measured], compare: str, seed: int
+) -> dict[str, dict[str, Difference]]:
+    """Every other model's scores minus those of `compare`."""
+    from training.bootstrap import interval_of_difference
+    from training.evaluate import Difference
+
+    [reference] = [result for result in comparison.results if result.model == compare]
+    found = {}
+    for result in comparison.results:
+        if result is reference:
+            continue
+        found[result.model] = result.against(reference, seed)
+        if texts:
+            own, other = texts[result.model], texts[compare]
+            found[result.model][TEXT_LOSS] = Difference(
+                own.value - other.value, interval_of_difference(own, other, seed)
+            )
+    return found
+
+
+def _show(
+    task: Task,
+    data: Path,
+    quantization: str,
+    comparison: Comparison,
+    results: dict[str, dict[str, tuple[float, Interval]]],
+) -> None:
     click.secho(f"{task.name} on {comparison.examples} examples of {data}, base in {quantization}", bold=True)
-    names = list(comparison.results[0].metrics)
-    rows = [(result.model, *(_shown(name, result.metrics[name]) for name in names)) for result in comparison.results]
+    names = list(next(iter(results.values())))
+    rows = [
+        (model, *(f"{_shown(name, value)} [{_shown(name, i.low)}, {_shown(name, i.high)}]" for name, (value, i) in r))
+        for model, r in ((model, scores.items()) for model, scores in results.items())
+    ]
     print_table(("model", *(_heading(name, task) for name in names)), rows)
     click.echo(f"{comparison.examples * len(comparison.results)} answers in {comparison.seconds:.0f} s", err=True)
 
 
+def _show_differences(compare: str, task: Task, differences: dict[str, dict[str, Difference]]) -> None:
+    """One row a model and metric; a difference whose interval has zero inside may be chance."""
+    click.echo()
+    click.secho(f"minus {compare}, on the same questions", bold=True)
+    rows = []
+    for model, each in differences.items():
+        for name, difference in each.items():
+            low, high = difference.interval.low, difference.interval.high
+            told = "the same" if low == high == 0 else "higher" if low > 0 else "lower" if high < 0 else "may be chance"
+            rows.append((model, _heading(name, task), f"{difference.value:+.3f}", f"{low:+.3f} … {high:+.3f}", told))
+    print_table(("model", "metric", "difference", "95 % interval", ""), rows)
+
+
 def _heading(name: str, task: Task) -> str:
-    return f"{name.replace('_', ' ')}{' *' if name == task.headline else ''}"
+    mark = " *" if name == task.headline else " (lower is better)" if name == TEXT_LOSS else ""
+    return name.replace("_", " ") + mark
 
 
 def _shown(name: str, value: float) -> str:

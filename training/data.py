@@ -81,11 +81,8 @@ def read_jsonl(path: Path) -> Dataset:
         data = path.read_bytes()
     except OSError as error:
         raise DataInvalid(f"cannot read {path}: {error.strerror}") from error
-    try:
-        lines = data.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataInvalid(f"{path} is not UTF-8 (byte {error.start})") from error
-    examples = tuple(_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
+    lines = decode_lines(data, path)
+    examples = tuple(parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
     if not examples:
         raise DataInvalid(f"{path} holds no examples")
     return Dataset(examples, digest_of(data))
@@ -129,10 +126,19 @@ def hold_out(
     return training, tuple(examples[index] for index in sorted(held))
 
 
-def _parse(line: str, where: str) -> Example:
+def decode_lines(data: bytes, path: Path) -> list[str]:
+    """The lines of a file, blank ones too. Raises `DataInvalid` when it is no UTF-8."""
+    try:
+        return data.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataInvalid(f"{path} is not UTF-8 (byte {error.start})") from error
+
+
+def parse_line(line: str, where: str) -> Example:
+    """One line as a conversation. Raises `DataInvalid`, whose message begins with `where`."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataInvalid(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         raise DataInvalid(f'{where}: not an object with a list "messages"')

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from training.bootstrap import Interval, interval, interval_of_difference
 from training.data import Example, Message
+from training.metrics import Measured
 from training.tasks import Task
 
 
@@ -39,6 +41,29 @@ class Result:
     model: str  # "base" or the adapter's name
     metrics: dict[str, float]
     answers: tuple[str, ...] = field(repr=False)
+    measured: dict[str, Measured] = field(repr=False, default_factory=dict)  # the same metrics, by example
+
+    def intervals(self, seed: int) -> dict[str, Interval]:
+        """The 95 % interval of each metric."""
+        return {name: interval(measured, seed) for name, measured in self.measured.items()}
+
+    def against(self, other: Result, seed: int) -> dict[str, Difference]:
+        """Each metric minus that of another model on the same examples."""
+        return {
+            name: Difference(
+                self.metrics[name] - other.metrics[name],
+                interval_of_difference(measured, other.measured[name], seed),
+            )
+            for name, measured in self.measured.items()
+        }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One model's metric minus another's, and where it lies on other draws of the questions (paired, 95 %)."""
+
+    value: float
+    interval: Interval
 
 
 @dataclass(frozen=True)
@@ -69,5 +94,7 @@ def evaluate(
     results = []
     for index, adapter in enumerate(adapters):
         own = tuple(answers[index :: len(adapters)])
-        results.append(Result(adapter or "base", task.score(examples, own), own))
+        measured = task.measure(examples, own)
+        scores = {name: one.value for name, one in measured.items()}
+        results.append(Result(adapter or "base", scores, own, measured))
     return Comparison(tuple(results), len(examples), seconds)

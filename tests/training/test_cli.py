@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from hub.cli import group
 from training.commands import COMMANDS
 from training.data import Example, read_jsonl, write_jsonl
-from training.errors import OutputExists, RecipeInvalid
+from training.errors import DataTooSmall, OutputExists, RecipeInvalid
 
 
 def run(*args: str | Path, fails: type[Exception] | None = None) -> Result:
@@ -80,6 +80,23 @@ def test_train_push_and_eval(tiny_base: Path, labelled: Path, tmp_path: Path) ->
     assert len(rows) == 5 and rows[1]["wanted"] == "negative" and set(rows[0]["answers"]) == set(models)
     table = run(*evaluation, *common[:-1]).stdout
     assert "accuracy *" in table and "team/tiny:prod" in table
+    for model, each in scores["intervals"]["models"].items():
+        assert all(low <= scores["models"][model][name] <= high for name, (low, high) in each.items())
+
+    text = tmp_path / "held-out.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    wanted = ("team/tiny:prod", "--task", "sentiment", "--data", labelled, "--limit", "5", "--compare", "base")
+    compared = json.loads(run("eval", *wanted, "--text", text, *common).stdout)
+    assert list(compared["models"]) == ["base", "team/tiny:prod"] and compared["compare"]["to"] == "base"
+    [(model, each)] = compared["compare"]["differences"].items()
+    assert model == "team/tiny:prod" and set(each) == {"accuracy", "macro_f1", "parse_rate", "text_nats_per_token"}
+    for name, difference in each.items():
+        own, base = (compared["models"][which][name] for which in (model, "base"))
+        assert difference["value"] == pytest.approx(own - base)
+        assert difference["interval"][0] <= difference["value"] <= difference["interval"][1]
+    assert compared["text"]["digest"].startswith("sha256:")
+    told = run("eval", *wanted, "--text", text, *common[:-1]).stdout
+    assert "minus base, on the same questions" in told and "text nats per token" in told
 
     again = run("train", labelled, "--out", out, *common, fails=OutputExists)
     assert again.exception.reason == "OUTPUT_EXISTS"  # type: ignore[union-attr]
@@ -91,5 +108,56 @@ def test_wrong_use_is_refused_before_anything_is_loaded(labelled: Path, tmp_path
     assert full.exit_code == 2 and "whole model" in full.output
     twice = CliRunner().invoke(group, ["eval", "base", "base", "--task", "sentiment", "--data", str(labelled)])
     assert twice.exit_code == 2 and "twice" in twice.output
+    alone = CliRunner().invoke(
+        group, ["eval", "base", "--task", "sentiment", "--data", str(labelled), "--compare", "base"]
+    )
+    assert alone.exit_code == 2 and "nothing to compare" in alone.output
     unknown = CliRunner().invoke(group, ["data", "build", "poetry", "--out", str(tmp_path / "o")])
     assert unknown.exit_code == 2 and "sentiment" in unknown.output
+
+
+def test_a_file_with_faults_fails_until_it_is_fixed(tiny_base: Path, tmp_path: Path) -> None:
+    questions = ["where is the station", "how old is the bridge", "what does tea cost here", "when do they open today"]
+    good = [
+        Example.of(user=f"{q} {'abcdefgh'[n] * 9}", answer="yes" if n % 2 else "no")
+        for n in range(8)
+        for q in questions
+    ]
+    file, held, fixed = (tmp_path / name for name in ("mine.jsonl", "held.jsonl", "fixed.jsonl"))
+    write_jsonl(file, [*good, good[3], good[3]])
+    with file.open("a") as lines:
+        lines.write('{"messages": "\x1b[31m"}\n')
+    write_jsonl(held, [Example.of(user="something else entirely, isn't it", answer="no"), good[5]])
+    common = ("data", "check", file, "--eval", held, "--base", tiny_base)
+    bad = CliRunner().invoke(group, [str(arg) for arg in common])
+    assert bad.exit_code == 1
+    for words in (
+        "schema: 1 lines",
+        "line 35:",
+        "duplicates: 2",
+        "leakage: 1",
+        "4 of 35 lines",
+        "tokens",
+        "label",
+        "48.4%",
+    ):
+        assert words in bad.output
+    assert "\x1b" not in bad.output
+    told = CliRunner().invoke(group, [str(arg) for arg in (*common, "--json")])
+    report = json.loads(told.stdout)
+    assert told.exit_code == 1 and not report["ok"] and report["kept"] == 31 and report["answers"] == "label"
+    assert report["faults"][0]["examples"][0]["line"] == 35
+    report = json.loads(run(*common, "--fix", fixed, "--json").stdout)
+    assert report["fix"] == {"file": str(fixed), "digest": read_jsonl(fixed).digest, "examples": 31}
+    assert fixed.read_text().splitlines() == [example.as_line() for example in good if example is not good[5]]
+    clean = run("data", "check", fixed, "--eval", held, "--base", tiny_base)
+    assert "no faults in 31 examples" in clean.output
+    run(*common, "--fix", fixed, fails=OutputExists)
+    assert run("data", "check", fixed, "--answers", "json", "--fix", tmp_path / "none", fails=DataTooSmall)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_built_file_knows_its_task(tiny_base: Path, tmp_path: Path) -> None:
+    run("data", "build", "name-json", "--out", tmp_path, "--train", "40", "--eval", "4")
+    report = json.loads(run("data", "check", tmp_path / "train.jsonl", "--base", tiny_base, "--json").stdout)
+    assert report["ok"] and report["answers"] == "json" and "json" in report["passed"]

@@ -10,16 +10,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Protocol
+from typing import Literal, Protocol
 
 from training.data import Example
 from training.errors import UnknownTask
+from training.metrics import Measured
 
 MODULES = {
     "sentiment": "training.tasks.sentiment",
     "iam-policy": "training.tasks.iam_policy",
     "aws-summary": "training.tasks.aws_summary",
+    "nl-awscli": "training.tasks.nl_awscli",
+    "address-json": "training.tasks.address_json",
+    "name-json": "training.tasks.name_json",
 }
+
+# "label": a few words of a closed set; "json": JSON and nothing else; "short": a line; "long": prose.
+Answers = Literal["label", "json", "short", "long"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Task(Protocol):
     larger `train` starts with the examples of a smaller one. It raises `SourceUnavailable`, saying what to install,
     and `DataTooSmall` when the source has fewer examples than asked for.
 
-    `score` takes the evaluation examples and one answer for each, in order, and returns metrics by name; all lie in
+    `measure` takes the evaluation examples and one answer for each, in order, and returns metrics by name; all lie in
     0…1 unless their name says a unit, and larger is better. It never raises on an answer, whatever that holds.
     """
 
@@ -48,14 +55,19 @@ class Task(Protocol):
     title: str  # one line for people
     max_new_tokens: int  # enough for nearly all wanted answers
     headline: str  # the metric by which two models are compared
+    answers: Answers  # what kind of text an answer is
 
     def build(self, train: int, evaluation: int, seed: int) -> Built:
         """Examples for training and evaluation."""
         ...
 
-    def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-        """Metrics of `answers`."""
+    def measure(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Measured]:
+        """Metrics of `answers`, by example."""
         ...
+
+    def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
+        """Metrics of `answers`, over all examples."""
+        return {name: measured.value for name, measured in self.measure(examples, answers).items()}
 
 
 def task_named(name: str) -> Task:

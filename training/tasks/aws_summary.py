@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from training.data import Example
-from training.tasks import Built
+from training.metrics import Measured, bleu, mean, rouge_l_each
+from training.tasks import Answers, Built, Task
 from training.tasks.iam_definition import actions
 from training.tasks.packages import installed_directory
 from training.tasks.split import split_by_group
@@ -38,13 +39,14 @@ class Operation:
     summary: str
 
 
-class AwsSummary:
+class AwsSummary(Task):
     """Documentation → one line."""
 
     name = "aws-summary"
     title = "documentation of an AWS operation → one line"
     max_new_tokens = 40
     headline = "rouge_l"
+    answers: Answers = "short"
 
     def build(self, train: int, evaluation: int, seed: int) -> Built:
         """See `Task.build`."""
@@ -67,24 +69,22 @@ class AwsSummary:
             licence="Apache-2.0 (botocore), BSD-3-Clause (parliament)",
         )
 
-    def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-        """ROUGE-L beside that of the first sentence ("lead"), over all and over those where the lead is no answer."""
-        from rouge_score.rouge_scorer import RougeScorer
+    def measure(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Measured]:
+        """ROUGE-L beside that of the first sentence ("lead"), over all and over those where the lead is no answer.
 
-        scorer = RougeScorer(["rougeL"], use_stemmer=True)
-
-        def rouge(wanted: str, given: str) -> float:
-            return float(scorer.score(wanted, given)["rougeL"].fmeasure)
-
-        own = [rouge(example.answer, answer) for example, answer in zip(examples, answers, strict=True)]
-        lead = [rouge(example.answer, first_sentence(example.prompt[-1].content)) for example in examples]
-        hard = [index for index, score in enumerate(lead) if score < _HARD_BELOW]
+        BLEU is sacrebleu's, over all answers together.
+        """
+        wanted = [example.answer for example in examples]
+        own = rouge_l_each(wanted, answers)
+        lead = rouge_l_each(wanted, [first_sentence(example.prompt[-1].content) for example in examples])
+        hard = [score < _HARD_BELOW for score in lead]
         return {
-            "rouge_l": _mean(own),
-            "rouge_l_lead": _mean(lead),
-            "rouge_l_hard": _mean([own[index] for index in hard]),
-            "rouge_l_lead_hard": _mean([lead[index] for index in hard]),
-            "words_count": _mean([len(answer.split()) for answer in answers]),
+            "rouge_l": mean(own),
+            "rouge_l_lead": mean(lead),
+            "rouge_l_hard": mean(own, hard),
+            "rouge_l_lead_hard": mean(lead, hard),
+            "bleu": bleu(wanted, answers),
+            "words_count": mean([len(answer.split()) for answer in answers]),
         }
 
 
@@ -142,7 +142,3 @@ def _load(file: Path) -> dict[str, Any]:
 def _example(operation: Operation) -> Example:
     gold = {"operation": f"{operation.service}:{operation.name}"}
     return Example.of(system=INSTRUCTION, user=operation.documentation, answer=operation.summary, gold=gold)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

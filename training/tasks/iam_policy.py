@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from training.data import Example
 from training.errors import DataTooSmall, SourceUnavailable
-from training.tasks import Built
+from training.metrics import Measured, mean
+from training.tasks import Answers, Built, Task
 from training.tasks.iam_definition import Action, actions
 from training.tasks.packages import installed_directory
 from training.tasks.policy import f1, granted_actions, grants, is_valid, parse_json
@@ -36,18 +37,25 @@ _SECOND_ACTION_SHARE: Final = 0.25
 _MAX_PHRASE_CHARS: Final = 120
 
 
-class IamPolicy:
+class IamPolicy(Task):
     """Sentence → policy."""
 
     name = "iam-policy"
     title = "request in words → AWS IAM policy in JSON"
     max_new_tokens = 120
     headline = "policy_accuracy"
+    answers: Answers = "json"
 
     def build(self, train: int, evaluation: int, seed: int) -> Built:
         """See `Task.build`; each gold policy has passed parliament."""
         described, version = actions()
-        usable = [action for action in described if action.phrase and len(action.phrase) <= _MAX_PHRASE_CHARS]
+        # By name: the list has some actions twice.
+        once = {action.full_name: action for action in reversed(described)}
+        usable = [
+            action
+            for action in described
+            if action is once[action.full_name] and action.phrase and len(action.phrase) <= _MAX_PHRASE_CHARS
+        ]
         # More than wanted, for those whose gold parliament refuses.
         sides = split_by_group(
             usable,
@@ -74,17 +82,17 @@ class IamPolicy:
             apart={APART: sam},
         )
 
-    def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-        """Shares of valid JSON and valid policies, of exactly right policies, and the mean F1 of the action sets."""
-        count = len(examples)
+    def measure(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Measured]:
+        """Shares of exactly right policies, valid JSON and valid policies, and the mean F1 of the action sets."""
         parsed = [parse_json(answer) for answer in answers]
         wanted = [json.loads(example.answer) for example in examples]
         return {
-            "policy_accuracy": sum(grants(p) == grants(w) for p, w in zip(parsed, wanted, strict=True)) / count,
-            "action_f1": sum(f1(granted_actions(w), granted_actions(p)) for p, w in zip(parsed, wanted, strict=True))
-            / count,
-            "valid_json": sum(policy is not None for policy in parsed) / count,
-            "valid_policy": sum(is_valid(policy) for policy in parsed) / count,
+            "policy_accuracy": mean([grants(p) == grants(w) for p, w in zip(parsed, wanted, strict=True)]),
+            "action_f1": mean(
+                [f1(granted_actions(w), granted_actions(p)) for p, w in zip(parsed, wanted, strict=True)]
+            ),
+            "valid_json": mean([policy is not None for policy in parsed]),
+            "valid_policy": mean([is_valid(policy) for policy in parsed]),
         }
 
 

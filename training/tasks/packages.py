@@ -46,7 +46,7 @@ def source_archive(distribution: str, pinned_version: str, sha256: str) -> Path:
 
 def _downloaded(distribution: str, pinned_version: str, directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-binary", ":all:", "--no-deps", "--dest", str(directory), f"{distribution}=={pinned_version}"]
+    command += ["--no-binary", distribution, "--no-deps", "--dest", str(directory), f"{distribution}=={pinned_version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     archives = sorted(directory.glob("*.tar.gz"))
     if done.returncode or not archives:

@@ -1,0 +1,293 @@
+"""What is wrong with a chat JSONL file, with counts and examples, and the file without it.
+
+The checks run one after the other, each on what the ones before it left, so that no example is counted twice: lines
+that are no conversation, blank messages, answers of the wrong kind, duplicates, contradictions, near duplicates,
+examples that the evaluation file has too. Whatever is a fault can be dropped; advice is for a person to weigh.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from training.data import Example, decode_lines, digest_of, parse_line
+from training.data_report import Finding, Line, Report, Sample
+from training.errors import DataInvalid
+from training.near_duplicates import near_copies, near_matches
+from training.tasks import Answers
+from training.tasks.policy import parse_json
+
+SIMILARITY: Final = 0.9
+LONG_FORM_TOKENS: Final = 20  # shorter answers of a long-form task teach the model to be curt
+HOLD_OUT: Final = (0.05, 0.10)
+
+_LABEL_SHARE: Final = 0.05  # of distinct answers among all: more are no labels
+_LABEL_WORDS: Final = 4
+_LONG_WORDS: Final = 60  # mean of a long-form task
+_JSON_SHARE: Final = 0.5
+_LARGEST_CLASS: Final = 0.8
+_SMALLEST_BY_LARGEST: Final = 0.1
+
+# Tokens of (the whole conversation, its answer).
+CountTokens = Callable[[Example], tuple[int, int]]
+
+
+def kind_of(answers: Sequence[str]) -> Answers:
+    """A guess at what kind of answers these are: JSON, one of few labels, long-form prose or short text."""
+    if not answers:
+        return "short"
+    if sum(isinstance(parse_json(answer), dict | list) for answer in answers) >= _JSON_SHARE * len(answers):
+        return "json"
+    words = [len(answer.split()) for answer in answers]
+    if len(set(answers)) <= max(2, _LABEL_SHARE * len(answers)) and max(words) <= _LABEL_WORDS:
+        return "label"
+    return "long" if sum(words) / len(words) >= _LONG_WORDS else "short"
+
+
+def check_file(
+    path: Path,
+    count_tokens: CountTokens,
+    *,
+    answers: Answers | None = None,
+    evaluation: Sequence[Example] | None = None,
+    similarity: float = SIMILARITY,
+    max_length: int,
+    samples: int = 3,
+) -> Report:
+    """Run every check on a file of training examples.
+
+    `answers` None guesses the kind; `evaluation` are the examples that must not occur in the file; `max_length` is
+    what the recipe trains on, in tokens. Raises `DataInvalid` only when the file cannot be read as text or has no
+    line at all.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataInvalid(f"cannot read {path}: {error.strerror}") from error
+    raw = [(number, line) for number, line in enumerate(decode_lines(data, path), 1) if line.strip()]
+    if not raw:
+        raise DataInvalid(f"{path} holds no examples")
+    checks = _Checks(samples)
+    lines = checks.schema(raw)
+    kind = answers or kind_of([line.example.answer for line in lines])
+    tokens = {line.number: count_tokens(line.example) for line in lines}
+    kept = checks.blank(lines)
+    if kind == "json":
+        kept = checks.json(kept)
+    if kind == "long":
+        kept = checks.short(kept, tokens)
+    kept = checks.duplicates(kept)
+    kept = checks.contradictions(kept, decisive=kind in ("label", "json"))
+    kept = checks.near(kept, similarity)
+    if evaluation is not None:
+        kept = checks.leakage(kept, evaluation, similarity)
+    labels = Counter(line.example.answer for line in kept) if kind == "label" else Counter[str]()
+    if kind == "label":
+        checks.balance(labels)
+    checks.length([line for line in kept if tokens[line.number][0] > max_length], tokens, max_length)
+    checks.hold_out(len(kept), len(evaluation) if evaluation is not None else None)
+    return Report(
+        file=str(path),
+        digest=digest_of(data),
+        lines=len(raw),
+        answers=kind,
+        faults=tuple(checks.faults),
+        advice=tuple(checks.advice),
+        passed=tuple(checks.passed),
+        labels=dict(labels.most_common()),
+        tokens=tuple(tokens.values()),
+        kept=tuple(kept),
+    )
+
+
+class _Checks:
+    """Each method is one check: it notes what it finds and returns what is left."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        self.faults: list[Finding] = []
+        self.advice: list[Finding] = []
+        self.passed: list[str] = []
+
+    def schema(self, raw: Iterable[tuple[int, str]]) -> list[Line]:
+        good, bad = [], []
+        for number, text in raw:
+            try:
+                good.append(Line(number, text, parse_line(text, f"line {number}")))
+            except DataInvalid as error:
+                bad.append(Sample(number, text, str(error).partition(": ")[2]))
+        self._fault("schema", bad, "are no conversation that ends with an answer", "lines")
+        return good
+
+    def blank(self, lines: list[Line]) -> list[Line]:
+        bad = [line for line in lines if any(not message.content.strip() for message in line.example.messages)]
+        self._fault("blank", map(_whole, bad), "have a message without any text")
+        return _without(lines, bad)
+
+    def json(self, lines: list[Line]) -> list[Line]:
+        bad = [line for line in lines if not isinstance(parse_json(line.example.answer), dict | list)]
+        found = [Sample(line.number, line.example.answer) for line in bad]
+        self._fault("json", found, "have an answer that is no JSON object or list, in a task of JSON answers")
+        return _without(lines, bad)
+
+    def short(self, lines: list[Line], tokens: dict[int, tuple[int, int]]) -> list[Line]:
+        bad = [line for line in lines if tokens[line.number][1] < LONG_FORM_TOKENS]
+        found = [Sample(line.number, line.example.answer) for line in bad]
+        self._fault("short", found, f"have an answer of fewer than {LONG_FORM_TOKENS} tokens, in a long-form task")
+        return _without(lines, bad)
+
+    def duplicates(self, lines: list[Line]) -> list[Line]:
+        first: dict[object, Line] = {}
+        bad, found = [], []
+        for line in lines:
+            seen = first.setdefault(line.example.messages, line)
+            if seen is not line:
+                bad.append(line)
+                found.append(Sample(line.number, line.content, f"the same as line {seen.number}"))
+        self._fault("duplicates", found, "are word for word an earlier one")
+        return _without(lines, bad)
+
+    def contradictions(self, lines: list[Line], decisive: bool) -> list[Line]:
+        by_prompt = defaultdict(list)
+        for line in lines:
+            by_prompt[line.example.prompt].append(line)
+        groups = [group for group in by_prompt.values() if len(group) > 1]
+        found = [
+            Sample(
+                group[0].number,
+                group[0].question,
+                "answers: " + "; ".join(f"{_cut(line.example.answer, 60)} (line {line.number})" for line in group),
+            )
+            for group in groups
+        ]
+        bad = [line for group in groups for line in group]
+        if not decisive:
+            message = f"examples ask {len(groups)} questions that are asked more than once and answered differently"
+            self._advise("contradictions", len(bad), message, found)
+            return lines
+        self._fault("contradictions", found, "have a question that others answer differently", count=len(bad))
+        return _without(lines, bad)
+
+    def near(self, lines: list[Line], similarity: float) -> list[Line]:
+        pairs = near_copies([line.content for line in lines], similarity)
+        found = [
+            Sample(
+                lines[pair.index].number,
+                lines[pair.index].content,
+                f"{pair.similarity:.2f} like line {lines[pair.other].number}: {lines[pair.other].content}",
+            )
+            for pair in pairs
+        ]
+        self._fault("near_duplicates", found, f"are at least {similarity:g} similar to an earlier one")
+        return _without(lines, [lines[pair.index] for pair in pairs])
+
+    def leakage(self, lines: list[Line], evaluation: Sequence[Example], similarity: float) -> list[Line]:
+        others = [Line(number, "", example) for number, example in enumerate(evaluation, 1)]
+        questions = {other.question: other for other in reversed(others)}
+        exact = [line for line in lines if line.question in questions]
+        found = [
+            Sample(line.number, line.question, f"example {questions[line.question].number} of the evaluation")
+            for line in exact
+        ]
+        self._fault("leakage", found, "ask word for word what the evaluation asks")
+        rest = _without(lines, exact)
+        pairs = near_matches([line.question for line in rest], [other.question for other in others], similarity)
+        found = [
+            Sample(
+                rest[pair.index].number,
+                rest[pair.index].question,
+                f"{pair.similarity:.2f} like example {pair.other + 1} of the evaluation: {others[pair.other].question}",
+            )
+            for pair in pairs
+        ]
+        self._fault("near_leakage", found, f"ask what is at least {similarity:g} similar to a question evaluated")
+        return _without(rest, [rest[pair.index] for pair in pairs])
+
+    def balance(self, labels: Counter[str]) -> None:
+        ordered = labels.most_common()
+        total = sum(labels.values())
+        if not ordered:
+            return
+        (most, largest), (least, smallest) = ordered[0], ordered[-1]
+        if len(ordered) == 1:
+            self._advise("balance", total, f"examples, all answered {most!r}: there is nothing to tell apart")
+        elif largest > _LARGEST_CLASS * total or smallest < _SMALLEST_BY_LARGEST * largest:
+            message = (
+                f"examples are {least!r} against {largest} of {most!r}: look at macro-F1, not accuracy, or add examples"
+            )
+            self._advise("balance", smallest, message)
+        else:
+            self.passed.append("balance")
+
+    def length(self, long: list[Line], tokens: dict[int, tuple[int, int]], max_length: int) -> None:
+        found = [Sample(line.number, line.question, f"{tokens[line.number][0]} tokens") for line in long]
+        message = f"examples have more than {max_length} tokens, so training leaves them out; see --max-length"
+        self._advise("length", len(long), message, found)
+
+    def hold_out(self, train: int, evaluation: int | None) -> None:
+        low, high = HOLD_OUT
+        if evaluation is None:
+            message = (
+                f"to {round(high * train)} of {train} examples ({low:.0%} to {high:.0%}) should be held out, before "
+                "anything is cleaned or balanced: name that file with --eval, or let `hub train --hold-out` do it"
+            )
+            self._advise("hold_out", max(1, round(low * train)), message)
+            return
+        share = evaluation / max(1, train + evaluation)
+        if low <= share <= high:
+            self.passed.append("hold_out")
+        else:
+            message = f"examples evaluate, {share:.1%} of all; {low:.0%} to {high:.0%} is usual" + (
+                ", and few questions make wide intervals" if share < low else ""
+            )
+            self._advise("hold_out", evaluation, message)
+
+    def _fault(
+        self, check: str, found: Iterable[Sample], message: str, what: str = "examples", count: int | None = None
+    ) -> None:
+        samples = tuple(found)
+        if samples:
+            self.faults.append(
+                Finding(
+                    check,
+                    len(samples) if count is None else count,
+                    f"{what} {message}",
+                    samples[: self._samples],
+                )
+            )
+        else:
+            self.passed.append(check)
+
+    def _advise(self, check: str, count: int, message: str, found: Iterable[Sample] = ()) -> None:
+        if count:
+            self.advice.append(Finding(check, count, message, tuple(found)[: self._samples]))
+        else:
+            self.passed.append(check)
+
+
+def known_answers(path: Path) -> str | None:
+    """The task that a dataset.json beside the file names for it; None without one."""
+    try:
+        card = json.loads((path.parent / "dataset.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(card, dict) or not isinstance(card.get("files"), dict) or path.name not in card["files"]:
+        return None
+    task = card.get("task")
+    return task if isinstance(task, str) else None
+
+
+def _without(lines: list[Line], bad: Sequence[Line]) -> list[Line]:
+    dropped = {line.number for line in bad}
+    return [line for line in lines if line.number not in dropped]
+
+
+def _whole(line: Line) -> Sample:
+    return Sample(line.number, line.raw)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,108 @@
+"""What a check of a data file has to say: findings with examples, for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from training.data import Example
+from training.tasks import Answers
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One place in the file that shows a finding."""
+
+    line: int
+    text: str
+    other: str | None = None  # what it collides with, and where
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's result."""
+
+    check: str  # stable name
+    count: int  # examples, or lines
+    message: str
+    samples: tuple[Sample, ...] = ()
+
+
+@dataclass(frozen=True)
+class Line:
+    """An example and where it stands."""
+
+    number: int  # from 1
+    raw: str
+    example: Example
+
+    @property
+    def question(self) -> str:
+        """What is asked: every message in front of the answer but the system's, which is the same in all."""
+        asked = [message.content for message in self.example.prompt if message.role != "system"]
+        return "\n".join(asked or [message.content for message in self.example.prompt])
+
+    @property
+    def content(self) -> str:
+        """Question and answer."""
+        return f"{self.question}\n{self.example.answer}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found."""
+
+    file: str
+    digest: str  # "sha256:…" of the file's bytes
+    lines: int  # not blank
+    answers: Answers  # what kind of answers the file was judged as
+    faults: tuple[Finding, ...]
+    advice: tuple[Finding, ...]
+    passed: tuple[str, ...]  # names of the checks that ran and found nothing
+    labels: dict[str, int]  # for kind "label": answers and how often
+    tokens: tuple[tuple[int, int], ...] = field(repr=False)  # of each readable example: (conversation, answer)
+    kept: tuple[Line, ...] = field(repr=False)  # without the faults
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no fault."""
+        return not self.faults
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+
+        def told(finding: Finding) -> dict[str, Any]:
+            samples = [
+                {"line": s.line, "text": s.text, **({"other": s.other} if s.other else {})} for s in finding.samples
+            ]
+            return {"check": finding.check, "count": finding.count, "message": finding.message, "examples": samples}
+
+        whole, answer = (sorted(counts[kind] for counts in self.tokens) for kind in (0, 1))
+        return {
+            "file": self.file,
+            "digest": self.digest,
+            "lines": self.lines,
+            "kept": len(self.kept),
+            "ok": self.ok,
+            "answers": self.answers,
+            "faults": [told(finding) for finding in self.faults],
+            "advice": [told(finding) for finding in self.advice],
+            "passed": list(self.passed),
+            "labels": self.labels,
+            "tokens": {"conversation": summary(whole), "answer": summary(answer)},
+        }
+
+
+def summary(counts: Sequence[int]) -> dict[str, float]:
+    """Least, median, 95th percentile, most and mean of sorted counts; empty for none."""
+    if not counts:
+        return {}
+    last = len(counts) - 1
+    return {
+        "min": counts[0],
+        "median": counts[last // 2],
+        "p95": counts[round(last * 0.95)],
+        "max": counts[-1],
+        "mean": round(sum(counts) / len(counts), 1),
+    }

@@ -1,0 +1,148 @@
+"""Scores as functions of summed per-example counts, so that any resample of the examples can be scored again for free.
+
+    score(examples) = of_totals( sum over examples of counts[example] )
+
+Accuracy counts (right, 1); macro-F1 counts hits, wanted and given for each class; BLEU counts matching and possible
+n-grams and lengths; a mean counts (value, 1). None is an average of averages, so each equals what its library computes
+on the whole set, and the bootstrap (`training.bootstrap`) is one matrix product.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Pair = tuple[str, str]  # where in a record, and the value there as text
+
+_BLEU_ORDER: Final = 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of one model's answers."""
+
+    counts: Floats = field(repr=False)  # [examples, kinds]
+    of_totals: Callable[[Floats], Floats] = field(repr=False)  # [..., kinds] of sums → [...] of scores
+
+    @property
+    def value(self) -> float:
+        """The score over all examples."""
+        return float(self.of_totals(self.counts.sum(axis=0)))
+
+
+def mean(values: Sequence[float | bool], weights: Sequence[float | bool] | None = None) -> Measured:
+    """The (weighted) mean; 0 where nothing has weight. Accuracy and rates are means of truth values."""
+    weight = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
+    return Measured(np.stack([np.asarray(values, np.float64) * weight, weight], axis=1), _first_by_second)
+
+
+def accuracy(wanted: Sequence[object], given: Sequence[object]) -> Measured:
+    """Share of answers equal to what was wanted."""
+    return mean([a == b for a, b in zip(wanted, given, strict=True)])
+
+
+def macro_f1(wanted: Sequence[str], given: Sequence[str | None], labels: Sequence[str]) -> Measured:
+    """Mean F1 of the classes that occur in `wanted`; an answer outside `labels` is wrong for all of them."""
+    columns = []
+    for label in labels:
+        is_wanted = np.array([one == label for one in wanted], np.float64)
+        is_given = np.array([one == label for one in given], np.float64)
+        columns += [is_wanted * is_given, is_wanted, is_given]
+
+    def of_totals(totals: Floats) -> Floats:
+        hits, in_wanted, in_given = (totals[..., kind::3] for kind in range(3))
+        each = 2 * hits / np.maximum(in_wanted + in_given, 1)
+        occurs = in_wanted > 0
+        scores: Floats = (each * occurs).sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1)
+        return scores
+
+    return Measured(np.stack(columns, axis=1), of_totals)
+
+
+def micro_f1(wanted: Sequence[frozenset[Pair]], given: Sequence[frozenset[Pair]]) -> Measured:
+    """F1 over all pairs of all examples together; 1 where nothing was wanted and nothing given."""
+    rows = [(len(w & g), len(w), len(g)) for w, g in zip(wanted, given, strict=True)]
+
+    def of_totals(totals: Floats) -> Floats:
+        hits, both = totals[..., 0], totals[..., 1] + totals[..., 2]
+        scores: Floats = np.where(both > 0, 2 * hits / np.maximum(both, 1), 1.0)
+        return scores
+
+    return Measured(np.array(rows, np.float64).reshape(-1, 3), of_totals)
+
+
+def rouge_l(wanted: Sequence[str], given: Sequence[str], weights: Sequence[float | bool] | None = None) -> Measured:
+    """Mean ROUGE-L F-measure with stemming, as rouge-score has it."""
+    return mean(rouge_l_each(wanted, given), weights)
+
+
+def rouge_l_each(wanted: Sequence[str], given: Sequence[str]) -> list[float]:
+    """ROUGE-L of each answer."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return [float(scorer.score(w, g)["rougeL"].fmeasure) for w, g in zip(wanted, given, strict=True)]
+
+
+def bleu(wanted: Sequence[str], given: Sequence[str]) -> Measured:
+    """Corpus BLEU in 0…1, sacrebleu's defaults (13a tokens, exponential smoothing) and its arithmetic."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    scorer = BLEU(effective_order=True)  # only so that it does not warn of short sentences; counts are the same
+    rows = []
+    for w, g in zip(wanted, given, strict=True):
+        one = scorer.sentence_score(g, [w])
+        rows.append((*one.counts, *one.totals, one.sys_len, one.ref_len))
+
+    def of_totals(totals: Floats) -> Floats:
+        flat = totals.reshape(-1, totals.shape[-1]).astype(np.int64)
+        scores = [
+            BLEU.compute_bleu(
+                row[:_BLEU_ORDER].tolist(),
+                row[_BLEU_ORDER : 2 * _BLEU_ORDER].tolist(),
+                int(row[-2]),
+                int(row[-1]),
+                smooth_method="exp",
+                max_ngram_order=_BLEU_ORDER,
+            ).score
+            / 100
+            for row in flat
+        ]
+        return np.array(scores, np.float64).reshape(totals.shape[:-1])
+
+    return Measured(np.array(rows, np.float64).reshape(-1, 2 * _BLEU_ORDER + 2), of_totals)
+
+
+def per_token(nats: Sequence[float], tokens: Sequence[int]) -> Measured:
+    """Cross-entropy in nats a token over pieces of text that have `tokens` predicted tokens each."""
+    return Measured(np.stack([np.asarray(nats, np.float64), np.asarray(tokens, np.float64)], axis=1), _first_by_second)
+
+
+def fields_of(record: Any) -> frozenset[Pair]:
+    """A JSON value as (path, value) pairs; case counts, spaces around texts and the order of a list do not."""
+    return frozenset(_pairs("", record))
+
+
+def _pairs(path: str, value: Any) -> Iterator[Pair]:
+    match value:
+        case Mapping():
+            for key, inner in value.items():
+                yield from _pairs(f"{path}.{key}" if path else str(key), inner)
+        case list():
+            for inner in value:
+                yield from _pairs(f"{path}[]", inner)
+        case str():
+            yield path, value.strip()
+        case _:
+            yield path, json.dumps(value)
+
+
+def _first_by_second(totals: Floats) -> Floats:
+    scores: Floats = totals[..., 0] / np.where(totals[..., 1] > 0, totals[..., 1], 1)
+    return scores
