@@ -84,9 +84,7 @@ def export(
         from server.model.base import bound_threads
 
         bound_threads(threads)
-        modules, parity = export_lora(
-            directory, version.text, located.directory, out, gguf_type, prompts or PROMPTS
-        )
+        modules, parity = export_lora(directory, version.text, located.directory, out, gguf_type, prompts or PROMPTS)
     if as_json:
         print_json(
             {

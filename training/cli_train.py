@@ -11,8 +11,8 @@ import click
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json
 from server.cli import bound_openmp
-from training.quiet import quiet_libraries
 from training.presets import RECIPES, named_recipe
+from training.quiet import quiet_libraries
 from training.recipe import SCHEDULES
 
 _METHODS = ("lora", "qlora", "full")
