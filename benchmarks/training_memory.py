@@ -1,9 +1,9 @@
 """What training holds at its peak and how long it takes, measured, beside what `hub advise` predicts.
 
 Each run is a process of its own: libraries imported and one small product made, then the resident set is noted, then
-`training.finetune.train` runs three optimizer steps on rows of equal length; the kernel's high-water mark (VmHWM, set
-back once the base is loaded) less what was noted is the measurement, and the mark before that is the loading's. Freed blocks go back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the mark
-is the run's and not the allocator's.
+`training.finetune.train` runs three optimizer steps on rows of equal length. The kernel's high-water mark (VmHWM, set
+back once the base is loaded) less what was noted is the measurement; the mark before that is the loading's. Freed
+blocks go back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the mark is the run's, not the allocator's.
 
     python -m benchmarks.training_memory --threads 2 [--write]
 """
@@ -144,9 +144,8 @@ def main() -> None:
         rows.append(row)
         print(line(row), flush=True)
     if given.write:
-        RESULTS.with_suffix(".json").write_text(
-            json.dumps({"base": given.base, "threads": given.threads, "runs": rows}, indent=1) + "\n"
-        )
+        told_all = {"base": given.base, "threads": given.threads, "runs": rows}
+        RESULTS.with_suffix(".json").write_text(json.dumps(told_all, indent=1) + "\n")
         RESULTS.with_suffix(".md").write_text(page(given.base, given.threads, rows))
 
 

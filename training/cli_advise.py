@@ -25,7 +25,7 @@ _GPU_NAMES = ("t4", "l4", "rtx-4090", "a100-40", "a100", "h100", "h200")
 _GOALS = ("format", "style", "classification", "knowledge", "reasoning")
 
 
-class _Gigabytes(click.ParamType):
+class _Gigabytes(click.ParamType[int]):
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:

@@ -48,7 +48,7 @@ hub train mine.jsonl --out out/mine --resume
 @click.option(
     "--method",
     type=click.Choice(_METHODS),
-    help="An adapter; an adapter on the NF4 base; or every weight, which writes a whole model.  [default: the recipe's]",
+    help="An adapter; one on the NF4 base; or every weight, which writes a whole model.  [default: the recipe's]",
 )
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="recommended", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write; must not exist.")

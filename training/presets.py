@@ -56,7 +56,7 @@ ARTICLE_000 = Recipe(
 
 ARTICLE_001 = Recipe(
     name="article-001",
-    source="article 001, 50,000 support dialogues on 4 A100: NF4, r 8, alpha 32, attention only; rate and batch are ours",
+    source="article 001, 50,000 support dialogues on 4 A100: NF4, r 8, alpha 32, attention; rate, batch ours",
     when="repeating that article: dialogue style on an NF4 base. Its alpha is four times the rank, others' is twice",
     method="qlora",
     rank=8,
@@ -66,7 +66,7 @@ ARTICLE_001 = Recipe(
 
 ARTICLE_003 = Recipe(
     name="article-003",
-    source="article 003, production guide on Llama-3.1-8B: r 16, alpha 32, all linears, cosine, 0.03, 4 x 4, 2048 tokens",
+    source="article 003, guide on Llama-3.1-8B: r 16, alpha 32, all linears, cosine, 0.03, 4 x 4, 2048 tokens",
     when="repeating that article, or long conversations of up to 2,048 tokens",
     batch=4,
     accumulation=4,

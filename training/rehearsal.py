@@ -236,11 +236,11 @@ def _make_fake(model: nn.Module) -> None:
                     held[name] = fake(tensor)  # type: ignore[assignment]
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages alive, and the operations of matrix products."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.peak = self.linear_flops = self.attention_flops = 0
         self._known: set[int] = set()
 

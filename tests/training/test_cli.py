@@ -102,7 +102,7 @@ def test_recipes_are_compared_and_shown_whole() -> None:
     table = run("recipes").stdout
     assert all(name in table for name in RECIPES)
     shown = run("recipes", "show", "article-001").stdout
-    assert "attention only" in shown and "--learning-rate" in shown and "q k v o" in shown
+    assert "attention; rate" in shown and "--learning-rate" in shown and "q k v o" in shown
     told = json.loads(run("recipes", "show", "low-data", "--json").stdout)
     assert told["learning_rate"] == 1e-4 and told["source"]
     assert [recipe["name"] for recipe in json.loads(run("recipes", "--json").stdout)] == list(RECIPES)

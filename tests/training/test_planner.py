@@ -144,8 +144,7 @@ def test_the_verb(tiny_base: Path, tmp_path: Path) -> None:
 
     def run(*args: str) -> Any:
         common = ["advise", "--base", str(tiny_base), "--data", str(path), "--threads", "1", *args]
-        result = CliRunner().invoke(group, common, catch_exceptions=False)
-        return result
+        return CliRunner().invoke(group, common, catch_exceptions=False)
 
     table = run("--gpu-memory", "24GB", "--price-per-hour", "1").stdout
     for words in ("full", "qlora", "peak", "cost", "→", "Try prompts first", "articles 000, 003"):

@@ -179,10 +179,10 @@ def test_what_a_gguf_lora_cannot_hold_is_refused_by_name(
 
 def test_bases_that_would_come_out_wrong_are_refused(tiny_base: Path, tmp_path: Path) -> None:
     windowed = family(tiny_base, tmp_path / "windowed", model_type="mistral", sliding_window=8)
-    with pytest.raises(ExportUnsupported, match="sliding window of|one of 8 tokens"):
+    with pytest.raises(ExportUnsupported, match="one of 8 tokens"):
         Architecture.of(windowed)
-    yarn = family(tiny_base, tmp_path / "yarn", model_type="llama", rope_parameters={
-        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128})  # fmt: skip
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+    yarn = family(tiny_base, tmp_path / "yarn", model_type="llama", rope_parameters=rope)
     with pytest.raises(ExportUnsupported, match="yarn"):
         Architecture.of(yarn)
     with pytest.raises(TargetNotEmpty):
