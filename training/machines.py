@@ -21,7 +21,7 @@ GPUS: dict[str, tuple[int, float]] = {
     "h200": (141, 989.0),
 }
 GPU_SHARE = 0.35  # of the maker's figure that training of a few billion parameters reaches; an assumption
-CPU_SHARE = 0.25  # of a matrix product's speed that a whole step reaches; see benchmarks/results/training_memory.md
+CPU_SHARE = 0.25  # of a matrix product's speed that a whole step reaches; an assumption as well
 _CUDA_CONTEXT = 600_000_000
 _PROCESS = 660_000_000  # Python with torch, transformers, peft and trl imported; measured
 
