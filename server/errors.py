@@ -139,6 +139,18 @@ class MergeNotEquivalent(ServerError):
     reason = "MERGE_NOT_EQUIVALENT"
 
 
+class ExportUnsupported(ServerError):
+    """A model or adapter has a feature that the format asked for cannot hold; the message names it."""
+
+    reason = "EXPORT_UNSUPPORTED"
+
+
+class ExportNotEquivalent(ServerError):
+    """An exported file, read back, does not compute what was exported."""
+
+    reason = "EXPORT_NOT_EQUIVALENT"
+
+
 class AddressUnavailable(ServerError):
     """The server cannot listen where it was told to."""
 

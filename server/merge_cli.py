@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from server.prompt_file import read_prompts
 if TYPE_CHECKING:
     from hub.base import LocatedBase
     from hub.versions import Version
+    from server.gguf_export.export import Parity
+    from server.gguf_export.files import GgufType
     from server.merged_model import MergedModel, MergePlan, Progress
 
 
@@ -24,14 +27,22 @@ Examples:
   hub merge team/sentiment:prod --out sentiment-model
   hub merge team/sentiment team/tone@2 --weight 1 --weight 0.5 --out mixed
   hub serve --base ./sentiment-model
+  hub merge team/sentiment:prod --gguf sentiment.gguf                # for llama.cpp
 """
 )
 @click.argument("refs", nargs=-1, required=True, metavar="REF...")
 @click.option(
     "--out",
-    required=True,
     type=click.Path(path_type=Path),
     help="The new directory: a transformers model with tokenizer and merge-report.json.",
+)
+@click.option("--gguf", type=click.Path(path_type=Path), help="The new file: the same model for llama.cpp.")
+@click.option(
+    "--gguf-type",
+    type=click.Choice(["f32", "f16", "bf16"]),
+    default="f16",
+    show_default=True,
+    help="Of the matrices in the GGUF file.",
 )
 @click.option("--weight", "weights", multiple=True, type=float, help="Factor on each REF's delta, in order; default 1.")
 @click.option("--base", help="Built-in name, directory or Hugging Face id; default: the base the adapter records.")
@@ -53,7 +64,9 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def merge(
     refs: tuple[str, ...],
-    out: Path,
+    out: Path | None,
+    gguf: Path | None,
+    gguf_type: GgufType,
     weights: tuple[float, ...],
     base: str | None,
     dtype: str,
@@ -65,8 +78,11 @@ def merge(
     """Merge adapters into a full-precision copy of their base and prove that it answers as they do.
 
     The proof: PEFT applies the adapters unmerged and answers held-out prompts; the merged model must give the same
-    logits, within rounding. Where it does not, the command fails and OUT is not made.
+    logits, within rounding. Where it does not, the command fails and OUT is not made. A GGUF file is read back and
+    computed in plain torch, and must agree in the same way.
     """
+    if out is None and gguf is None:
+        raise click.UsageError("name what to write: --out DIRECTORY, --gguf FILE or both")
     if weights and len(weights) != len(refs):
         raise click.UsageError(f"{len(refs)} adapters and {len(weights)} weights: give one --weight for each, or none")
     prompts = read_prompts(prompts_file) if prompts_file else None
@@ -75,17 +91,21 @@ def merge(
     from server.cli import bound_openmp
 
     bound_openmp(threads)
+    from server.gguf_export.files import refuse_taken_file
     from server.merged_model import refuse_taken
 
-    refuse_taken(out)
+    if out is not None:
+        refuse_taken(out)
+    if gguf is not None:
+        refuse_taken_file(gguf)
     with Hub.open(hub_url) as hub, tempfile.TemporaryDirectory(prefix="loraplex-merge-") as scratch:
         versions = [hub.resolve(ref) for ref in refs]
-        located = _located_base(versions, base)
+        located = located_base(versions, base)
         directories = [Path(scratch) / str(index) for index in range(len(versions))]
         for version, directory in zip(versions, directories, strict=True):
             hub.pull(version.text, directory)
 
-        _quieten_libraries()
+        quieten_libraries()
         from server.equivalence import PROMPTS
         from server.merge import MergePart
         from server.merged_model import MergePlan, write_merged
@@ -95,25 +115,37 @@ def merge(
         plan = MergePlan(
             base=located.directory,
             base_name=located.name,
-            base_fingerprint=_fingerprint(located, versions),
+            base_fingerprint=fingerprint_of(located, versions),
             parts=tuple(
                 MergePart(version.text, directory, weight, str(version.digest))
                 for version, directory, weight in zip(versions, directories, weights or [1.0] * len(refs), strict=True)
             ),
-            out=out,
+            out=out or Path(scratch) / "merged",
             dtype=dtype,
             prompts=prompts or PROMPTS,
         )
         with _Bars() as progress:
             merged = write_merged(plan, progress)
+        report = json.loads((plan.out / "merge-report.json").read_text(encoding="utf-8"))
+        parity = None
+        if gguf is not None:
+            from server.gguf_export.export import export_model
+
+            title = " + ".join([plan.base_name, *(part.name for part in plan.parts)])
+            parity = export_model(plan.out, gguf, gguf_type, title, plan.prompts)
     if as_json:
-        report = json.loads((out / "merge-report.json").read_text(encoding="utf-8"))
-        click.echo(json.dumps({"directory": str(out.resolve()), **report}, indent=2))
-    else:
-        _show(plan, merged)
+        if parity is not None:
+            report["gguf"] = {"file": str(gguf), "type": gguf_type, **asdict(parity)}
+        shown = {"directory": str(out.resolve())} if out is not None else {}
+        click.echo(json.dumps({**shown, **report}, indent=2))
+        return
+    _show(plan, merged, out)
+    if parity is not None:
+        click.echo(f"{gguf}: {gguf_type}, {parity_text(parity)}")
 
 
-def _located_base(versions: list[Version], named: str | None) -> LocatedBase:
+def located_base(versions: list[Version], named: str | None) -> LocatedBase:
+    """The base named, or the one the first version records; raises BaseNotFound or click.UsageError."""
     from hub.base import locate_base
     from hub.errors import BaseNotFound
 
@@ -131,7 +163,7 @@ def _located_base(versions: list[Version], named: str | None) -> LocatedBase:
         ) from error
 
 
-def _fingerprint(located: LocatedBase, versions: list[Version]) -> str:
+def fingerprint_of(located: LocatedBase, versions: list[Version]) -> str:
     """The base's fingerprint; raises BaseMismatch where an adapter records another one."""
     from hub.base import fingerprint_directory
     from server.errors import BaseMismatch
@@ -147,7 +179,7 @@ def _fingerprint(located: LocatedBase, versions: list[Version]) -> str:
     return found
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Keep transformers' and PEFT's bars and advice to trainers off the screen."""
     import logging
     import warnings
@@ -183,7 +215,15 @@ class _Bars(AbstractContextManager["Progress"]):
         self._bars.stop()
 
 
-def _show(plan: MergePlan, merged: MergedModel) -> None:
+def parity_text(parity: Parity) -> str:
+    """How far an exported file, read back, is from what it was made of."""
+    return (
+        f"read back: max |Δlogit| {parity.max_logit_delta:.2g}, mean KL {parity.mean_kl:.1g} nats, "
+        f"{parity.agreement:.1%} equal choices over {parity.positions} positions"
+    )
+
+
+def _show(plan: MergePlan, merged: MergedModel, out: Path | None) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -230,4 +270,5 @@ def _show(plan: MergePlan, merged: MergedModel) -> None:
     console.print(
         f"{exact.prompts} prompts, logits at {exact.positions} positions, {exact.generated_tokens} greedy choices"
     )
-    console.print(f"[green]equivalent[/]; serve it with: hub serve --base {plan.out}", soft_wrap=True)
+    served = "" if out is None else f"; serve it with: hub serve --base {out}"
+    console.print(f"[green]equivalent[/]{served}", soft_wrap=True)

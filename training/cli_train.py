@@ -11,15 +11,25 @@ import click
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json
 from server.cli import bound_openmp
+from training.presets import RECIPES, named_recipe
 from training.quiet import quiet_libraries
-from training.recipe import RECIPES, named_recipe
+from training.recipe import SCHEDULES
 
 _METHODS = ("lora", "qlora", "full")
 
 
 def _recipes() -> str:
-    lines = [f"{recipe.name}: {recipe.when}" for recipe in RECIPES.values()]
-    return "\b\nRecipes:\n" + "\n".join(f"  {line}" for line in lines)
+    return f"Recipes: {', '.join(RECIPES)}. `hub recipes` compares them, `hub recipes show NAME` prints one."
+
+
+def _targets(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """`all`, or module names with commas; None where the option is not given."""
+    if value is None:
+        return None
+    names = tuple(name.strip() for name in value.split(","))
+    if not all(names):
+        raise click.BadParameter("give module names with commas, or all")
+    return () if names == ("all",) else names
 
 
 @click.command(
@@ -38,9 +48,7 @@ hub train mine.jsonl --out out/mine --resume
 @click.option(
     "--method",
     type=click.Choice(_METHODS),
-    default="lora",
-    show_default=True,
-    help="An adapter; an adapter on the NF4 base; or every weight, which writes a whole model.",
+    help="An adapter; one on the NF4 base; or every weight, which writes a whole model.  [default: the recipe's]",
 )
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="recommended", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write; must not exist.")
@@ -49,6 +57,16 @@ hub train mine.jsonl --out out/mine --resume
 @click.option("--alpha", type=int, help="Scale of the adapter is alpha / rank.")
 @click.option("--dropout", type=float)
 @click.option("--learning-rate", type=float, help="Recipes give adapters' rates; --method full takes a tenth of them.")
+@click.option("--targets", callback=_targets, help="Modules to adapt: q_proj,v_proj or all (every linear).")
+@click.option("--schedule", type=click.Choice(SCHEDULES), help="How the rate falls.")
+@click.option("--warmup", type=float, help="Fraction of all steps in which the rate rises.")
+@click.option("--weight-decay", type=float)
+@click.option("--clip", type=float, help="Largest norm of the gradient.")
+@click.option(
+    "--gradient-checkpointing/--no-gradient-checkpointing",
+    default=None,
+    help="Compute activations twice instead of keeping them.",
+)
 @click.option("--epochs", type=float)
 @click.option("--batch", type=int, help="Sequences in one forward.")
 @click.option("--accumulation", type=int, help="Forwards in one step.")
@@ -81,10 +99,11 @@ def train(
     Only the assistant's tokens are trained. A part of the examples is held out first and used for the validation loss
     before and after. OUT becomes a standard PEFT directory with loraplex.json, the facts of the run.
     """
+    named = named_recipe(recipe)
+    method = method or named.method
     if ref is not None and method == "full":
         raise click.UsageError("--push takes adapters; --method full writes a whole model")
-    named = named_recipe(recipe)
-    chosen = (named.for_every_weight() if method == "full" else named).but(**overrides)
+    chosen = (named.for_every_weight() if method == "full" else named.but(method=method)).but(**overrides)
     bound_openmp(threads)
     quiet_libraries()
     from hub.base import base_identity, locate_base

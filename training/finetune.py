@@ -84,7 +84,7 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     template = training_template(tokenizer)
     if template is not None:
         check_rendering(tokenizer, template, dataset.examples[:_RENDERING_SAMPLES])
-    stops = _stop_ids(plan.base_directory, tokenizer)
+    stops = stop_ids(plan.base_directory, tokenizer)
     encoded = encode_all(tokenizer, template, training, stops, plan.recipe.max_length)
     held = encode_all(tokenizer, template, validation, stops, plan.recipe.max_length) if validation else None
 
@@ -138,7 +138,7 @@ def _identity(plan: Plan, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _stop_ids(directory: Path, tokenizer: Any) -> frozenset[int]:
+def stop_ids(directory: Path, tokenizer: Any) -> frozenset[int]:
     """The tokens on which generation stops, the tokenizer's and those of the base's generation config."""
     ids = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
     file = directory / "generation_config.json"

@@ -1,4 +1,4 @@
-"""Recipes: every number of a training run in one frozen value, and a few named ones with their sources."""
+"""A recipe: every number of a training run in one frozen value. The named ones are in `training.presets`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from training.errors import RecipeInvalid, UnknownRecipe
+from training.errors import RecipeInvalid
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one run. Training every weight uses all but the four LoRA fields, see `for_every_weight`."""
+    """The settings of one run. Training every weight uses all but the LoRA fields, see `for_every_weight`."""
 
     name: str
     source: str  # where the numbers come from
     when: str  # what it is meant for
+    method: str = "lora"  # what the numbers are made for: "lora", "qlora" or "full"; `hub train --method` overrides it
     rank: int = 16
     alpha: int = 32  # the delta is scaled by alpha / rank
     dropout: float = 0.05  # on the adapter's input
@@ -38,23 +39,36 @@ class Recipe:
             value = getattr(self, field)
             if not (math.isfinite(value) and low <= value <= high):
                 raise RecipeInvalid(f"{field.replace('_', ' ')} must lie between {low:g} and {high:g}, not {value:g}")
-        if self.schedule not in _SCHEDULES:
-            raise RecipeInvalid(f"schedule must be one of {', '.join(_SCHEDULES)}, not {self.schedule}")
+        if self.method not in _METHODS:
+            raise RecipeInvalid(f"method must be one of {', '.join(_METHODS)}, not {self.method}")
+        if self.schedule not in SCHEDULES:
+            raise RecipeInvalid(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule}")
 
     def but(self, **changes: Any) -> Recipe:
         """This recipe with some values replaced; None leaves a value as it is. Raises `RecipeInvalid`."""
         return replace(self, **{field: value for field, value in changes.items() if value is not None})
 
     def for_every_weight(self) -> Recipe:
-        """This recipe for full fine-tuning: a tenth of the rate that suits adapters ("LoRA Without Regret")."""
-        return replace(self, learning_rate=self.learning_rate / 10)
+        """This recipe for full fine-tuning: a tenth of the rate that suits adapters ("LoRA Without Regret").
+
+        A recipe made for full fine-tuning is left as it is.
+        """
+        if self.method == "full":
+            return self
+        return replace(self, method="full", learning_rate=self.learning_rate / 10)
+
+    @property
+    def step_batch(self) -> int:
+        """Sequences in one optimizer step."""
+        return self.batch * self.accumulation
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
         return {**asdict(self), "targets": list(self.targets)}
 
 
-_SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+_METHODS = ("lora", "qlora", "full")
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 _BOUNDS: dict[str, tuple[float, float]] = {
     "rank": (1, 1024),
     "alpha": (1, 8192),
@@ -70,41 +84,3 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "hold_out": (0, 0.5),
     "seed": (0, 2**32 - 1),
 }
-
-RECOMMENDED = Recipe(
-    name="recommended",
-    source="the values on which published LoRA guides agree: alpha twice the rank, all linears, 2e-4, cosine",
-    when="a first adapter on 1,000 to 50,000 examples; r 32 to 64 when quality still grows",
-)
-
-ARTICLE_000 = Recipe(
-    name="article-000",
-    source="article 000, three production tasks on LLaMA-2-7B: r 32, alpha 64, seven projections, batch 4 x 8",
-    when="repeating that article's LoRA runs, or a production adapter on thousands of long examples",
-    rank=32,
-    alpha=64,
-    targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    batch=4,
-    accumulation=8,
-)
-
-DEMO = Recipe(
-    name="demo",
-    source="measured here: SmolLM2-135M on two CPU cores",
-    when="one to two minutes a task on a laptop: one pass, a higher rate to make up for the few steps",
-    dropout=0.0,
-    learning_rate=1e-3,
-    warmup=0.05,
-    epochs=1.0,
-    max_length=224,
-)
-
-RECIPES = {recipe.name: recipe for recipe in (RECOMMENDED, ARTICLE_000, DEMO)}
-
-
-def named_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises `UnknownRecipe`, listing those there are."""
-    try:
-        return RECIPES[name]
-    except KeyError:
-        raise UnknownRecipe(f"no recipe is called {name!r}; there are: {', '.join(RECIPES)}") from None

@@ -44,10 +44,8 @@ def make_trainable(directory: Path, base: str, method: Method, recipe: Recipe, d
     model.config.use_cache = False
     autocast = fast
     if method != "full":
-        model = _with_adapter(model, base, recipe)
-        if device == "cpu":
-            adapted = sum(hasattr(module, "lora_A") for module in model.modules())
-            autocast = fast and speed_up(model) < adapted  # the fast layers bring their own precision
+        model, slow_layers = with_adapter(model, base, recipe, device)
+        autocast = fast and slow_layers  # the fast layers bring their own precision
     if method == "full":
         trained = parameters = model.num_parameters()
     else:
@@ -92,15 +90,12 @@ def _load(directory: Path, method: Method, recipe: Recipe, device: str, dtype: t
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    # On a CPU torch's fused attention is slower than plain products on short rows (forward and backward), but those
-    # keep every score for the backward pass: length² for each head of each layer.
-    attention = "eager" if device == "cpu" and recipe.max_length <= 512 else "sdpa"
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(directory),
         dtype=torch.float32 if method == "full" else dtype,
         device_map={"": device} if method == "qlora" else None,
         quantization_config=quantization,
-        attn_implementation=attention,
+        attn_implementation=attention_for(device, recipe.max_length),
     )
     if method == "qlora":
         for module in model.modules():
@@ -112,7 +107,20 @@ def _load(directory: Path, method: Method, recipe: Recipe, device: str, dtype: t
     return model
 
 
-def _with_adapter(model: PreTrainedModel, base: str, recipe: Recipe) -> Any:
+def attention_for(device: str, max_length: int) -> str:
+    """transformers' name of the attention to train with.
+
+    On a CPU torch's fused attention is slower than plain products on short rows (forward and backward), but those
+    keep every score for the backward pass: length² for each head of each layer.
+    """
+    return "eager" if device == "cpu" and max_length <= 512 else "sdpa"
+
+
+def with_adapter(model: PreTrainedModel, base: str, recipe: Recipe, device: str) -> tuple[Any, bool]:
+    """(`model` with the recipe's LoRA, whether any of its layers has PEFT's own forward); `base` is recorded.
+
+    Raises `MethodUnsupported` when the targets are not there.
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -124,6 +132,8 @@ def _with_adapter(model: PreTrainedModel, base: str, recipe: Recipe) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:  # PEFT's words for target modules that are not there
         raise MethodUnsupported(str(error)) from error
+    layers = sum(hasattr(module, "lora_A") for module in adapted.modules())
+    return adapted, device != "cpu" or speed_up(adapted) < layers

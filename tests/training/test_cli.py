@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from click.testing import CliRunner, Result
 from hub.cli import group
 from training.commands import COMMANDS
 from training.data import Example, read_jsonl, write_jsonl
-from training.errors import DataTooSmall, OutputExists, RecipeInvalid
+from training.errors import DataTooSmall, OutputExists, RecipeInvalid, UnknownRecipe
+from training.presets import RECIPES
+from training.recipe import Recipe
 
 
 def run(*args: str | Path, fails: type[Exception] | None = None) -> Result:
@@ -161,3 +164,47 @@ def test_a_built_file_knows_its_task(tiny_base: Path, tmp_path: Path) -> None:
     run("data", "build", "name-json", "--out", tmp_path, "--train", "40", "--eval", "4")
     report = json.loads(run("data", "check", tmp_path / "train.jsonl", "--base", tiny_base, "--json").stdout)
     assert report["ok"] and report["answers"] == "json" and "json" in report["passed"]
+
+
+def test_recipes_are_compared_and_shown_whole() -> None:
+    table = run("recipes").stdout
+    assert all(name in table for name in RECIPES)
+    shown = run("recipes", "show", "article-001").stdout
+    assert "attention; rate" in shown and "--learning-rate" in shown and "q k v o" in shown
+    told = json.loads(run("recipes", "show", "low-data", "--json").stdout)
+    assert told["learning_rate"] == 1e-4 and told["source"]
+    assert [recipe["name"] for recipe in json.loads(run("recipes", "--json").stdout)] == list(RECIPES)
+    run("recipes", "show", "best", fails=UnknownRecipe)
+
+
+def test_every_number_of_a_recipe_can_be_overridden_and_is_recorded(
+    tiny_base: Path, labelled: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    given: dict[str, object] = {
+        "rank": 3, "alpha": 5, "dropout": 0.25, "targets": ["q_proj", "v_proj"], "learning_rate": 3e-3,
+        "schedule": "linear", "warmup": 0.2, "epochs": 0.5, "batch": 2, "accumulation": 3, "max_length": 90,
+        "weight_decay": 0.2, "clip": 0.5, "hold_out": 0.2, "gradient_checkpointing": True, "seed": 9, "method": "lora",
+    }  # fmt: skip
+    assert set(given) == {field.name for field in dataclasses.fields(Recipe)} - {"name", "source", "when"}
+    options: list[str] = []
+    for field, value in given.items():
+        flag = f"--{field.replace('_', '-')}"
+        options += [flag] if value is True else [flag, ",".join(value) if isinstance(value, list) else str(value)]
+    run("train", labelled, "--out", out, "--base", tiny_base, "--threads", "1", "--recipe", "article-001", *options)
+    recorded = json.loads((out / "loraplex.json").read_text())["recipe"]
+    assert {field: recorded[field] for field in given} == given
+    assert recorded["name"] == "article-001"
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (3, 5, ["q_proj", "v_proj"])
+
+
+def test_a_recipe_brings_its_method(tiny_base: Path, labelled: Path, tmp_path: Path) -> None:
+    settings = ("--base", tiny_base, "--threads", "1", "--max-steps", "1", "--batch", "2", "--recipe", "article-001")
+    run("train", labelled, "--out", tmp_path / "own", *settings)
+    run("train", labelled, "--out", tmp_path / "other", "--method", "lora", *settings)
+    facts = [json.loads((tmp_path / name / "loraplex.json").read_text()) for name in ("own", "other")]
+    assert [(fact["recipe"]["method"], fact["base"]["quantization"]) for fact in facts] == [
+        ("qlora", "nf4"),
+        ("lora", "none"),
+    ]

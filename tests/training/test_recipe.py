@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from training.errors import RecipeInvalid, UnknownRecipe
-from training.recipe import RECIPES, named_recipe
+from training.presets import RECIPES, named_recipe
 
 
 def test_the_recommended_recipe_is_what_the_guides_agree_on() -> None:
@@ -29,6 +29,7 @@ def test_a_recipe_cannot_be_changed_only_replaced() -> None:
         {"learning_rate": float("nan")},
         {"dropout": 1.0},
         {"schedule": "step"},
+        {"method": "prompt"},
         {"hold_out": 0.9},
         {"batch": -1},
     ],
@@ -42,7 +43,8 @@ def test_every_weight_is_trained_at_a_tenth_of_the_rate() -> None:
     recipe = named_recipe("recommended")
     full = recipe.for_every_weight()
     assert full.learning_rate == pytest.approx(2e-5)
-    assert full.but(learning_rate=recipe.learning_rate) == recipe
+    assert full.method == "full" and full.for_every_weight() == full
+    assert full.but(learning_rate=recipe.learning_rate, method="lora") == recipe
 
 
 def test_every_recipe_says_where_it_comes_from_and_when_to_use_it() -> None:
@@ -51,3 +53,29 @@ def test_every_recipe_says_where_it_comes_from_and_when_to_use_it() -> None:
         assert recipe.source and recipe.when
     with pytest.raises(UnknownRecipe, match="recommended"):
         named_recipe("best")
+
+
+# Figures of the articles, written down here a second time: a preset that drifts from its source fails.
+SAID = {
+    "article-000": {"rank": 32, "alpha": 64, "dropout": 0.05, "learning_rate": 2e-4, "warmup": 0.03, "epochs": 3.0,
+                    "batch": 4, "accumulation": 8, "weight_decay": 0.01, "clip": 1.0},
+    "article-001": {"method": "qlora", "rank": 8, "alpha": 32, "dropout": 0.05,
+                    "targets": ("q_proj", "k_proj", "v_proj", "o_proj")},
+    "article-003": {"rank": 16, "alpha": 32, "schedule": "cosine", "warmup": 0.03, "epochs": 3.0, "batch": 4,
+                    "accumulation": 4, "max_length": 2048, "learning_rate": 2e-4, "targets": ()},
+    "article-004": {"rank": 16, "alpha": 32, "dropout": 0.1, "warmup": 0.1, "learning_rate": 2e-4, "batch": 4,
+                    "accumulation": 4, "epochs": 3.0},
+    "conservative": {"rank": 4, "alpha": 8, "targets": ("q_proj", "v_proj"), "learning_rate": 1e-4},
+    "aggressive": {"rank": 64, "alpha": 128, "targets": (), "learning_rate": 3e-4},
+    "qlora-small-gpu": {"method": "qlora", "gradient_checkpointing": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(SAID))
+def test_a_preset_says_what_its_source_says(name: str) -> None:
+    recipe = dataclasses.asdict(named_recipe(name))
+    assert {field: recipe[field] for field in SAID[name]} == SAID[name]
+
+
+def test_what_the_issue_names_is_there() -> None:
+    assert set(RECIPES) >= {*SAID, "recommended", "classification", "generation", "low-data"}

@@ -1,0 +1,178 @@
+"""What training holds at its peak and how long it takes, measured, beside what `hub advise` predicts.
+
+Each run is a process of its own: libraries imported and one small product made, then the resident set is noted, then
+`training.finetune.train` runs three optimizer steps on rows of equal length. The kernel's high-water mark (VmHWM, set
+back once the base is loaded) less what was noted is the measurement; the mark before that is the loading's. Freed
+blocks go back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the mark is the run's, not the allocator's.
+
+    python -m benchmarks.training_memory --threads 2 [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "training_memory"
+CASES = [
+    (method, checkpointing, words)
+    for words in (40,)
+    for method in ("full", "lora", "qlora")
+    for checkpointing in (False, True)
+]
+
+
+def resident(field: str) -> int:
+    """`VmRSS` or `VmHWM` of this process, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def make_data(path: Path, words: int, rows: int = 24) -> None:
+    """Rows of one length, a third of which is answer."""
+    from training.data import Example, write_jsonl
+
+    ask, answer = words * 2 // 3, words // 3
+    write_jsonl(
+        path, [Example.of(user=f"{row + 10} " + "sun " * ask, answer=" ".join(["yes"] * answer)) for row in range(rows)]
+    )
+
+
+def run_one(base: str, method: str, checkpointing: bool, words: int, threads: int) -> dict[str, float]:
+    """Measure one case in this process."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    import bitsandbytes  # noqa: F401  # imported here, so that it is not measured
+    import peft  # noqa: F401
+    import torch
+    import trl  # noqa: F401
+    from rich.console import Console
+
+    import training.trainer  # noqa: F401
+    from hub.base import locate_base
+    from hub.base_identity import BaseIdentity
+    from training import finetune
+    from training.finetune import Plan
+    from training.planner import flops_of, peak_in_process, read_data
+    from training.presets import named_recipe
+    from training.rehearsal import rehearse
+    from training.trainable import bfloat16_is_fast
+
+    torch.set_num_threads(threads)
+    torch.ones(256, 256).bfloat16() @ torch.ones(256, 256).bfloat16()
+    directory = locate_base(base).directory
+    recipe = named_recipe("demo").but(
+        method=method, gradient_checkpointing=checkpointing, hold_out=0.0, max_length=512, batch=8
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        make_data(Path(scratch) / "data.jsonl", words)
+        before = resident("VmRSS")
+        plan = Plan(
+            data=Path(scratch) / "data.jsonl",
+            base=BaseIdentity(base, None, None),
+            base_directory=directory,
+            recipe=recipe,
+            out=Path(scratch) / "out",
+            method=method,  # type: ignore[arg-type]
+            threads=threads,
+        )
+        loading: list[int] = []
+        real = finetune.make_trainable
+
+        def make_trainable(*args: Any) -> Any:
+            made = real(*args)
+            loading.append(resident("VmHWM") - before)
+            Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew
+            return made
+
+        finetune.make_trainable = make_trainable
+        facts = finetune.train(plan, Console(file=Path(os.devnull).open("w"))).facts  # noqa: SIM115
+        measured = resident("VmHWM") - before
+        data = read_data(plan.data, directory, recipe)
+        started = time.monotonic()
+        dtype = torch.bfloat16 if bfloat16_is_fast("cpu") else torch.float32
+        rehearsal = rehearse(directory, method, recipe, data.longest, "cpu", dtype)
+        return {
+            "rows": data.longest.rows,
+            "length": data.longest.length,
+            "process_bytes": before,
+            "measured_bytes": measured,
+            "loading_bytes": loading[0],
+            "predicted_bytes": peak_in_process(directory, method, rehearsal, "cpu"),
+            "predicted_tensors": rehearsal.peak,
+            "predicted_weights": rehearsal.weights,
+            "seconds": facts.metrics["seconds"],
+            "flops": flops_of(rehearsal, data, recipe),
+            "rehearsal_seconds": round(time.monotonic() - started, 1),
+        }
+
+
+def main() -> None:
+    """Run every case, or with --case one of them in this process."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--case", nargs=3)
+    given = parser.parse_args()
+    if given.case:
+        method, checkpointing, words = given.case
+        print(json.dumps(run_one(given.base, method, checkpointing == "1", int(words), given.threads)))
+        return
+    rows = []
+    for method, checkpointing, words in CASES:
+        case = [method, str(int(checkpointing)), str(words)]
+        command = [sys.executable, "-m", "benchmarks.training_memory", "--base", given.base]
+        command += ["--threads", str(given.threads), "--case", *case]
+        bounded = {
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "OMP_NUM_THREADS": str(given.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        told = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **bounded}, check=False)
+        if told.returncode:
+            sys.exit(told.stderr)
+        row = {"method": method, "checkpointing": checkpointing, **json.loads(told.stdout.splitlines()[-1])}
+        rows.append(row)
+        print(line(row), flush=True)
+    if given.write:
+        told_all = {"base": given.base, "threads": given.threads, "runs": rows}
+        RESULTS.with_suffix(".json").write_text(json.dumps(told_all, indent=1) + "\n")
+        RESULTS.with_suffix(".md").write_text(page(given.base, given.threads, rows))
+
+
+def line(row: dict[str, float]) -> str:
+    """One row of the table."""
+    error = row["predicted_bytes"] / row["measured_bytes"] - 1
+    return (
+        f"| {row['method']} | {'yes' if row['checkpointing'] else 'no'} | {row['rows']} × {row['length']} "
+        f"| {row['predicted_bytes'] / 1e6:,.0f} | {row['measured_bytes'] / 1e6:,.0f} | {error:+.1%} "
+        f"| {row['flops'] / row['seconds'] / 1e9:.0f} |"
+    )
+
+
+def page(base: str, threads: int, rows: list[dict[str, float]]) -> str:
+    """The result file."""
+    head = [
+        f"# Training memory, predicted and measured: {base}, {threads} threads",
+        "",
+        "`python -m benchmarks.training_memory --write`. Measured: VmHWM of a process of its own less its resident set "
+        "before the base was loaded, three optimizer steps. Predicted: `training.planner`. MB, above the process's "
+        f"own {rows[0]['process_bytes'] / 1e6:,.0f}.",
+        "",
+        "| method | checkpointing | batch × tokens | predicted | measured | error | GFLOP/s reached |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *map(line, rows), ""])
+
+
+if __name__ == "__main__":
+    main()
