@@ -143,14 +143,15 @@ def measure(base: Path, quantization: Any, threads: int, adapters: Path) -> Acco
     ledger, internals = Ledger(), _Internals(engine)
     kv, arena = ledger.claim(internals.kv), ledger.claim(internals.arena)  # layers hold the arena's tensors too
     model: Any = loaded.model
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    # A packed embedding holds nothing of its own: it reads its rows from the head.
+    dense, head = list(model.get_input_embeddings().parameters()), model.get_output_embeddings()
     packed = [m for m in model.modules() if isinstance(m, PackedLinear) and m is not head]
     weight = {"none": 2.0, "nf4": 0.5 + 4 / 64, "int8": 1.0}[quantization]  # bytes; NF4's scales are float32 here
     linear_bytes = int(sum(m.in_features * m.out_features for m in packed) * weight)
     files = mapped_files()
     checkpoint = sum(size for path, size in files.items() if path.endswith(".safetensors"))
-    embedded = ledger.claim([embedding])
-    in_file = _within_files(embedding.data_ptr())
+    embedded = ledger.claim(dense)
+    in_file = any(_within_files(tensor.data_ptr()) for tensor in dense)
     parts = [
         Part("interpreter and libraries, before loading", None, libraries),
         Part("embedding, dense", embedded.bytes, embedded.resident),
@@ -176,7 +177,7 @@ def measure(base: Path, quantization: Any, threads: int, adapters: Path) -> Acco
     notes = [
         "KV pages and arena are allocated and written with zeros at start: an idle engine takes as much as a full one."
     ]
-    if held_head.bytes and model.config.tie_word_embeddings:
+    if dense and held_head.bytes and model.config.tie_word_embeddings:
         notes.append(
             f"held twice: the tied embedding, dense for look-ups ({mebibytes(embedded.bytes)} MiB) and packed as "
             f"output head ({mebibytes(held_head.bytes)} MiB)"
