@@ -65,14 +65,14 @@ def export(
     """
     prompts = read_prompts(prompts_file) if prompts_file else None
 
-    from hub.hub import Hub
+    from hub.opening import open_existing
     from server.cli import bound_openmp
 
     bound_openmp(threads)
     from server.gguf_export.files import refuse_taken_file
 
     refuse_taken_file(out)
-    with Hub.open(hub_url) as hub, tempfile.TemporaryDirectory(prefix="loraplex-export-") as scratch:
+    with open_existing(hub_url) as hub, tempfile.TemporaryDirectory(prefix="loraplex-export-") as scratch:
         version = hub.resolve(ref)
         located = located_base([version], base)
         fingerprint_of(located, [version])

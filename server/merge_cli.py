@@ -87,7 +87,7 @@ def merge(
         raise click.UsageError(f"{len(refs)} adapters and {len(weights)} weights: give one --weight for each, or none")
     prompts = read_prompts(prompts_file) if prompts_file else None
 
-    from hub.hub import Hub
+    from hub.opening import open_existing
     from server.cli import bound_openmp
 
     bound_openmp(threads)
@@ -98,7 +98,7 @@ def merge(
         refuse_taken(out)
     if gguf is not None:
         refuse_taken_file(gguf)
-    with Hub.open(hub_url) as hub, tempfile.TemporaryDirectory(prefix="loraplex-merge-") as scratch:
+    with open_existing(hub_url) as hub, tempfile.TemporaryDirectory(prefix="loraplex-merge-") as scratch:
         versions = [hub.resolve(ref) for ref in refs]
         located = located_base(versions, base)
         directories = [Path(scratch) / str(index) for index in range(len(versions))]

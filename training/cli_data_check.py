@@ -14,8 +14,8 @@ from hub.cli_options import examples, json_option
 from hub.cli_output import print_json, print_table, printable
 from training.data import Example, digest_of, read_jsonl
 from training.errors import DataTooSmall, OutputExists
-from training.quiet import quiet_libraries
 from training.presets import named_recipe
+from training.quiet import quiet_libraries
 from training.tasks import MODULES, Answers, task_named
 
 if TYPE_CHECKING:

@@ -147,7 +147,7 @@ def evaluate(
 def _compare(
     task: Task, dataset: Dataset, models: Sequence[str], config: ModelConfig, hub_url: str | None
 ) -> tuple[Comparison, Adapters]:
-    from hub.hub import Hub
+    from hub.opening import open_existing
     from server.engine.engine import Engine
     from training.engine_generator import EngineGenerator, find_adapters, is_adapter_directory
     from training.evaluate import evaluate
@@ -155,7 +155,7 @@ def _compare(
     names = [model for model in models if model != BASE]
     with ExitStack() as stack:
         in_hub = [name for name in names if not is_adapter_directory(name)]
-        hub = stack.enter_context(Hub.open(hub_url)) if in_hub else None
+        hub = stack.enter_context(open_existing(hub_url)) if in_hub else None
         adapters = find_adapters(names, hub)
         engine = stack.enter_context(closing(Engine.build(config, EngineLimits(), adapters.fetch)))
         wanted = [None if model == BASE else model for model in models]

@@ -133,9 +133,9 @@ def train(
 
 
 def _push(out: Path, ref: str, base: str, hub_url: str | None) -> str:
-    from hub.hub import Hub
+    from hub.opening import open_hub
 
-    with Hub.open(hub_url) as hub:
+    with open_hub(hub_url) as hub:
         version = hub.push(out, ref, base=base).version
     click.secho(f"pushed {version.text}", bold=True, err=True)
     return version.text

@@ -9,8 +9,8 @@ from itertools import count
 from pathlib import Path
 
 from hub.errors import HubError
+from hub.facade import HubFacade
 from hub.facts import FACTS_FILE, Facts
-from hub.hub import Hub
 from hub.refs import AdapterRef
 from server.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from server.engine.engine import Engine
@@ -37,7 +37,7 @@ def is_adapter_directory(name: str) -> bool:
     return (Path(name) / CONFIG_FILE).is_file()
 
 
-def find_adapters(names: Sequence[str], hub: Hub | None) -> Adapters:
+def find_adapters(names: Sequence[str], hub: HubFacade | None) -> Adapters:
     """Each name as an adapter: a directory where there is one of that name, else a reference into `hub`.
 
     Raises `hub.errors.HubError` for what is neither, or is no adapter.

@@ -66,6 +66,10 @@ STATUSES: dict[type[Exception], grpc.StatusCode] = {
     hub_errors.BlobsSwept: grpc.StatusCode.ABORTED,
     hub_errors.BlobCorrupt: grpc.StatusCode.DATA_LOSS,
     hub_errors.HubUnavailable: grpc.StatusCode.UNAVAILABLE,
+    hub_errors.ServerBusy: grpc.StatusCode.UNAVAILABLE,
+    # This server's own token, not the caller's.
+    hub_errors.Unauthenticated: grpc.StatusCode.FAILED_PRECONDITION,
+    hub_errors.Forbidden: grpc.StatusCode.FAILED_PRECONDITION,
     hub_errors.BaseError: grpc.StatusCode.FAILED_PRECONDITION,
     hub_errors.AdapterRejected: grpc.StatusCode.FAILED_PRECONDITION,
     hub_errors.HubError: grpc.StatusCode.INTERNAL,
