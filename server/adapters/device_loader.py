@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from server.adapters.arena import Rows
 from server.adapters.claims import Claims
+from server.adapters.priority import give_way
 from server.adapters.tickets import Ticket
 from server.adapters.weights import LoraWeights
 from server.errors import Draining, RequestTooLarge, ServerError
@@ -42,6 +43,7 @@ class DeviceLoader:
         self._thread.join()
 
     def _loop(self) -> None:
+        give_way()
         claims = self._claims
         while True:
             with claims.changed:

@@ -6,6 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from server.adapters.priority import give_way
+
 
 class FetchThreads:
     """At most `threads` daemon threads, started when first needed, that run jobs in the order given.
@@ -42,6 +44,7 @@ class FetchThreads:
             self._changed.notify_all()
 
     def _work(self) -> None:
+        give_way()
         while True:
             with self._changed:
                 self._idle += 1

@@ -1,0 +1,21 @@
+"""Loading gives way to computing: on few cores a loader in the way of one compute thread holds up the whole step, for
+the others wait for it at the next barrier."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+NICENESS = 10
+
+
+def give_way() -> None:
+    """Lower the calling thread's priority where the system has one for each thread (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return
+    thread = threading.get_native_id()
+    try:
+        os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
+    except OSError:
+        pass  # it then competes with the others, as everywhere else
