@@ -3,6 +3,7 @@ the others wait for it at the next barrier."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -15,7 +16,5 @@ def give_way() -> None:
     if not sys.platform.startswith("linux"):
         return
     thread = threading.get_native_id()
-    try:
+    with contextlib.suppress(OSError):  # where it may not, it competes with the others, as on other systems
         os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
-    except OSError:
-        pass  # it then competes with the others, as everywhere else
