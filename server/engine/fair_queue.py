@@ -162,9 +162,13 @@ class FairQueue:
             raise AssertionError("the queue has lost count of its requests")
 
     def _enter(self, line: Line, level: Iterable[Line]) -> None:
-        """Give a line that was idle its place: not before the least served active one."""
+        """Give a line that was idle its place: a token before the least served active one.
+
+        Behind or beside that one, it would wait for it to be served once more, which takes a step.
+        """
         if not line.active:
-            line.served = max(line.served, min((other.served for other in level if other.active), default=0.0))
+            least = min((other.standing(self._step) for other in level if other.active), default=1.0)
+            line.served = max(line.served, least - 1.0)
             line.served_at = self._step
 
     def _wait(self, tenant: Tenant, flow: Flow) -> None:

@@ -38,13 +38,13 @@ def first_token_steps(flood: int, *, tenants: bool, rng_seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("tenants", [False, True])
-def test_a_flood_does_not_double_anothers_wait(tenants: bool) -> None:
+def test_a_flood_does_not_lengthen_anothers_wait_by_a_step(tenants: bool) -> None:
     seed = random.randrange(1000)
     alone = sorted(first_token_steps(0, tenants=tenants, rng_seed=seed))
     beside = sorted(first_token_steps(300, tenants=tenants, rng_seed=seed))
     p99 = int(0.99 * len(alone))
     assert alone[p99] >= 1
-    assert beside[p99] <= 2 * alone[p99]
+    assert beside[p99] == alone[p99]  # its first step is the next one either way
 
 
 def served(pretend: PretendEngine, steps: int, by: str) -> dict[str, int]:
