@@ -4,6 +4,7 @@ samples and answers; nobody else touches a sequence after the front door let it 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from server.engine.sequence import Sequence
 from server.errors import Cancelled, Draining, EngineFailed
 
 log = logging.getLogger(__name__)
+
+SWITCH_SECONDS = 0.0005
 
 
 class ComputedStep(Protocol):
@@ -68,6 +71,8 @@ class StepLoop:
 
     def run(self) -> None:
         """The engine's thread: until the door is closed; who is inside then ends with `Draining`."""
+        # A step takes the interpreter's lock back dozens of times; a loader that parses would keep it 5 ms each time.
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         while self._door.wait(self._scheduler.has_work):
             self.advance()
         for sequence in self._door.inside().values():
