@@ -14,7 +14,7 @@ from torch import Tensor
 
 from server.adapters.linear import ActiveAdapters
 from server.engine.batch import Listing, slot
-from server.engine.fixed_rows import FixedStep, Row, check_rows, refuse_coupled, rows_of
+from server.engine.rows import Row, StepOfRows, check_rows, refuse_coupled, rows_of
 from server.engine.scheduler import Share
 from server.model.attention import AttentionPlan
 from server.model.base import BaseModel
@@ -34,12 +34,12 @@ class RowByRow:
         self._active = active
         self._page_tokens = page_tokens
 
-    def run(self, shares: Seq[Share]) -> tuple[FixedStep, Tensor]:
+    def run(self, shares: Seq[Share]) -> tuple[StepOfRows, Tensor]:
         """The step and its logits [S, vocabulary] in float32."""
         # Rows of the same adapters lie together: what they share is in the cache then.
         ordered = sorted(shares, key=lambda share: share.sequence.adapter_rows)
         logits = self.forward([row for share in ordered for row in rows_of(share)])
-        return FixedStep(tuple(ordered), tuple(share for share in ordered if share.samples)), logits
+        return StepOfRows(tuple(ordered), tuple(share for share in ordered if share.samples)), logits
 
     def forward(self, rows: Seq[Row]) -> Tensor:
         """One pass; the logits of the rows that sample, in order."""

@@ -2,70 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 from hub.hub import Hub
 from tests.hub.making import lora_tensors, write_adapter
+from tests.hub.racing import race
 
-WORKER = """
-import json, sys
-from hub.errors import HubError
-from hub.hub import Hub
-
-url, verb, *rest = sys.argv[1:]
-with Hub.open(url) as hub:
-    print("ready", flush=True)
-    sys.stdin.readline()
-    for argument in rest:
-        try:
-            if verb == "push":
-                result = hub.push(argument, "team/x")
-                version = result.version
-                print(json.dumps({"number": version.number, "created": result.created, "digest": version.digest}))
-            else:
-                version, expect = argument.split(":")
-                hub.tag(f"team/x@{version}", "prod", expect=int(expect))
-                print(json.dumps({"moved_to": int(version)}))
-        except HubError as error:
-            print(json.dumps({"reason": error.reason}))
-"""
-
-
-def race(url: str, argument_lists: list[list[str]]) -> list[list[dict[str, Any]]]:
-    """Run one worker process a list, all let go at the same moment; what each printed."""
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, url, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for arguments in argument_lists
-    ]
-    try:
-        for worker in workers:
-            assert worker.stdout is not None
-            assert worker.stdout.readline() == "ready\n"
-        outputs = []
-        for worker in workers:
-            assert worker.stdin is not None
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-        for worker in workers:
-            out, _ = worker.communicate(timeout=40)
-            assert worker.returncode == 0
-            outputs.append([json.loads(line) for line in out.splitlines()])
-        return outputs
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
+SECONDS = 40  # of a worker
 
 
 def test_row_25_the_same_bytes_from_four_processes_are_one_version(tmp_path: Path) -> None:
     directory = write_adapter(tmp_path / "a")
-    results = race(str(tmp_path / "hub"), [["push", str(directory)]] * 4)  # also races to make the hub
+    results = race(str(tmp_path / "hub"), [["push", str(directory)]] * 4, SECONDS)  # also races to make the hub
     flat = [result for lines in results for result in lines]
     assert {result["number"] for result in flat} == {1}
     assert len({result["digest"] for result in flat}) == 1
@@ -76,7 +24,7 @@ def test_row_25_different_bytes_from_four_processes_all_get_numbers(tmp_path: Pa
     for seed in range(12):
         write_adapter(tmp_path / f"a{seed}", tensors=lora_tensors(seed=seed))
     lists = [["push", *(str(tmp_path / f"a{seed}") for seed in range(start, 12, 4))] for start in range(4)]
-    flat = [result for lines in race(str(tmp_path / "hub"), lists) for result in lines]
+    flat = [result for lines in race(str(tmp_path / "hub"), lists, SECONDS) for result in lines]
     assert sorted(result["number"] for result in flat) == list(range(1, 13))
     with Hub.open(str(tmp_path / "hub")) as hub:
         assert hub.verify() == []
@@ -90,7 +38,7 @@ def test_row_25_of_racing_swaps_from_one_state_exactly_one_wins(tmp_path: Path) 
         for seed in range(5):
             hub.push(write_adapter(tmp_path / f"a{seed}", tensors=lora_tensors(seed=seed)), "team/x")
         hub.tag("team/x@1", "prod")
-    results = race(url, [["tag", f"{version}:1"] for version in (2, 3, 4, 5)])
+    results = race(url, [["tag", f"{version}:1"] for version in (2, 3, 4, 5)], SECONDS)
     flat = [result for lines in results for result in lines]
     winners = [result["moved_to"] for result in flat if "moved_to" in result]
     assert len(winners) == 1

@@ -22,7 +22,6 @@ class PackedWeight:
     def __init__(self, native: ctypes.CDLL, weight: Tensor) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        self.in_float32 = weight.dtype == torch.float32
         panels = -(-self.out_features // PANEL)
         self._packed = torch.empty(panels, PANEL * self.in_features, dtype=weight.dtype)
         self._rows = getattr(native, f"packed_rows_{TYPES[weight.dtype]}")
@@ -31,11 +30,6 @@ class PackedWeight:
             pointer(contiguous), pointer(self._packed), I64(self.out_features), I64(self.in_features)
         )
 
-    @property
-    def bytes(self) -> int:
-        """What it takes in memory."""
-        return self._packed.nbytes
-
     def product(self, bias: Tensor | None) -> Product:
         """As the C code wants it; `bias` [out] float32. Both must be kept alive."""
         return Product(self.out_features, self.in_features, self._packed.data_ptr(), None, None, pointer(bias))
@@ -43,7 +37,7 @@ class PackedWeight:
     def dense(self) -> Tensor:
         """The weight [out, in] again."""
         panels = self._packed.shape[0]
-        if self.in_float32:
+        if self.dtype == torch.float32:
             weight = self._packed.view(panels, self.in_features, PANEL).transpose(1, 2)
         else:
             weight = self._packed.view(panels, self.in_features // 32, 2, 16, 16, 2).permute(0, 2, 4, 1, 3, 5)
@@ -62,7 +56,6 @@ class PackedWeight:
 class PackedNf4:
     """A weight [out, in] in bitsandbytes' NF4, its codes in panels: half a byte a weight is all a step reads."""
 
-    in_float32 = False
     dtype = torch.bfloat16
 
     def __init__(self, codes: Tensor, scales: Tensor, levels: Tensor) -> None:
@@ -76,11 +69,6 @@ class PackedNf4:
         self._codes = (tiles[..., 0] | tiles[..., 1] << 4).contiguous()
         self._scales = scales.view(panels, 2, 16, steps // 2).permute(0, 3, 1, 2).contiguous()
         self._levels = levels.float().contiguous()
-
-    @property
-    def bytes(self) -> int:
-        """What it takes in memory."""
-        return self._codes.nbytes + self._scales.nbytes + self._levels.nbytes
 
     def product(self, bias: Tensor | None) -> Product:
         """As the C code wants it; `bias` [out] float32. Both must be kept alive."""

@@ -125,7 +125,7 @@ def test_rows_that_depend_on_neighbours_are_found_before_serving(tiny_base: Path
 
     Both schemes: layers in one native call, and layers of int8, which has none.
     """
-    from server.engine import fixed_rows
+    from server.engine import rows
     from server.model.base import load_base
 
     base = load_base(ModelConfig(base=str(tiny_base), quantization=quantization, dtype="bfloat16", threads=1))
@@ -136,7 +136,7 @@ def test_rows_that_depend_on_neighbours_are_found_before_serving(tiny_base: Path
     base.model.model.embed_tokens.register_forward_hook(coupled)
     with pytest.raises(DeterminismUnavailable, match="neighbours"):
         Engine(base, EngineLimits(kv_memory_bytes=4 << 20, adapter_memory_bytes=1 << 20, deterministic=True), None)  # type: ignore[arg-type]
-    assert fixed_rows.ROWS == 16  # part of what makes two servers agree
+    assert rows.ROWS == 16  # part of what makes two servers agree
 
 
 def test_models_that_couple_rows_by_design_are_refused(tmp_path: Path) -> None:
