@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -45,6 +46,7 @@ class TensorSite:
     parameter: str = "weight"  # of `module`; for "saved" and "base" the one replaced or copied
 
 
+@functools.lru_cache(maxsize=16384)  # the adapters of one base have the same few hundred names
 def parse_tensor_name(key: str) -> TensorSite:
     """The site of the tensor that PEFT saved as `key`; raises TensorUnknown."""
     if len(key) > MAX_KEY_CHARS or not _KEY.fullmatch(key) or not key.startswith(PREFIX):

@@ -6,13 +6,14 @@ slot number that could name somebody else's adapter by mistake.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from server.adapters.weights import LoraWeights
+from server.kernels.native.loading import copy_all
 
 BLOCK_ROWS = 8
 
@@ -42,6 +43,11 @@ class Arena:
         for site, (out_features, in_features) in shapes.items():
             self.a[site] = torch.zeros(self.rows, in_features, dtype=dtype, device=device)
             self.b[site] = torch.zeros(self.rows, out_features, dtype=dtype, device=device)
+        # Where each matrix begins and a row's bytes: asking torch takes longer than the copying.
+        self._places = {
+            site: tuple((m.data_ptr(), m.shape[1] * m.itemsize) for m in (self.a[site], self.b[site]))
+            for site in shapes
+        }
         self._free = [Rows(0, self.rows)] if self.rows else []
 
     def allocate(self, rank: int) -> Rows | None:
@@ -70,6 +76,8 @@ class Arena:
     @torch.inference_mode()
     def write(self, rows: Rows, weights: LoraWeights) -> None:
         """Copy an adapter into its rows; sites and rows it does not use become zero."""
+        if self.device == "cpu" and copy_all(self._copies(rows, weights)):
+            return
         for site, a in self.a.items():
             b = self.b[site]
             update = weights.sites.get(site)
@@ -80,6 +88,19 @@ class Arena:
                 b[rows.start : rows.start + rank].copy_(update.b)
             a[rows.start + rank : rows.stop].zero_()
             b[rows.start + rank : rows.stop].zero_()
+
+    def _copies(self, rows: Rows, weights: LoraWeights) -> Iterator[tuple[int, int, int]]:
+        """(from, to, bytes), `from` 0 for zeros; one interpreter lock for all of them."""
+        for site, places in self._places.items():
+            update = weights.sites.get(site)
+            sources = (None, None) if update is None else (update.a, update.b)
+            for (to, row), source in zip(places, sources, strict=True):
+                rank = 0
+                if source is not None:
+                    rank = source.shape[0]
+                    yield source.data_ptr(), to + rows.start * row, rank * row
+                if rows.start + rank < rows.stop:
+                    yield 0, to + (rows.start + rank) * row, (rows.stop - rows.start - rank) * row
 
     def free_rows(self) -> int:
         """Rows not in use."""

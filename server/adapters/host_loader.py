@@ -10,6 +10,7 @@ from functools import partial
 
 from server.adapters.claims import Claims
 from server.adapters.fetching import FetchThreads
+from server.adapters.load_pace import LoadPace
 from server.adapters.tickets import Ticket
 from server.adapters.weights import AdapterFetch, AdapterFiles, LoraWeights
 from server.errors import ServerError
@@ -31,6 +32,7 @@ class HostLoader:
         fetches: int,
         wake: Callable[[], None],
         loaded: Callable[[str, float], None],
+        pace: LoadPace,
     ) -> None:
         self.fetching: dict[str, bool] = {}  # digest -> whether to keep what comes; under the claims' lock
         self._claims = claims
@@ -39,6 +41,7 @@ class HostLoader:
         self._fetches = fetches
         self._wake = wake
         self._loaded = loaded
+        self._pace = pace
         self._threads = FetchThreads(fetches, "loraplex-fetch")
 
     def fetch_more(self) -> None:
@@ -64,6 +67,7 @@ class HostLoader:
 
     def close(self) -> None:
         """End the threads; does not wait for a hub that hangs."""
+        self._pace.close()
         self._threads.close()
 
     def _start(self, ticket: Ticket) -> None:
@@ -83,7 +87,8 @@ class HostLoader:
         started = time.monotonic()
         weights, error = None, None
         try:
-            weights = self._parse(self._fetch(digest))
+            with self._pace.turn():
+                weights = self._parse(self._fetch(digest))
         except Exception as raised:
             error = raised
             if not isinstance(error, ServerError) and not hasattr(error, "reason"):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from server.adapters.weights import SiteWeights
+    from server.adapters.rank_rows import SiteWeights
 
 # Families whose layers run once each, in their order, attention before the MLP, no layer reading a later one's output.
 _IN_ORDER = (

@@ -18,6 +18,7 @@ from server.adapters.device_cache import DeviceCache
 from server.adapters.device_loader import DeviceLoader
 from server.adapters.host_cache import HostCache
 from server.adapters.host_loader import HostLoader
+from server.adapters.load_pace import LoadPace
 from server.adapters.parts import AdapterParts
 from server.adapters.tickets import AdapterStatus, Ticket, Tier
 from server.adapters.weights import AdapterFetch, AdapterFiles, LoraWeights
@@ -43,13 +44,14 @@ class Residency:
         loaded: Callable[[str, float], None],
         parts_bytes: int = 0,
         fetches: int = 8,
+        pace: LoadPace | None = None,
     ) -> None:
         self._arena = arena
         self._host = HostCache(host_bytes)
         self._device = DeviceCache(arena, parts_bytes)
         self._claims = Claims(self._host, self._device, fetch_more=lambda: self._host_loader.fetch_more())
         self._changed = self._claims.changed
-        self._host_loader = HostLoader(self._claims, fetch, parse, fetches, wake, loaded)
+        self._host_loader = HostLoader(self._claims, fetch, parse, fetches, wake, loaded, pace or LoadPace())
         self._device_loader = DeviceLoader(self._claims, self._host_loader.fetch_more, wake, loaded)
 
     # -- for the step loop ------------------------------------------------------------------------------------

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from hub.base import BaseIdentity
@@ -19,7 +16,9 @@ from server.adapters.base_weights import BaseWeights
 from server.adapters.bind_parts import Given, bind_parts
 from server.adapters.kv_reach import reaches_kv
 from server.adapters.parts import NO_PARTS, AdapterParts
-from server.errors import AdapterUnservable, BaseMismatch, RankTooLarge, TensorUnbound, UnsupportedAdapter
+from server.adapters.rank_rows import Pair, SiteWeights, check_shapes, rank_rows
+from server.adapters.weights_file import tensors_in
+from server.errors import AdapterUnservable, BaseMismatch, TensorUnbound, UnsupportedAdapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -52,14 +51,6 @@ class AdapterFiles:
 
 AdapterFetch = Callable[[str], AdapterFiles]
 """From a digest to its files; raises the hub's errors."""
-
-
-@dataclass(frozen=True)
-class SiteWeights:
-    """One module's update: x -> (x @ a^T) @ b with the adapter's scaling inside b."""
-
-    a: Tensor  # [r, in]
-    b: Tensor  # [r, out]
 
 
 @dataclass(frozen=True)
@@ -101,11 +92,7 @@ def parse_adapter(
         )
     config = LoraConfig.parse(files.config)
     _refuse_unsupported(config)
-    try:
-        tensors = safetensors.torch.load(files.weights)
-    except SafetensorError as error:
-        raise AdapterUnservable(f"the weights file cannot be read: {error}") from error
-
+    tensors = tensors_in(files.weights)
     halves: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Given] = {}
     for key, tensor in tensors.items():
@@ -113,26 +100,25 @@ def parse_adapter(
         if modules.get(site.module) is None:
             experts = "; LoRA on a mixture's experts is not served" if ".experts" in site.module else ""
             raise TensorUnbound(f"tensor {key} belongs to no module of {base.name}{experts}")
-        # A sum meets every NaN and infinity at a third of the cost; only huge finite values make it err, and are then
-        # looked at one by one.
-        if not math.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-            raise AdapterUnservable(f"tensor {key} holds NaN or infinite values")
         if site.kind in ("lora_A", "lora_B") and site.module in shapes:
             halves.setdefault(site.module, {})[site.kind] = tensor
         else:
-            others.setdefault(site.module, {})[site.kind, site.parameter] = tensor
+            if not torch.isfinite(tensor).all():
+                raise AdapterUnservable(f"tensor {key} holds NaN or infinite values")
+            others.setdefault(site.module, {})[site.kind, site.parameter] = tensor.clone()
     if not tensors:
         raise TensorUnbound("the adapter holds no tensors")
 
-    sites = {}
-    for module, pair in halves.items():
-        if len(pair) != 2:
-            raise TensorUnbound(f"module {module} has {next(iter(pair))} without its other half")
-        sites[module] = _site(module, pair["lora_A"], pair["lora_B"], shapes[module], config, dtype, max_rank)
+    pairs = {}
+    for module, half in halves.items():
+        if len(half) != 2:
+            raise TensorUnbound(f"module {module} has {next(iter(half))} without its other half")
+        pairs[module] = Pair(half["lora_A"], half["lora_B"])
+        check_shapes(module, pairs[module], shapes[module], max_rank)
     bound = bind_parts(
         config,
         bool(json.loads(files.config).get("ensure_weight_tying")),
-        {module: (pair["lora_A"], pair["lora_B"]) for module, pair in halves.items()},
+        {module: (pair.a, pair.b) for module, pair in pairs.items()},
         others,
         modules,
         dtype,
@@ -142,37 +128,14 @@ def parse_adapter(
         module = next(iter(bound.parts.modules))
         raise UnsupportedAdapter(f"with --deterministic only plain LoRA is served; this adapter also changes {module}")
     for module, factor in bound.factors.items():
-        pair = halves[module]
-        sites[module] = _site(
-            module, pair["lora_A"], pair["lora_B"].float() * factor[:, None], shapes[module], config, dtype, max_rank
-        )
+        pairs[module] = Pair(pairs[module].a, pairs[module].b.float() * factor[:, None])
+    sites = rank_rows(pairs, config, dtype)
     rank = max((site.a.shape[0] for site in sites.values()), default=1)
     warnings: tuple[str, ...] = ()
     if bound.inert and not any(bool(site.b.any()) and bool(site.a.any()) for site in sites.values()):
         warnings = ("the adapter changes nothing: its delta is zero everywhere",)
     reaches = reaches_kv(sites, bound.parts.modules, modules.head, modules.behind_kv)
     return LoraWeights(files.digest, rank, sites, warnings, bound.parts, reaches)
-
-
-def _site(
-    module: str,
-    a: Tensor,
-    b: Tensor,
-    shape: tuple[int, int],
-    config: LoraConfig,
-    dtype: torch.dtype,
-    max_rank: int,
-) -> SiteWeights:
-    out_features, in_features = shape
-    rank = a.shape[0]
-    if a.shape != (rank, in_features) or b.shape != (out_features, rank):
-        raise TensorUnbound(
-            f"module {module} is {out_features}x{in_features}, but lora_A is {list(a.shape)} and lora_B {list(b.shape)}"
-        )
-    if rank > max_rank:
-        raise RankTooLarge(f"module {module} has rank {rank}, this server serves up to {max_rank}")
-    scaled = b.float() * config.scaling(module, rank)
-    return SiteWeights(a=a.to(dtype).contiguous(), b=scaled.T.to(dtype).contiguous())
 
 
 def _refuse_unsupported(config: LoraConfig) -> None:

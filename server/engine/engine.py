@@ -17,6 +17,7 @@ from server.adapters.arena import Arena, row_bytes
 from server.adapters.base_weights import BaseWeights
 from server.adapters.fused import fusable, fuse, pack_weights
 from server.adapters.linear import ActiveAdapters, wrap_linears
+from server.adapters.load_pace import LoadPace, every_core_computes
 from server.adapters.parts import PartsHooks
 from server.adapters.residency import Residency
 from server.adapters.weights import AdapterFetch, parse_adapter
@@ -110,6 +111,7 @@ class Engine:
             loaded=told.adapter_loaded,
             parts_bytes=limits.adapter_parts_memory_bytes,
             fetches=limits.adapter_fetches,
+            pace=LoadPace(self._answering if base.device == "cpu" and every_core_computes() else None),
         )
         reports = SchedulerReports(told)
         pace = Pace()
@@ -186,6 +188,9 @@ class Engine:
     def snapshot(self) -> EngineSnapshot:
         """The state after the last step."""
         return self._loop.snapshot
+
+    def _answering(self) -> bool:
+        return self.snapshot().running > 0
 
     def drain(self, seconds: float) -> bool:
         """Refuse new requests and wait for those inside; False when some are still running after `seconds`."""

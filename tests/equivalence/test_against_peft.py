@@ -60,6 +60,24 @@ def test_one_mixed_batch_equals_peft_one_at_a_time(world: World) -> None:
         assert_same(answer, world.load(kind), prompt)
 
 
+@pytest.mark.parametrize("popularity", ["distinct", "uniform", "zipf", "identical"])
+def test_however_popular_the_adapters_are(world: World, popularity: str) -> None:
+    """Twelve callers a time: rows are grouped by adapter, and none of the groupings may change an answer."""
+    kinds = random.sample(list(KINDS), 12)
+    weights = [(place + 1) ** -1.2 for place in range(12)] if popularity == "zipf" else None
+    drawn = {
+        "distinct": kinds,
+        "uniform": random.choices(kinds, k=12),
+        "zipf": random.choices(kinds, weights, k=12),
+        "identical": [kinds[0]] * 12,
+    }[popularity]
+    prompts = [random_prompt() for _ in drawn]
+    answers = world.engine.generate([ask(prompt, kind) for kind, prompt in zip(drawn, prompts, strict=True)])
+    models = {kind: world.load(kind) for kind in set(drawn)}
+    for kind, prompt, answer in zip(drawn, prompts, answers, strict=True):
+        assert_same(answer, models[kind], prompt, kind)
+
+
 def test_adapters_change_the_answer(world: World) -> None:
     """The comparison above would also pass if nobody's adapter did anything."""
     prompt = random_prompt()

@@ -11,7 +11,7 @@ from server.kernels.native.build import build
 
 # No -ffast-math: it would let the compiler assume that nothing is NaN, and NaN is how a bad row is found.
 _FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
-_INCLUDED = ("common.h", "gemm.c", "ops.c", "decoder.c")
+_INCLUDED = ("common.h", "gemm.c", "ops.c", "decoder.c", "loading.c")
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 """The element types it is compiled for, and their names in it."""

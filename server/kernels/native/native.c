@@ -15,6 +15,7 @@
 #include "gemm.c"
 #include "ops.c"
 #include "decoder.c"
+#include "loading.c"
 #undef T
 #undef LOAD
 #undef STORE
@@ -27,3 +28,4 @@
 #include "gemm.c"
 #include "ops.c"
 #include "decoder.c"
+#include "loading.c"

@@ -1,0 +1,80 @@
+"""How much of a core loading may take from those who are being answered.
+
+Where every core computes, whatever a loader does makes steps longer, low priority or not: the threads of a step wait
+for each other. So loading has an allowance: a share of one core, saved up while it is not used, and as much as it
+likes while nothing is being computed. What it saves on is time, not order: a request whose adapter is not there waits
+a little longer, so that all the others do not.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+SHARE = 0.2  # of one core
+SAVED = 0.1  # seconds of a core that may be used at once
+
+
+def every_core_computes() -> bool:
+    """Whether torch's threads leave this process no core for anything else."""
+    return torch.get_num_threads() >= len(os.sched_getaffinity(0))
+
+
+class LoadPace:
+    """Shared by all loader threads. `busy`: whether somebody is being answered; None: never wait."""
+
+    def __init__(
+        self,
+        busy: Callable[[], bool] | None = None,
+        share: float = SHARE,
+        saved: float = SAVED,
+        clock: Callable[[], float] = time.monotonic,
+        spent: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._busy = busy
+        self._share = share
+        self._saved = saved
+        self._clock = clock
+        self._spent = spent
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._allowance = saved
+        self._seen = clock()
+        self._expected = 0.01  # seconds of a core that a load takes: a running mean
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until there is an allowance, then charge it with the processor time that the body takes."""
+        while (expected := self._begin()) is None:
+            if self._closed.wait(0.005):
+                break
+        before = self._spent()
+        try:
+            yield
+        finally:
+            self._end(self._spent() - before, expected or 0.0)
+
+    def close(self) -> None:
+        """From now on nobody waits."""
+        self._closed.set()
+
+    def _begin(self) -> float | None:
+        """Take what a load will probably cost, so that many threads cannot all use the same allowance; None: wait."""
+        with self._lock:
+            now = self._clock()
+            self._allowance = min(self._saved, self._allowance + self._share * (now - self._seen))
+            self._seen = now
+            if self._allowance <= 0 and self._busy is not None and self._busy():
+                return None
+            self._allowance -= self._expected
+            return self._expected
+
+    def _end(self, took: float, expected: float) -> None:
+        with self._lock:
+            self._allowance += expected - took
+            self._expected += 0.2 * (took - self._expected)
