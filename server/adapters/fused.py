@@ -2,7 +2,8 @@
 
 transformers' model stays around them: embedding, rotation, last norm and output head are its own, but where it would
 loop over its layers it finds a single one, which runs them all. A batch in which an adapter does more than rank rows
-goes through the original layers instead, which share the weights.
+goes through the original layers instead, which share the weights; DoRA and biases on the layers' linears count as
+rank rows do.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from server.adapters.affine import AffineParts
 from server.adapters.arena import Arena
 from server.adapters.linear import ActiveAdapters, LoraLinear, SiteGroup
 from server.kernels.native import MAX_HEAD_WIDTH, Native
@@ -101,6 +103,7 @@ class FusedLayers(nn.Module):
             kv.page_tokens,
             self._active.native_plans,
             others if plan.spans else None,
+            self._active.affine,
         )[None]
 
 
@@ -142,8 +145,8 @@ def fusable(model: nn.Module) -> bool:
     return family is not None and all(_fits(layer, family) for layer in cast(Any, model).model.layers)
 
 
-def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters, kernels: Native) -> None:
-    """Replace the layers of a fusable model whose linears are wrapped."""
+def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters, kernels: Native) -> AffineParts:
+    """Replace the layers of a fusable model whose linears are wrapped; what they can do besides rank rows."""
     family = _family(model)
     if family is None:
         raise AssertionError(f"{type(model).__name__} has no native layers")
@@ -172,6 +175,7 @@ def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters, kernels: Native
     )
     decoder.layers = nn.ModuleList([FusedLayers(single, shape, parts, active, kernels)])
     decoder.norm = NativeRmsNorm(norm, family.late_norm, active, kernels)
+    return AffineParts(_places(family, len(layers)), len(layers))
 
 
 def _family(model: nn.Module) -> _Family | None:
@@ -209,6 +213,20 @@ def _parts(layer: Any, path: str, family: _Family, arena: Arena, window: int | N
         k_norm=norm(attention, "k_norm" if family.head_norms else None),
         window=window,
     )
+
+
+def _places(family: _Family, layers: int) -> dict[str, int]:
+    """Module path → place in an `AffineTable`."""
+    joints = (
+        *(("self_attn", names) for names in (family.qkv, ("o_proj",))),
+        *(("mlp", names) for names in (family.gate_up, ("down_proj",))),
+    )
+    return {
+        f"model.layers.{layer}.{owner}.{name}": 3 * (4 * layer + joint) + number
+        for layer in range(layers)
+        for joint, (owner, names) in enumerate(joints)
+        for number, name in enumerate(names)
+    }
 
 
 def _joint(owner: Any, path: str, names: Sequence[str], arena: Arena) -> JointLinears:

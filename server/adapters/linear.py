@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from server.adapters.arena import Arena
 from server.kernels.cpu import LoraBlock, lora_add, lora_blocks
 from server.kernels.native import Native
-from server.kernels.native.plans import DecodePlan, PrefillPlan, Segment, Sites
+from server.kernels.native.plans import AffinePlan, DecodePlan, PrefillPlan, Segment, Sites
 
 
 class SiteGroup:
@@ -28,21 +28,24 @@ class ActiveAdapters:
     def __init__(self, dtype: torch.dtype, kernels: Native | None) -> None:
         self._dtype = dtype
         self._native = kernels
-        # Whether within the layers every row's adapters are rank rows alone; else these call their single modules,
-        # where parts hook in.
+        # Whether within the layers every row's adapters are rank rows and what `affine` says alone; else these call
+        # their single modules, where parts hook in.
         self.plain = True
+        self.affine: AffinePlan | None = None  # beside the rank rows, where plain
         self._segments: tuple[Segment, ...] = ()
         self._decodes = 0
         self._decode_plan: DecodePlan | None = None
         self._prefill_plan: PrefillPlan | None = None
         self._blocks: Sequence[LoraBlock] = ()
 
-    def use(self, segments: tuple[Segment, ...], decodes: int, plain: bool = True) -> None:
+    def use(
+        self, segments: tuple[Segment, ...], decodes: int, plain: bool = True, affine: AffinePlan | None = None
+    ) -> None:
         """Plan for a batch whose first `decodes` rows are sequences with one new token each.
 
         Decode steps of the same sequences ask for the same plan again and again; it is made once.
         """
-        self.plain = plain
+        self.plain, self.affine = plain, affine
         if (segments, decodes) == (self._segments, self._decodes):
             return
         self._segments, self._decodes = segments, decodes

@@ -23,6 +23,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from server.adapters.affine import AffineParts
+from server.kernels.native.plans import AffinePlan
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -83,7 +86,7 @@ def _moved(parts: _Moved, device: str) -> _Moved:
     return replace(parts, **moved)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # an adapter's own, and a key
 class AdapterParts:
     """An adapter's parts by module path."""
 
@@ -123,9 +126,11 @@ class PartsHooks:
     plain LoRA runs the base's own code. Used by the engine's thread only.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], head: str | None) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], head: str | None, native: AffineParts | None = None) -> None:
+        """native: what the layers can do without calling their single modules."""
         self._modules = modules
         self._head = head
+        self._native = native
         self._hooked: set[str] = set()
         self._active: dict[str, list[tuple[int, int, float, ModuleParts]]] = {}
         self._rows = (0, 0)
@@ -145,15 +150,20 @@ class PartsHooks:
                         self._active.setdefault(path, []).append((span.t0, span.t1, span.weight, parts))
 
     def inside(self, tokens: Sequence[PartSpan]) -> bool:
-        """Whether any of the parts sits within the decoder's layers or on a norm, not only on embedding or head.
+        """Whether any of the parts needs the decoder's layers to call their single modules.
 
-        Only then must layers call their single modules: embedding and head are called the same way always.
+        Those of embedding and head do not: these are called the same way always. Nor does what native layers do.
         """
-        return any(
-            path != self._head and not isinstance(self._modules[path], nn.Embedding)
-            for span in tokens
-            for path in span.parts.modules
-        )
+        return any(self._calls_modules(path, parts) for span in tokens for path, parts in span.parts.modules.items())
+
+    def _calls_modules(self, path: str, parts: ModuleParts) -> bool:
+        if path == self._head or isinstance(self._modules[path], nn.Embedding):
+            return False
+        return self._native is None or not self._native.takes(path, parts)
+
+    def native_plan(self, tokens: Sequence[PartSpan]) -> AffinePlan | None:
+        """What native layers do of a batch's parts."""
+        return None if self._native is None else self._native.plan(tokens)
 
     def clear(self) -> None:
         """Let go of the last batch's parts."""

@@ -74,12 +74,13 @@ class Engine:
             kernels = None  # the scheme for what is not fused is made of plain torch operations
         self._active = ActiveAdapters(base.dtype, kernels)
         modules = BaseWeights(base.model)
-        self._part_hooks = PartsHooks(modules.modules, modules.head)
         wrap_linears(base.model, arena, self._active)
+        native_parts = None
         if kernels is not None:
             if fused:
-                fuse(base.model, arena, self._active, kernels)
+                native_parts = fuse(base.model, arena, self._active, kernels)
             pack_weights(base.model)
+        self._part_hooks = PartsHooks(modules.modules, modules.head, native_parts)
         self._listed_tokens = LISTED_TOKENS if kernels is not None else 0
         modules.settle()
         self._runner = Runner(base, pages, limits.page_tokens)
@@ -215,7 +216,9 @@ class Engine:
 
     def _run(self, batch: StepBatch) -> Tensor:
         tokens, sampled = part_spans(batch)
-        self._active.use(batch.segments, batch.decodes, plain=not self._part_hooks.inside(tokens))
+        plain = not self._part_hooks.inside(tokens)
+        affine = self._part_hooks.native_plan(tokens) if plain else None
+        self._active.use(batch.segments, batch.decodes, plain, affine)
         self._part_hooks.activate(tokens, sampled, (batch.packed.token_ids.shape[0], len(batch.sampling)))
         rope = self._runner.long_rope
         if rope is not None:
@@ -223,6 +226,7 @@ class Engine:
         try:
             return self._runner.run(batch.packed)
         finally:
+            self._active.affine = None
             self._part_hooks.clear()  # an unloaded adapter's tensors shall not live on here
 
     # -- a request on its way in ----------------------------------------------------------------------------------

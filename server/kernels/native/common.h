@@ -53,6 +53,19 @@ typedef struct {
   const float *weight;
 } prefill_plan;
 
+/* What an adapter does to the outputs of one linear layer besides: y + weight * (scale y + shift), from the base's own
+ * y; both [n] or NULL. */
+typedef struct {
+  const float *scale, *shift;
+} affine;
+
+/* Rows t0 .. t1 and their adapter's affines, [joints of all layers][3]. */
+typedef struct {
+  int64_t t0, t1;
+  const affine *affines;
+  float weight;
+} affine_span;
+
 static inline float widen(bf16 v) {
   const uint32_t bits = (uint32_t)v << 16;
   float f;

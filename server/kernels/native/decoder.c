@@ -28,16 +28,52 @@ typedef struct {
   const decode_plan *decode;
   const prefill_plan *prefill;
   int64_t prefill_layers;
+  const affine_span *affine;
+  int64_t affine_spans;
   /* Work space; rows up to whole 16s. */
   void *normed, *qkv, *q, *attended, *y, *gate_up, *inner, *wide;
   float *h, *scores, *pieces;
 } batch;
 #endif
 
-static void NAME(joint_part)(const joint *j, const T *x, T *y, const batch *b) {
+/* The affines of joint `at` on its outputs y, which other threads may still be computing. */
+static void NAME(affine_part)(const joint *j, int64_t at, T *y, int64_t stride, const batch *b) {
+  int any = 0;
+  for (int64_t i = 0; i < b->affine_spans; i++)
+    for (int64_t s = 0; s < j->count; s++) {
+      const affine *a = b->affine[i].affines + 3 * at + s;
+      any |= a->scale || a->shift;
+    }
+  if (!any) return;
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
+  for (int64_t t = 0; t < b->rows; t++) {
+    T *row = y + t * stride;
+    for (int64_t s = 0; s < j->count; row += j->products[s++].n)
+      for (int64_t c = 0, wide; c < j->products[s].n; c += wide) {
+        float own[256], sum[256];
+        wide = j->products[s].n - c < 256 ? j->products[s].n - c : 256;
+        for (int64_t k = 0; k < wide; k++) own[k] = sum[k] = LOAD(row[c + k]);
+        for (int64_t i = 0; i < b->affine_spans; i++) {
+          const affine_span *span = b->affine + i;
+          const affine *a = span->affines + 3 * at + s;
+          if (t < span->t0 || t >= span->t1) continue;
+          if (a->scale)
+            for (int64_t k = 0; k < wide; k++) sum[k] += span->weight * a->scale[c + k] * own[k];
+          if (a->shift)
+            for (int64_t k = 0; k < wide; k++) sum[k] += span->weight * a->shift[c + k];
+        }
+        for (int64_t k = 0; k < wide; k++) row[c + k] = STORE(sum[k]);
+      }
+  }
+}
+
+/* Joint `at` of all layers' four each. */
+static void NAME(joint_part)(const joint *j, int64_t at, const T *x, T *y, const batch *b) {
   int64_t stride = 0;
   for (int64_t i = 0; i < j->count; i++) stride += j->products[i].n;
   NAME(multiply_part)(j->products, j->count, x, y, b->rows, stride, (T *)b->wide);
+  if (b->affine_spans) NAME(affine_part)(j, at, y, stride, b);
   if (b->decode || b->prefill_layers)
     NAME(adapters_part)(j->sites, j->count, x, j->products[0].k, y, stride, b->decode, b->prefill, b->prefill_layers,
                         b->h, b->pieces);
@@ -77,8 +113,9 @@ static void NAME(head_norm_rows)(T *qkv, const float *norm, int64_t column, int6
 }
 
 static void NAME(until_attention)(const decoder *d, const layer *l, const batch *b) {
+  const int64_t first = 4 * (l - d->layers);
   const T *x = NAME(normed_rows)((const T *)b->x, l->before_attention, (T *)b->normed, b->rows, d);
-  NAME(joint_part)(&l->qkv, x, (T *)b->qkv, b);
+  NAME(joint_part)(&l->qkv, first, x, (T *)b->qkv, b);
   if (l->q_norm) NAME(head_norm_rows)((T *)b->qkv, l->q_norm, 0, d->heads, b->rows, d);
   if (l->k_norm) NAME(head_norm_rows)((T *)b->qkv, l->k_norm, d->heads * d->width, d->kv_heads, b->rows, d);
   NAME(rope_store_rows)((const T *)b->qkv, (const T *)b->cos, (const T *)b->sin, b->write, (T *)b->q, (T *)l->k,
@@ -89,12 +126,13 @@ static void NAME(until_attention)(const decoder *d, const layer *l, const batch 
 }
 
 static void NAME(after_attention)(const decoder *d, const layer *l, const batch *b) {
-  NAME(joint_part)(&l->out, (const T *)b->attended, (T *)b->y, b);
+  const int64_t first = 4 * (l - d->layers);
+  NAME(joint_part)(&l->out, first + 1, (const T *)b->attended, (T *)b->y, b);
   NAME(residual_rows)((T *)b->x, (T *)b->y, l->after_attention, b->rows, d);
   const T *x = NAME(normed_rows)((const T *)b->x, l->before_mlp, (T *)b->normed, b->rows, d);
-  NAME(joint_part)(&l->gate_up, x, (T *)b->gate_up, b);
+  NAME(joint_part)(&l->gate_up, first + 2, x, (T *)b->gate_up, b);
   NAME(silu_mul_rows)((const T *)b->gate_up, (T *)b->inner, b->rows, d->inner);
-  NAME(joint_part)(&l->down, (const T *)b->inner, (T *)b->y, b);
+  NAME(joint_part)(&l->down, first + 3, (const T *)b->inner, (T *)b->y, b);
   NAME(residual_rows)((T *)b->x, (T *)b->y, l->after_mlp, b->rows, d);
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from server.kernels.native import Native, lora_scratch
 from server.kernels.native.packing import TILE_ROWS, PackedProduct
-from server.kernels.native.plans import DecodePlan, PrefillPlan, Sites
+from server.kernels.native.plans import AffinePlan, DecodePlan, PrefillPlan, Sites
 from server.kernels.native.structs import Batch, Joint, Layer, Product, Site, pointer
 from server.kernels.native.structs import Decoder as DecoderStruct
 
@@ -109,6 +109,7 @@ class Decoder:
         page_tokens: int,
         lora: tuple[DecodePlan | None, PrefillPlan | None],
         others: Callable[[int, Tensor, Tensor], None] | None,
+        affine: AffinePlan | None = None,
     ) -> Tensor:
         """x: [rows, hidden] → [rows, hidden] after all layers; rope: cos and sin [rows, rotary].
 
@@ -131,6 +132,7 @@ class Decoder:
             None if decode is None else ctypes.addressof(decode.struct),
             None if prefill is None else ctypes.addressof(prefill.structs),
             0 if prefill is None else prefill.layers,
+            *((None, 0) if affine is None else (ctypes.addressof(affine.array), affine.count)),
             *(pointer(room[name]) for name in ("normed", "qkv", "q", "attended", "y", "gate_up", "inner")),
             *map(pointer, (self._wide, h, scores, pieces)),
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from server.kernels.native.structs import Decode, Prefill, Site, address, floats, int64s, sums
+from server.kernels.native.structs import Affine, AffineSpan, Decode, Prefill, Site, address, floats, int64s, sums
 
 SPAN_ROWS = 16  # SPAN in common.h
 
@@ -22,6 +22,32 @@ class Sites:
         self._alive = (*a, *b)
         self.count = len(a)
         self.array = (Site * len(a))(*(Site(x.data_ptr(), y.data_ptr(), y.shape[1]) for x, y in zip(a, b, strict=True)))
+
+
+class AffineTable:
+    """One adapter's scales and shifts for all linears of a decoder, by place; keeps the tensors alive.
+
+    The place of a linear layer is 3 * (4 * layer + joint) + its number in the joint, the joints being q/k/v, output,
+    gate/up and down.
+    """
+
+    def __init__(self, places: int, given: Mapping[int, tuple[Tensor | None, Tensor | None]]) -> None:
+        """given: place → (scale, shift), float32 [out] each; without an entry nothing happens there."""
+        self._alive = dict(given)
+        self.array = (Affine * places)()
+        for place, (scale, shift) in given.items():
+            self.array[place] = Affine(*(None if t is None else t.data_ptr() for t in (scale, shift)))
+
+
+class AffinePlan:
+    """y + weight * (scale y + shift) on rows t0…t1 of a batch, for any number of (t0, t1, weight, table)."""
+
+    def __init__(self, spans: Sequence[tuple[int, int, float, AffineTable]]) -> None:
+        self._alive = [table for *_, table in spans]
+        self.count = len(spans)
+        self.array = (AffineSpan * len(spans))(
+            *(AffineSpan(t0, t1, address(table.array), weight) for t0, t1, weight, table in spans)
+        )
 
 
 class DecodePlan:

@@ -54,6 +54,18 @@ class Prefill(ctypes.Structure):
     ]
 
 
+class Affine(ctypes.Structure):
+    """What an adapter does to one linear layer's outputs besides."""
+
+    _fields_ = [("scale", POINTER), ("shift", POINTER)]
+
+
+class AffineSpan(ctypes.Structure):
+    """Rows, and their adapter's affines."""
+
+    _fields_ = [("t0", I64), ("t1", I64), ("affines", POINTER), ("weight", ctypes.c_float)]
+
+
 class Layer(ctypes.Structure):
     """A decoder layer."""
 
@@ -93,6 +105,8 @@ class Batch(ctypes.Structure):
         *((name, I64) for name in ("count", "max_pages", "longest")),
         *((name, POINTER) for name in ("row", "sequence", "length", "pages", "decode", "prefill")),
         ("prefill_layers", I64),
+        ("affine", POINTER),
+        ("affine_spans", I64),
         *(
             (name, POINTER)
             for name in ("normed", "qkv", "q", "attended", "y", "gate_up", "inner", "wide", "h", "scores", "pieces")
