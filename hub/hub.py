@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import io
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,17 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Self
 
-from hub import catalog, fsck, location, pull, verify
+from hub import catalog, fsck, location, publishing, pull, verify
 from hub.adapter_dir import ParsedAdapter, parse_adapter
 from hub.base import base_identity
 from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
 from hub.errors import (
-    AdapterChanged,
     AdapterNotFound,
-    BaseMismatch,
     BlobCorrupt,
-    BlobsSwept,
     FileNotInVersion,
     RefInvalid,
 )
@@ -31,7 +27,8 @@ from hub.gate import Gate, Promotion
 from hub.lineage import Lineage, relation, trace
 from hub.manifest import Manifest
 from hub.progress import Progress
-from hub.refs import LATEST, AdapterRef, Alias, Digest
+from hub.publishing import identity_of, pushed_aliases, warnings_of
+from hub.refs import AdapterRef, Alias, Digest
 from hub.search import Page, Query
 from hub.splitting import checked_split
 from hub.sweep import GRACE_SECONDS, RETENTION_SECONDS, collect
@@ -44,7 +41,6 @@ if TYPE_CHECKING:
     from hub.facade import HubFacade
 
 __all__ = ["AliasState", "Event", "Hub", "Lease", "Problem", "PushResult", "Swept", "Version"]
-_PUSH_ATTEMPTS = 5
 
 
 class Hub:
@@ -148,8 +144,8 @@ class Hub:
         manifest = Manifest.of(
             adapter, name=ref.full_name, base=identity, parents=parents, creator=creator, created=catalog.now(),
         )  # fmt: skip
-        record, created = self._publish(adapter, manifest, wanted, progress)
-        return PushResult(self._version(record), created, _warnings(adapter, identity))
+        record, created = publishing.publish(self._blobs, self._catalog, adapter, manifest, wanted, progress)
+        return PushResult(self._version(record), created, warnings_of(adapter, identity))
 
     def resolve(self, ref: AdapterRef | str, key: str | None = None) -> Version:
         """The version `ref` names now; raises AdapterNotFound, VersionNotFound or AliasNotFound.
@@ -361,43 +357,9 @@ class Hub:
         except AdapterNotFound:
             return None
 
-    def _publish(
-        self, adapter: ParsedAdapter, manifest: Manifest, aliases: Sequence[str], progress: Progress | None
-    ) -> tuple[catalog.Record, bool]:
-        """Store the bytes and enter the version; once more where a sweep took some of them in between."""
-        for attempt in range(_PUSH_ATTEMPTS):
-            try:
-                self._store_files(adapter, progress)
-                # Known content keeps its manifest; storing that again mends a damaged copy.
-                known = self._catalog.find(manifest.name, manifest.content)
-                data = known.manifest if known is not None else manifest.canonical()
-                digest, _ = self._blobs.put(io.BytesIO(data))
-                needed = [digest, *(file.sha256 for file in adapter.files.values())]
-                publication = catalog.Publication(manifest.name, digest, manifest.content, data)
-                return self._catalog.publish(
-                    publication,
-                    aliases,
-                    lambda needed=needed: not all(map(self._blobs.has, needed)),  # type: ignore[misc]
-                )
-            except BlobsSwept:
-                if attempt + 1 == _PUSH_ATTEMPTS:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
-
     def _version(self, record: catalog.Record) -> Version:
         manifest = self._manifest(record)
         return Version(record.full_name, record.number, record.digest, manifest, manifest.created)
-
-    def _store_files(self, adapter: ParsedAdapter, progress: Progress | None) -> None:
-        done = 0
-        for file in adapter.files.values():
-            with (adapter.directory / file.name).open("rb") as source:
-                digest, _ = self._blobs.put(source)
-            if digest != file.sha256:
-                raise AdapterChanged(f"{file.name} changed while it was being pushed; nothing was published")
-            done += file.bytes
-            if progress is not None:
-                progress("storing", done, adapter.bytes)
 
 
 def check_has(version: Version, filename: str) -> None:
@@ -421,42 +383,6 @@ def checked_holder(text: str) -> str:
 
 def _parsed(ref: AdapterRef | str) -> AdapterRef:
     return AdapterRef.parse(ref) if isinstance(ref, str) else ref
-
-
-def pushed_aliases(ref: AdapterRef) -> list[str]:
-    """The alias that a push to `ref` moves besides "latest"."""
-    if not isinstance(ref.selector, Alias):
-        raise RefInvalid(f"{ref}: the hub numbers versions itself; push to {ref.full_name}")
-    return [] if ref.selector.name == LATEST else [ref.selector.name]
-
-
-def identity_of(adapter: ParsedAdapter, located: BaseIdentity | None) -> BaseIdentity:
-    """The base as `--base` found it, else as loraplex.json says, else as PEFT's config names it."""
-    recorded = adapter.facts.base
-    if located is None:
-        return recorded or BaseIdentity(_portable(adapter.config.base_model_name_or_path), adapter.config.revision)
-    if recorded is None:
-        return located
-    if recorded.fingerprint is not None and recorded.fingerprint != located.fingerprint:
-        raise BaseMismatch(
-            f"the adapter was trained on the base {recorded.name!r} with another fingerprint than {located.name!r} has"
-        )
-    return replace(located, quantization=recorded.quantization)
-
-
-def _portable(name: str | None) -> str | None:
-    """A base's name without the directories of the machine it was trained on."""
-    return Path(name).name if name and name.startswith(("/", "~", ".")) else name or None
-
-
-def _warnings(adapter: ParsedAdapter, identity: BaseIdentity) -> tuple[str, ...]:
-    warnings = []
-    if adapter.changes_nothing:
-        warnings.append("the adapter changes nothing: its delta is zero everywhere (untrained?)")
-    if identity.fingerprint is None:
-        name = identity.name or "unknown"
-        warnings.append(f"the base ({name}) is unverified: give --base to have every tensor checked against it")
-    return tuple(warnings)
 
 
 def _keeps_the_contract(hub: Hub) -> HubFacade:
