@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Final, Self
 
 from hub import catalog, fsck, location, publishing, pull, verify
 from hub.adapter_dir import ParsedAdapter, parse_adapter
@@ -18,12 +18,15 @@ from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
 from hub.errors import (
     AdapterNotFound,
+    AliasMoved,
     BlobCorrupt,
     FileNotInVersion,
+    QueryInvalid,
     RefInvalid,
 )
 from hub.fingerprint import known_shapes
 from hub.gate import Gate, Promotion
+from hub.gate_evaluation import Scores
 from hub.lineage import Lineage, relation, trace
 from hub.manifest import Manifest
 from hub.progress import Progress
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from hub.facade import HubFacade
 
 __all__ = ["AliasState", "Event", "Hub", "Lease", "Problem", "PushResult", "Swept", "Version"]
+MAX_LEASE_SECONDS: Final = 10 * 365 * 24 * 3600.0
 
 
 class Hub:
@@ -144,6 +148,7 @@ class Hub:
         manifest = Manifest.of(
             adapter, name=ref.full_name, base=identity, parents=parents, creator=creator, created=catalog.now(),
         )  # fmt: skip
+        publishing.check_manifest(manifest)
         record, created = publishing.publish(self._blobs, self._catalog, adapter, manifest, wanted, progress)
         return PushResult(self._version(record), created, warnings_of(adapter, identity))
 
@@ -253,19 +258,23 @@ class Hub:
         wanted = checked_split([(_parsed(ref), weight) for ref, weight in targets])
         return self._catalog.tag(wanted, Alias.parse(alias).name, expect)
 
-    def promote(self, ref: AdapterRef | str, alias: str, gate: Gate) -> Promotion:
-        """Point `alias` at the version `ref` names, provided its recorded metrics meet `gate`.
+    def promote(self, ref: AdapterRef | str, alias: str, gate: Gate, scores: Scores | None = None) -> Promotion:
+        """Point `alias` at the version `ref` names, provided its metrics meet `gate`: those recorded, and `scores`.
 
         Comparisons with what the alias holds are made with what it holds at the moment it moves: where it moved
-        meanwhile, AliasMoved. Raises GateRefused, naming every number that failed, and what `resolve` raises.
+        meanwhile, also while `scores` were measured, AliasMoved. Raises GateRefused, naming every number that failed,
+        and what `resolve` raises.
         """
         target, name = _parsed(ref), Alias.parse(alias).name
         version = self.resolve(target)
         held = self.aliases(version.full_name).get(name)
         current = self.get(held.digest) if held is not None else None
-        passed = gate.check(version, current)
+        compares = bool(gate.no_lower or gate.no_higher)
+        if scores is not None and compares and scores.current_digest != (current.digest if current else None):
+            raise AliasMoved(f"{version.full_name}:{name} was moved while the evaluation ran")
+        passed = gate.check(version, current, scores)
         exact = replace(target, selector=version.digest)
-        note = f"promote: {'; '.join(passed)}"[:500]
+        note = f"promote: {'; '.join([*passed, scores.source] if scores else passed)}"[:500]
         self._catalog.tag([(exact, 1)], name, None, generation=held.generation if held else 0, note=note)
         return Promotion(version, current, passed)
 
@@ -305,9 +314,9 @@ class Hub:
         """Keep the version `ref` names from being removed, for `seconds` from now or (None) until released: a pin.
 
         Called again by the same holder it sets the end anew. Raises what `resolve` raises, RefInvalid for a holder
-        that is no short printable line.
+        that is no short printable line, QueryInvalid for a time that is no number or longer than ten years.
         """
-        return self._catalog.lease(_parsed(ref), checked_holder(holder), seconds)
+        return self._catalog.lease(_parsed(ref), checked_holder(holder), _checked_time(seconds))
 
     def release(self, ref: AdapterRef | str, holder: str) -> None:
         """Take a lease or pin back; nothing happens where there is none. Raises what `resolve` raises."""
@@ -379,6 +388,13 @@ def checked_holder(text: str) -> str:
     if not 0 < len(text) <= 200 or not text.isprintable():
         raise RefInvalid("a holder is a printable line of at most 200 characters")
     return text
+
+
+def _checked_time(seconds: float | None) -> float | None:
+    # NaN would be kept as NULL, which is a pin.
+    if seconds is not None and not abs(seconds) <= MAX_LEASE_SECONDS:
+        raise QueryInvalid("a lease lasts at most ten years; a pin has no end")
+    return seconds
 
 
 def _parsed(ref: AdapterRef | str) -> AdapterRef:

@@ -12,11 +12,12 @@ from hub.adapter_dir import ParsedAdapter
 from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
 from hub.catalog import Catalog, Publication, Record
-from hub.errors import AdapterChanged, BaseMismatch, BlobsSwept, RefInvalid
-from hub.manifest import Manifest
+from hub.errors import AdapterChanged, BaseMismatch, BlobsSwept, FactsMalformed, RefInvalid
+from hub.manifest import MAX_MANIFEST_BYTES, Manifest
 from hub.progress import Progress
-from hub.refs import LATEST, AdapterRef, Alias
+from hub.refs import LATEST, AdapterRef, Alias, Digest
 
+MAX_LINE_CHARS: Final = 500
 _ATTEMPTS: Final = 5
 
 
@@ -43,6 +44,28 @@ def publish(
             if attempt + 1 == _ATTEMPTS:
                 raise
     raise AssertionError("the last attempt returns or raises")
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raise FactsMalformed where what people read in a manifest is no short line of text, or it is too large.
+
+    What it says of the base and the creator comes from the pusher, who may be anybody, and is printed on terminals.
+    """
+    base = manifest.base
+    lines = {
+        "the creator": manifest.creator, "the base's name": base.name, "the base's revision": base.revision,
+        "the base's quantization": base.quantization,
+    }  # fmt: skip
+    for what, text in lines.items():
+        if text is not None and (len(text) > MAX_LINE_CHARS or not text.isprintable()):
+            raise FactsMalformed(f"{what} is no printable line of at most {MAX_LINE_CHARS} characters")
+    if base.fingerprint is not None:
+        try:
+            Digest.parse(base.fingerprint)
+        except RefInvalid as error:
+            raise FactsMalformed("the base's fingerprint is no digest") from error
+    if len(manifest.canonical()) > MAX_MANIFEST_BYTES:
+        raise FactsMalformed(f"the version's manifest would have more than {MAX_MANIFEST_BYTES} bytes")
 
 
 def pushed_aliases(ref: AdapterRef) -> list[str]:
@@ -80,7 +103,6 @@ def warnings_of(adapter: ParsedAdapter, identity: BaseIdentity) -> tuple[str, ..
         name = identity.name or "unknown"
         warnings.append(f"the base ({name}) is unverified: give --base to have every tensor checked against it")
     return tuple(warnings)
-
 
 
 def _store_files(blobs: BlobStore, adapter: ParsedAdapter, progress: Progress | None) -> None:

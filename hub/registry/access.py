@@ -13,6 +13,7 @@ from hub.hub import Hub
 from hub.refs import AdapterRef, Digest
 from hub.registry.feed import Feed
 from hub.registry.grants import Caller, anyone
+from hub.registry.patience import Patience
 from hub.registry.tokens import TokenStore
 from hub.registry.uploads import Uploads
 from hub.versions import Version
@@ -46,7 +47,7 @@ class Access(registry_pb2_grpc.RegistryServicer):
     """One hub for many callers, without its calls. `tokens` None: everybody may do everything."""
 
     def __init__(
-        self, hub: Hub, tokens: TokenStore | None, uploads: Uploads, feed: Feed, observer: Observer,
+        self, hub: Hub, tokens: TokenStore | None, uploads: Uploads, feed: Feed, patience: Patience, observer: Observer,
         limits: ServiceLimits | None = None,
     ) -> None:  # fmt: skip
         limits = limits or ServiceLimits()
@@ -54,6 +55,7 @@ class Access(registry_pb2_grpc.RegistryServicer):
         self._tokens = tokens
         self._uploads = uploads
         self._feed = feed
+        self._patience = patience
         self._observer = observer
         self._watches = threading.BoundedSemaphore(limits.max_watches)
         self._transfers = threading.BoundedSemaphore(limits.max_transfers)
@@ -110,3 +112,13 @@ class one_of:  # noqa: N801  # reads as a statement: with one_of(...)
 
     def __exit__(self, *error: object) -> None:
         self._places.release()
+
+
+class CallEnded(Exception):
+    """The caller left, or its deadline passed: nobody reads what the call would answer."""
+
+
+def check_wanted(context: Context) -> None:
+    """Raise CallEnded where nobody waits for the answer any more; long work asks now and then."""
+    if not context.is_active():
+        raise CallEnded

@@ -4,12 +4,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Final
+
 from hub.errors import QueryInvalid
 from hub.hub import Hub
 from hub.refs import AdapterRef
 from hub.registry.access import Access, Context, one_of
+from hub.registry.grants import Caller
 from hub.remote import messages
 from protos.loraplex.v1 import registry_pb2 as pb
+
+MAX_READER_SECONDS: Final = 3600.0
 
 
 class ChangingCalls(Access):
@@ -36,7 +42,9 @@ class ChangingCalls(Access):
         """See `Hub.promote`."""
         caller, ref = self._caller(context), AdapterRef.parse(request.ref)
         caller.require("promote", ref.full_name)
-        made = self._acting(caller, context).promote(ref, request.alias, messages.gate_of(request))
+        made = self._acting(caller, context).promote(
+            ref, request.alias, messages.gate_of(request), messages.scores_of(request)
+        )
         return pb.PromoteResponse(
             version=messages.version_message(made.version),
             before=messages.version_message(made.before) if made.before is not None else None,
@@ -81,18 +89,27 @@ class ChangingCalls(Access):
         )  # fmt: skip
 
     def TakeLease(self, request: pb.LeaseRequest, context: Context) -> pb.LeaseResponse:
-        """See `Hub.lease`."""
+        """See `Hub.lease`; who may read alone takes short leases, under a name that nobody else can take."""
         caller, ref = self._caller(context), AdapterRef.parse(request.ref)
-        caller.require("push", ref.full_name)
         seconds = request.seconds if request.HasField("seconds") else None
-        return messages.lease_message(self._acting(caller, context).lease(ref, request.holder, seconds))
+        holder = self._holder(caller, ref, request.holder)
+        if holder != request.holder and (seconds is None or seconds > MAX_READER_SECONDS):
+            caller.require("push", ref.full_name)
+        lease = self._acting(caller, context).lease(ref, holder, seconds)
+        return messages.lease_message(replace(lease, holder=request.holder))
 
     def ReleaseLease(self, request: pb.LeaseRequest, context: Context) -> pb.ReleaseLeaseResponse:
         """See `Hub.release`."""
         caller, ref = self._caller(context), AdapterRef.parse(request.ref)
-        caller.require("push", ref.full_name)
-        self._acting(caller, context).release(ref, request.holder)
+        self._acting(caller, context).release(ref, self._holder(caller, ref, request.holder))
         return pb.ReleaseLeaseResponse()
+
+    def _holder(self, caller: Caller, ref: AdapterRef, said: str) -> str:
+        """Under which name this caller's leases are kept: readers cannot end or shorten what others hold."""
+        if caller.may("push", ref.full_name):
+            return said
+        caller.require("read", ref.full_name)
+        return f"{said} ({caller.subject})"
 
     def ListLeases(self, request: pb.ListLeasesRequest, context: Context) -> pb.ListLeasesResponse:
         """See `Hub.leases`."""

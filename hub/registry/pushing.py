@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 from hub.adapter_dir import FILE_LIMITS, parse_adapter
-from hub.errors import HubError, RefInvalid, UploadLost
+from hub.errors import BlobCorrupt, HubError, RefInvalid, UploadLost
 from hub.refs import LATEST, AdapterRef, Alias, Digest
 from hub.registry.access import Access, Context, one_of
 from hub.registry.grants import Caller
@@ -17,6 +18,7 @@ from hub.remote import messages
 from hub.verify import copy_checked
 from protos.loraplex.v1 import registry_pb2 as pb
 
+MAX_NAMED: Final = 100  # aliases or parents of one push
 T = TypeVar("T")
 
 
@@ -29,15 +31,16 @@ class PushingCalls(Access):
         caller.require("push", ref.full_name)
         owner = _owner(caller, ref)
         missing = []
-        for name, digest, _ in _files(request.files):
-            if not self._uploads.whole(owner, digest) and not self._hub.holds_file(ref.full_name, digest):
-                offset = self._uploads.received(owner, digest)
+        for name, digest, size in _files(request.files):
+            stored = self._hub.holds_file(ref.full_name, digest) and not self._uploads.asked_anew(owner, digest)
+            if not stored and not self._uploads.whole(owner, digest):
+                offset = self._uploads.received(owner, digest, size)
                 missing.append(pb.BeginPushResponse.Missing(name=name, offset=offset))
         return pb.BeginPushResponse(missing=missing)
 
     def Upload(self, parts: Iterator[pb.UploadRequest], context: Context) -> pb.UploadResponse:
         """Take one file in; cut short, what came is kept."""
-        caller = self._caller(context)
+        caller, parts = self._caller(context), self._patience.sent(parts, context)
         first = next(parts, None)
         if first is None or first.WhichOneof("part") != "begin":
             raise RefInvalid("an upload begins with what is uploaded")
@@ -54,6 +57,8 @@ class PushingCalls(Access):
         """Lay the files out, read them as any adapter is read, and make them a version."""
         caller, ref = self._caller(context), AdapterRef.parse(request.ref)
         caller.require("push", ref.full_name)
+        if max(len(request.aliases), len(request.parents)) > MAX_NAMED:
+            raise RefInvalid(f"a push names at most {MAX_NAMED} aliases and {MAX_NAMED} parents")
         aliases = [Alias.parse(alias).name for alias in request.aliases]
         asked = [*aliases, ref.selector.name] if isinstance(ref.selector, Alias) else aliases
         if any(alias != LATEST for alias in asked):
@@ -66,14 +71,14 @@ class PushingCalls(Access):
         owner, files = _owner(caller, ref), _files(request.files)
         with one_of(self._transfers, "transfers"), self._uploads.directory() as directory:
             for name, digest, size in files:
-                if not self._uploads.place(owner, digest, directory / name):
-                    if not self._hub.holds_file(ref.full_name, digest):
-                        raise UploadLost(f"{name} is not here any more: it has to be uploaded again")
-                    with (directory / name).open("xb") as file:
-                        copy_checked(self._hub.storage, digest, size, name, file.write)
+                self._lay_out(owner, ref, name, digest, size, directory)
+            adapter = _without_paths(parse_adapter, directory)
+            for name, digest, _ in files:
+                if adapter.files[name].sha256 != digest:  # damaged between its upload and now, by a crash perhaps
+                    self._uploads.drop(owner, digest)
+                    raise UploadLost(f"{name} was damaged on the server: it has to be uploaded again")
             result = self._acting(caller, context).publish(
-                _without_paths(parse_adapter, directory), ref,
-                located=messages.base_of(request.base) if request.HasField("base") else None,
+                adapter, ref, located=messages.base_of(request.base) if request.HasField("base") else None,
                 aliases=aliases, parents=parents, creator=request.creator if request.HasField("creator") else None,
             )  # fmt: skip
         for _, digest, _ in files:
@@ -81,6 +86,19 @@ class PushingCalls(Access):
         return pb.PublishResponse(
             version=messages.version_message(result.version), created=result.created, warnings=result.warnings
         )
+
+    def _lay_out(self, owner: str, ref: AdapterRef, name: str, digest: Digest, size: int, directory: Path) -> None:
+        """One file of a push at its place: as it was uploaded, or as another version of this adapter has it."""
+        if self._uploads.place(owner, digest, directory / name):
+            return
+        if not self._hub.holds_file(ref.full_name, digest):
+            raise UploadLost(f"{name} is not here any more: it has to be uploaded again")
+        try:
+            with self._uploads.new_file(directory / name, size) as write:
+                copy_checked(self._hub.storage, digest, size, name, write)
+        except BlobCorrupt as error:
+            self._uploads.ask_anew(owner, digest)
+            raise UploadLost(f"{name} is damaged in the hub's storage: uploading it again mends that") from error
 
     def _counted(self, parts: Iterator[pb.UploadRequest]) -> Iterator[bytes]:
         for part in parts:

@@ -4,17 +4,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version as installed_version
 from typing import Any, Final
 
 from hub.errors import QueryInvalid
 from hub.refs import AdapterRef, Digest
-from hub.registry.access import CHUNK_BYTES, Access, Context, one_of
+from hub.registry.access import CHUNK_BYTES, Access, Context, check_wanted, one_of
 from hub.registry.parts import in_parts
 from hub.registry.token_calls import grant_messages
 from hub.remote import messages
+from hub.search import Query
+from hub.versions import Version
 from protos.loraplex.v1 import registry_pb2 as pb
 
 MAX_PAGE: Final = 1000
@@ -47,12 +49,19 @@ class ReadingCalls(Access):
         return pb.VersionResponse(version=messages.version_message(found), last_seq=seq)
 
     def ListVersions(self, request: pb.ListVersionsRequest, context: Context) -> Iterator[pb.VersionsPart]:
-        """See `Hub.versions`."""
+        """See `Hub.versions`; read and sent a page at a time, however many they are."""
         caller = self._caller(context)
-        found = self._hub.versions(request.pattern if request.HasField("pattern") else None)
-        allowed = (version for version in found if caller.may("read", version.full_name))
-        for part in in_parts(pb.VersionsPart.Found(version=messages.version_message(version)) for version in allowed):
-            yield pb.VersionsPart(versions=part)
+        query, more = Query(request.pattern if request.HasField("pattern") else None, limit=MAX_PAGE), True
+        while more:
+            check_wanted(context)
+            page = self._hub.search(query)
+            more = page.more
+            if page.versions:
+                query = replace(query, after=_last(page.versions))
+            allowed = (version for version in page.versions if caller.may("read", version.full_name))
+            found = (pb.VersionsPart.Found(version=messages.version_message(version)) for version in allowed)
+            for part in in_parts(found):
+                yield pb.VersionsPart(versions=part)
 
     def Search(self, request: pb.SearchRequest, context: Context) -> Iterator[pb.VersionsPart]:
         """See `Hub.search`: pages are as full for callers who may read little."""
@@ -60,13 +69,17 @@ class ReadingCalls(Access):
         if not 0 < query.limit <= MAX_PAGE:
             raise QueryInvalid(f"a page has 1 to {MAX_PAGE} versions")
         left, more = query.limit, True
+        sees_all = caller.may_everywhere("read")
         while left and more:
-            page = self._hub.search(replace(query, limit=left))
-            more = page.more
+            check_wanted(context)
+            # Who may read few of many still costs few queries.
+            page = self._hub.search(replace(query, limit=left if sees_all else MAX_PAGE))
             allowed = [version for version in page.versions if caller.may("read", version.full_name)]
+            more = page.more or len(allowed) > left
+            del allowed[left:]
             left -= len(allowed)
             if page.versions:
-                query = replace(query, after=(page.versions[-1].full_name, page.versions[-1].number))
+                query = replace(query, after=_last(page.versions))
             found = (
                 pb.VersionsPart.Found(
                     version=messages.version_message(version), aliases=page.aliases.get(version.digest, ())
@@ -123,3 +136,7 @@ def _skip(file: Any, count: int) -> None:
         return
     while count and (passed := len(file.read(min(count, CHUNK_BYTES)))):
         count -= passed
+
+
+def _last(versions: Sequence[Version]) -> tuple[str, int]:
+    return versions[-1].full_name, versions[-1].number

@@ -43,6 +43,7 @@ class TokenCalls(Access):
 
 
 def grant_messages(grants: Iterable[Grant]) -> list[pb.Grant]:
+    """Grants, as messages."""
     return [pb.Grant(namespace=grant.namespace, roles=grant.roles) for grant in grants]
 
 

@@ -57,10 +57,12 @@ class RemoteCalls:
 
 
 def parsed(ref: AdapterRef | str) -> AdapterRef:
+    """A reference, parsed if it is text; raises RefInvalid."""
     return AdapterRef.parse(ref) if isinstance(ref, str) else ref
 
 
 def exact(version: Version) -> AdapterRef:
+    """The reference that always means this version."""
     return replace(AdapterRef.parse(version.full_name), selector=version.digest)
 
 
@@ -72,6 +74,7 @@ def _fits(ref: AdapterRef, version: Version) -> bool:
 
 
 def name_in_cache(ref: AdapterRef, key: str | None) -> str:
+    """Under which name the cache keeps what `ref` means for callers with this key."""
     return str(ref) if key is None else f"{ref} for {key}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hub.gate import Gate, Promotion
+from hub.gate_evaluation import Scores
 from hub.hub import checked_holder
 from hub.refs import AdapterRef, Alias
 from hub.remote import messages
@@ -38,9 +39,9 @@ class RemoteChanges(RemoteCalls):
         request = pb.TagRequest(targets=wanted, alias=Alias.parse(alias).name, expect=expect, split=True)
         return messages.alias_of(self._call("Tag", request).state)
 
-    def promote(self, ref: AdapterRef | str, alias: str, gate: Gate) -> Promotion:
+    def promote(self, ref: AdapterRef | str, alias: str, gate: Gate, scores: Scores | None = None) -> Promotion:
         """See `Hub.promote`; the server compares the numbers."""
-        request = messages.gate_request(str(parsed(ref)), Alias.parse(alias).name, gate)
+        request = messages.gate_request(str(parsed(ref)), Alias.parse(alias).name, gate, scores)
         answer = self._call("Promote", request)
         before = self._version(answer.before) if answer.HasField("before") else None
         return Promotion(self._version(answer.version), before, tuple(answer.passed))

@@ -55,6 +55,7 @@ class RemoteHub(RemoteContent, RemoteChanges, RemoteFollowing):
         """For the verbs that only a shared hub has."""
         return self._connection
 
+
 def _keeps_the_contract(hub: RemoteHub) -> HubFacade:
     """Checked by mypy, never called."""
     return hub
