@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 from hub.errors import AdapterNotFound
 from hub.hub import Hub
 from hub.location import open_local
+from tests.faults.full import times
 from tests.faults.power_cut import VolatileDisk
 from tests.hub.making import lora_tensors, write_adapter
+
+SLICE = times(1, 4)  # every so manyth cut is looked at
 
 
 @dataclass
@@ -51,8 +55,9 @@ def test_a_power_cut_at_every_moment_of_every_write(
             hub.tag("team/x@2", "prod")
             told.prod = 2
             cut()
+            del told.pushed[1]  # from here on it may be gone
             hub.remove("team/x@1")
-            told.removed, told.pushed = frozenset({1}), {2: 1}
+            told.removed = frozenset({1})
             cut()
             hub.sweep(retention_seconds=0, grace_seconds=0)
             cut()
@@ -60,7 +65,8 @@ def test_a_power_cut_at_every_moment_of_every_write(
             told.pushed[3] = 2
             cut()
     assert len(cuts) > 60
-    for number, known in enumerate(cuts):
+    some = random.SystemRandom().randrange(SLICE)
+    for number, known in list(enumerate(cuts))[some::SLICE]:
         check(tmp_path / "after" / str(number) / "made" / "hub", known, sources, tmp_path / "out" / str(number))
 
 
