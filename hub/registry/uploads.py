@@ -5,6 +5,7 @@
 
 A caller reaches only what the same caller uploaded for the same adapter, so knowing a digest gives nobody the bytes,
 and nobody's damaged upload stands in another's way. Names of these files are made here, never taken from the wire.
+Nothing here is flushed to the disk: what a power cut damages is found when it is published, and uploaded again.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Uploads:
         return have if have <= size else 0
 
     def receive(self, owner: str, name: str, digest: Digest, size: int, offset: int, chunks: Iterator[bytes]) -> int:
-        """Append `chunks` from `offset` on; at the end hash the file and keep it, or refuse it and drop what is here.
+        """Append `chunks` from `offset` on; at the end keep the file, or, where its hash is wrong, drop what is here.
 
         Returns the bytes that are here now: less than `size` where the chunks ended early. Raises UploadRefused, and
         UploadLost where `offset` is not where the bytes end.
@@ -83,6 +84,7 @@ class Uploads:
                         file.truncate(have := 0)
                     if have != offset:
                         raise UploadLost(f"{name}: the server has {have} bytes, not {offset}; ask again where to go on")
+                    hasher = _hasher(partial)  # of what is here; the rest is hashed as it comes
                     for chunk in chunks:
                         have += len(chunk)
                         if have > size:
@@ -90,10 +92,10 @@ class Uploads:
                             raise UploadRefused(f"{name}: more bytes came than the {size} announced; all were dropped")
                         _write_all(file, chunk)
                         wrote(len(chunk))
+                        hasher.update(chunk)
                     if have < size:
                         return have
-                    os.fsync(file.fileno())
-            if _sha256(partial) != digest.hex:
+            if hasher.hexdigest() != digest.hex:
                 partial.unlink()
                 raise UploadRefused(f"{name}: the bytes that came are not {digest}; all were dropped")
             partial.rename(whole)
@@ -243,12 +245,12 @@ def _write_all(file: FileIO, chunk: bytes) -> None:
         left = left[file.write(left) :]
 
 
-def _sha256(path: Path) -> str:
+def _hasher(path: Path) -> hashlib._Hash:
     hasher = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             hasher.update(chunk)
-    return hasher.hexdigest()
+    return hasher
 
 
 @contextmanager
