@@ -1,6 +1,7 @@
 """Push and pull of many adapters against `cp` and `sha256sum` of the same bytes, in the same run.
 
     python -m benchmarks.hub_transfer --adapters 100 --megabytes 20          # a local hub
+    python -m benchmarks.hub_transfer --adapters 100 --megabytes 20 --grpc   # and a shared server beside it
     python -m benchmarks.hub_transfer --s3 s3://bucket/prefix?endpoint=…     # credentials: AWS_…
     python -m benchmarks.hub_transfer --seaweed                              # S3 by a SeaweedFS it starts
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hub.hub import Hub
+from hub.facade import HubFacade
+from hub.opening import open_hub
 
 _LAYERS = 4
 
@@ -61,13 +64,13 @@ def yardstick(sources: list[Path], target: Path) -> None:
         subprocess.run(["sha256sum", *files], check=True, stdout=subprocess.DEVNULL)
 
 
-def push(hub: Hub, sources: list[Path]) -> None:
+def push(hub: HubFacade, sources: list[Path]) -> None:
     """Every adapter once."""
     for source in sources:
         hub.push(source, f"bench/{source.name}")
 
 
-def pull(hub: Hub, sources: list[Path], target: Path) -> None:
+def pull(hub: HubFacade, sources: list[Path], target: Path) -> None:
     """Every adapter once."""
     for source in sources:
         hub.pull(f"bench/{source.name}", target / source.name)
@@ -95,9 +98,20 @@ def seaweed_url() -> Iterator[str]:
         yield service.url("bench")
 
 
+@contextmanager
+def shared(url: str, scratch: Path) -> Iterator[str]:
+    """The grpc:// URL of a shared server over the hub at `url`, in a process of its own."""
+    program = [sys.executable, "-c", "from hub.cli import main; main()", "registry", "--hub", url, "--listen",
+               "127.0.0.1:0", "--without-tokens", "--uploads", str(scratch / "uploads")]  # fmt: skip
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().split()[1].removeprefix("hub=")
+        server.terminate()
+
+
 def measure(label: str, url: str, sources: list[Path], scratch: Path, total: float) -> dict[str, float]:
     """One hub's rates; the second pull is from the cache, where there is one."""
-    with Hub.open(url) as hub:
+    with open_hub(url) as hub:
         return {
             f"{label} push": timed(f"{label} push", total, lambda: push(hub, sources)),
             f"{label} pull": timed(f"{label} pull", total, lambda: pull(hub, sources, scratch / f"{label}-1")),
@@ -107,13 +121,35 @@ def measure(label: str, url: str, sources: list[Path], scratch: Path, total: flo
         }
 
 
+def table(options: argparse.Namespace, total: float, rates: dict[str, float], shares: dict[str, float]) -> str:
+    """The page of results."""
+    rows = [f"| {what} | {rate:.0f} | {shares[what]:.0%} |" for what, rate in rates.items()]
+    command = f"python -m benchmarks.hub_transfer --adapters {options.adapters} --megabytes {options.megabytes:g}"
+    command += " --grpc" * options.grpc + " --seaweed" * options.seaweed
+    return "\n".join(
+        [
+            "# Push and pull",
+            "",
+            f"`{command}`, {total:.0f} MB in all, on {os.cpu_count()} shared cores. The yardstick, measured "
+            "before and after and its better run taken, is `cp -r`, `sync` and `sha256sum` of each adapter.",
+            "",
+            "| what | MB/s | of the yardstick |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=10)
     parser.add_argument("--megabytes", type=float, default=20, help="size of each")
     parser.add_argument("--s3", metavar="URL", help="measure a hub with its blobs there, too")
+    parser.add_argument("--grpc", action="store_true", help="measure a shared server on this machine, too")
     parser.add_argument("--seaweed", action="store_true", help="start a SeaweedFS and measure that, too")
+    parser.add_argument("--results", type=Path, help="write a table here")
     parser.add_argument("--directory", type=Path, help="where to write (default: the system's temporary directory)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -127,6 +163,9 @@ def main() -> None:
         name = "cp + sha256sum"
         rates = {name: timed(name, total, lambda: yardstick(sources, scratch / "copy-1"))}
         rates |= measure("local", str(scratch / "hub"), sources, scratch, total)
+        if options.grpc:
+            address = stack.enter_context(shared(str(scratch / "shared-hub"), scratch))
+            rates |= measure("gRPC", address, sources, scratch, total)
         s3 = stack.enter_context(seaweed_url()) if options.seaweed else options.s3
         if s3 is not None:
             rates |= measure("s3", f"file://{scratch / 's3-hub'}?blobs={s3}", sources, scratch, total)
@@ -134,6 +173,8 @@ def main() -> None:
         rates[name] = max(rates[name], timed(name, total, lambda: yardstick(sources, scratch / "copy-2")))
         best = rates[name]
         shares = {what: rate / best for what, rate in rates.items()}
+        if options.results is not None:
+            options.results.write_text(table(options, total, rates, shares))
         if options.json:
             print(json.dumps({"megabytes": total, "rates": rates, "shares": shares}))
         else:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -113,13 +114,16 @@ def _parsed(directory: Path, report: Progress) -> ParsedAdapter:
         sites = _sites(weights)
         shapes = {site: weights.slots[name].shape for name, site in sites.items()}
         ranks = binding.check_consistent(config, shapes)
-        values = _look_at_values(weights, report)
-        norms = _delta_norms(config, ranks, {sites[name]: value for name, value in values.items()})
-        tensors = {
-            name: TensorInfo(slot.dtype, slot.shape, _sha256(weights.bytes_of(name)), sites[name])
-            for name, slot in weights.slots.items()
-        }
-        files[WEIGHTS_FILE] = AdapterFile(WEIGHTS_FILE, len(weights.data), _sha256(weights.data))
+        # Hashing lets go of the interpreter: the whole file is hashed beside the look at its tensors.
+        with ThreadPoolExecutor(1, thread_name_prefix="loraplex-hash") as beside:
+            whole = beside.submit(_sha256, weights.data)
+            values = _look_at_values(weights, report)
+            norms = _delta_norms(config, ranks, {sites[name]: value for name, value in values.items()})
+            tensors = {
+                name: TensorInfo(slot.dtype, slot.shape, _sha256(weights.bytes_of(name)), sites[name])
+                for name, slot in weights.slots.items()
+            }
+            files[WEIGHTS_FILE] = AdapterFile(WEIGHTS_FILE, len(weights.data), whole.result())
         report("checking", len(weights.data), len(weights.data))
     return ParsedAdapter(
         directory=directory,

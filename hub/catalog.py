@@ -360,7 +360,7 @@ def _translated() -> Iterator[None]:
     except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
         # The driver's own words name no path, except when it cannot open the file.
         cause = str(getattr(error, "orig", None) or type(error).__name__).partition("\n")[0]
-        raise HubUnavailable(f"the hub's catalog cannot be used: {cause}") from error
+        raise HubUnavailable("the hub's catalog cannot be used", cause) from error
 
 
 def _check_expected(full_name: str, alias: str, held: AliasState | None, expect: int | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 import sqlalchemy as sa
 
@@ -14,6 +15,8 @@ from hub.catalog_writer import Writer, same_version
 from hub.errors import HubUnavailable, NotRestorable, RefInvalid, VersionHeld, VersionNotFound
 from hub.refs import AdapterRef, Alias, Digest, Version
 from hub.versions import Lease
+
+_FORGET_SECONDS: Final = 3600.0
 
 
 def remove(writer: Writer, record: Record) -> Record:
@@ -98,6 +101,8 @@ def unreferenced(connection: sa.Connection, digests: Sequence[Digest], leaving: 
 def lease(writer: Writer, record: Record, holder: str, expires: float | None) -> Lease:
     """Enter or renew a lease; a pin (without end) is also an event."""
     t = tables.leases
+    # Those of servers that died are of no more use, and nobody else takes them away.
+    writer.connection.execute(sa.delete(t).where(t.c.expires < time.time() - _FORGET_SECONDS))
     found = (*same_version(t, record), t.c.holder == holder)
     row = writer.connection.execute(sa.select(t).where(*found)).first()
     if row is None:

@@ -72,6 +72,11 @@ class HubUnavailable(HubError):
 
     reason = "HUB_UNAVAILABLE"
 
+    def __init__(self, message: str = "", detail: str | None = None) -> None:
+        """`detail` is what a database said: its words may name hosts and users, so a shared server keeps them."""
+        super().__init__(message if detail is None else f"{message}: {detail}")
+        self.public = message
+
 
 class HubNotFound(HubUnavailable):
     """There is no hub where one is to be read; a push makes it."""

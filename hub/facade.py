@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from hub.gate import Gate, Promotion
+from hub.gate_evaluation import Scores
 from hub.lineage import Lineage
 from hub.progress import Progress
 from hub.refs import AdapterRef, Digest
@@ -86,8 +87,8 @@ class HubFacade(Protocol):
     ) -> AliasState:
         """Point `alias` at several versions of one adapter with weights from 1 to 1,000,000 (a canary)."""
 
-    def promote(self, ref: AdapterRef | str, alias: str, gate: Gate) -> Promotion:
-        """Point `alias` at the version `ref` names, provided its recorded metrics meet `gate`."""
+    def promote(self, ref: AdapterRef | str, alias: str, gate: Gate, scores: Scores | None = None) -> Promotion:
+        """Point `alias` at the version `ref` names, provided its metrics meet `gate`: recorded ones, and `scores`."""
 
     def rollback(self, full_name: str, alias: str, expect: int | None = None) -> AliasState:
         """Give `alias` back what it held before its last move; again: the move before that."""

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from hub.blobs.local import sync_directory
 from hub.errors import HubUnavailable
 from hub.place import Place
 
@@ -30,7 +31,7 @@ def make(place: Place) -> None:
         if _read(place) is None:
             _write_bucket(place)
         return
-    directory.mkdir(parents=True, exist_ok=True)
+    _make_directory(directory)
     # Another process may just be writing the files.
     if all(path.name.startswith(_OURS) for path in directory.iterdir()):
         write(place)
@@ -46,8 +47,9 @@ def write(place: Place) -> None:
                 raise HubUnavailable(f"somebody else just made the hub in {place.directory} with other blobs")
     if place.directory is not None:
         temporary = place.directory / f".FORMAT.{uuid.uuid4().hex}"
-        temporary.write_text(_FORMAT)
+        _write_through(temporary, _FORMAT)
         temporary.replace(place.directory / "FORMAT")
+        sync_directory(place.directory)
 
 
 def bring_up(place: Place) -> None:
@@ -106,8 +108,26 @@ def _write_once(directory: Path, name: str, text: str) -> None:
     """Write a small file that nobody ever writes again."""
     temporary = directory / f".{name}.{uuid.uuid4().hex}"
     try:
-        temporary.write_text(text)
+        _write_through(temporary, text)
         with suppress(FileExistsError):
             os.link(temporary, directory / name)
+        sync_directory(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_through(path: Path, text: str) -> None:
+    """A new file whose bytes survive a power cut."""
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _make_directory(directory: Path) -> None:
+    """A directory whose name, and its parents', survive a power cut."""
+    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for each in reversed(missing):
+        with suppress(PermissionError):  # written to and not read: a drop box
+            sync_directory(each.parent)

@@ -3,6 +3,7 @@
     require = ["f1 >= 0.8", "test.loss < 1.2"]   # numbers the version must have
     no_lower = {f1 = 0.01}                       # may fall by at most this below what the alias holds now
     no_higher = {"test.loss" = 0}                # may rise by at most this above it
+    [evaluate]                                   # optional: measure first, see `hub.gate_evaluation`
 
 Nested metrics are named with dots. A metric that is not recorded fails. Where the alias holds nothing yet, or what it
 holds lacks the metric, there is nothing to compare with: `no_lower` and `no_higher` then only ask that the version has
@@ -19,11 +20,12 @@ from typing import Any, Final, Self
 
 from hub import json_text
 from hub.errors import GateMalformed, GateRefused, QueryInvalid
+from hub.gate_evaluation import Evaluation, Scores
 from hub.search import METRIC_NAME, MetricTest, metric_numbers
 from hub.versions import Version
 
 MAX_GATE_BYTES: Final = 64 * 1024
-_KEYS = ("require", "no_lower", "no_higher")
+_KEYS = ("require", "no_lower", "no_higher", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Gate:
     require: tuple[MetricTest, ...] = ()
     no_lower: Mapping[str, float] = field(default_factory=dict)
     no_higher: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Evaluation | None = None  # measured before the conditions are compared, by whoever promotes
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -50,10 +53,10 @@ class Gate:
             data = path.read_bytes()
         except OSError as error:
             raise GateMalformed(f"{path} cannot be read: {error.strerror}") from error
-        return cls.parse(data, path.name)
+        return cls.parse(data, path.name, path.parent)
 
     @classmethod
-    def parse(cls, data: bytes, name: str = "the gate") -> Self:
+    def parse(cls, data: bytes, name: str = "the gate", directory: Path = Path()) -> Self:
         """The gate in JSON (where the name ends so, or the text begins with a brace) or TOML; raises GateMalformed."""
         try:
             if len(data) > MAX_GATE_BYTES:
@@ -68,20 +71,25 @@ class Gate:
                 tuple(map(_test, _list(value.get("require", [])))),
                 _slack(value.get("no_lower", {}), "no_lower"),
                 _slack(value.get("no_higher", {}), "no_higher"),
+                Evaluation.parse(value["evaluate"], directory) if "evaluate" in value else None,
             )
-            if gate == cls():
-                raise ValueError(f"asks for nothing; known: {', '.join(_KEYS)}")
+            if not (gate.require or gate.no_lower or gate.no_higher):
+                raise ValueError(f"asks for nothing; known: {', '.join(_KEYS[:3])}")
         except (ValueError, QueryInvalid) as error:
             raise GateMalformed(f"{name}: {error}") from error
         return gate
 
-    def check(self, version: Version, current: Version | None) -> tuple[str, ...]:
+    def check(self, version: Version, current: Version | None, scores: Scores | None = None) -> tuple[str, ...]:
         """Every condition with its numbers, all met by `version`; `current` is what the alias holds.
+
+        `scores` were measured just now and count before recorded metrics of the same name.
 
         Raises GateRefused, naming all that failed.
         """
-        have = dict(metric_numbers(version.manifest.metrics))
+        have = dict(metric_numbers(version.manifest.metrics)) | dict(scores.candidate if scores else {})
         had = dict(metric_numbers(current.manifest.metrics)) if current is not None else {}
+        if current is not None and scores is not None and scores.current_digest == current.digest:
+            had |= scores.current
         passed: list[str] = []
         failed: list[str] = []
         for test in self.require:

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import fnmatch
-import io
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Final, Self
 
-from hub import catalog, fsck, location, pull, verify
+from hub import catalog, fsck, location, publishing, pull, verify
 from hub.adapter_dir import ParsedAdapter, parse_adapter
 from hub.base import base_identity
 from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
 from hub.errors import (
-    AdapterChanged,
     AdapterNotFound,
-    BaseMismatch,
+    AliasMoved,
     BlobCorrupt,
-    BlobsSwept,
     FileNotInVersion,
+    QueryInvalid,
     RefInvalid,
 )
 from hub.fingerprint import known_shapes
 from hub.gate import Gate, Promotion
+from hub.gate_evaluation import Scores
 from hub.lineage import Lineage, relation, trace
 from hub.manifest import Manifest
 from hub.progress import Progress
-from hub.refs import LATEST, AdapterRef, Alias, Digest
+from hub.publishing import identity_of, pushed_aliases, warnings_of
+from hub.refs import AdapterRef, Alias, Digest
 from hub.search import Page, Query
 from hub.splitting import checked_split
 from hub.sweep import GRACE_SECONDS, RETENTION_SECONDS, collect
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from hub.facade import HubFacade
 
 __all__ = ["AliasState", "Event", "Hub", "Lease", "Problem", "PushResult", "Swept", "Version"]
-_PUSH_ATTEMPTS = 5
+MAX_LEASE_SECONDS: Final = 10 * 365 * 24 * 3600.0
 
 
 class Hub:
@@ -148,8 +148,9 @@ class Hub:
         manifest = Manifest.of(
             adapter, name=ref.full_name, base=identity, parents=parents, creator=creator, created=catalog.now(),
         )  # fmt: skip
-        record, created = self._publish(adapter, manifest, wanted, progress)
-        return PushResult(self._version(record), created, _warnings(adapter, identity))
+        publishing.check_manifest(manifest)
+        record, created = publishing.publish(self._blobs, self._catalog, adapter, manifest, wanted, progress)
+        return PushResult(self._version(record), created, warnings_of(adapter, identity))
 
     def resolve(self, ref: AdapterRef | str, key: str | None = None) -> Version:
         """The version `ref` names now; raises AdapterNotFound, VersionNotFound or AliasNotFound.
@@ -257,19 +258,23 @@ class Hub:
         wanted = checked_split([(_parsed(ref), weight) for ref, weight in targets])
         return self._catalog.tag(wanted, Alias.parse(alias).name, expect)
 
-    def promote(self, ref: AdapterRef | str, alias: str, gate: Gate) -> Promotion:
-        """Point `alias` at the version `ref` names, provided its recorded metrics meet `gate`.
+    def promote(self, ref: AdapterRef | str, alias: str, gate: Gate, scores: Scores | None = None) -> Promotion:
+        """Point `alias` at the version `ref` names, provided its metrics meet `gate`: those recorded, and `scores`.
 
         Comparisons with what the alias holds are made with what it holds at the moment it moves: where it moved
-        meanwhile, AliasMoved. Raises GateRefused, naming every number that failed, and what `resolve` raises.
+        meanwhile, also while `scores` were measured, AliasMoved. Raises GateRefused, naming every number that failed,
+        and what `resolve` raises.
         """
         target, name = _parsed(ref), Alias.parse(alias).name
         version = self.resolve(target)
         held = self.aliases(version.full_name).get(name)
         current = self.get(held.digest) if held is not None else None
-        passed = gate.check(version, current)
+        compares = bool(gate.no_lower or gate.no_higher)
+        if scores is not None and compares and scores.current_digest != (current.digest if current else None):
+            raise AliasMoved(f"{version.full_name}:{name} was moved while the evaluation ran")
+        passed = gate.check(version, current, scores)
         exact = replace(target, selector=version.digest)
-        note = f"promote: {'; '.join(passed)}"[:500]
+        note = f"promote: {'; '.join([*passed, scores.source] if scores else passed)}"[:500]
         self._catalog.tag([(exact, 1)], name, None, generation=held.generation if held else 0, note=note)
         return Promotion(version, current, passed)
 
@@ -309,9 +314,9 @@ class Hub:
         """Keep the version `ref` names from being removed, for `seconds` from now or (None) until released: a pin.
 
         Called again by the same holder it sets the end anew. Raises what `resolve` raises, RefInvalid for a holder
-        that is no short printable line.
+        that is no short printable line, QueryInvalid for a time that is no number or longer than ten years.
         """
-        return self._catalog.lease(_parsed(ref), checked_holder(holder), seconds)
+        return self._catalog.lease(_parsed(ref), checked_holder(holder), _checked_time(seconds))
 
     def release(self, ref: AdapterRef | str, holder: str) -> None:
         """Take a lease or pin back; nothing happens where there is none. Raises what `resolve` raises."""
@@ -361,43 +366,9 @@ class Hub:
         except AdapterNotFound:
             return None
 
-    def _publish(
-        self, adapter: ParsedAdapter, manifest: Manifest, aliases: Sequence[str], progress: Progress | None
-    ) -> tuple[catalog.Record, bool]:
-        """Store the bytes and enter the version; once more where a sweep took some of them in between."""
-        for attempt in range(_PUSH_ATTEMPTS):
-            try:
-                self._store_files(adapter, progress)
-                # Known content keeps its manifest; storing that again mends a damaged copy.
-                known = self._catalog.find(manifest.name, manifest.content)
-                data = known.manifest if known is not None else manifest.canonical()
-                digest, _ = self._blobs.put(io.BytesIO(data))
-                needed = [digest, *(file.sha256 for file in adapter.files.values())]
-                publication = catalog.Publication(manifest.name, digest, manifest.content, data)
-                return self._catalog.publish(
-                    publication,
-                    aliases,
-                    lambda needed=needed: not all(map(self._blobs.has, needed)),  # type: ignore[misc]
-                )
-            except BlobsSwept:
-                if attempt + 1 == _PUSH_ATTEMPTS:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
-
     def _version(self, record: catalog.Record) -> Version:
         manifest = self._manifest(record)
         return Version(record.full_name, record.number, record.digest, manifest, manifest.created)
-
-    def _store_files(self, adapter: ParsedAdapter, progress: Progress | None) -> None:
-        done = 0
-        for file in adapter.files.values():
-            with (adapter.directory / file.name).open("rb") as source:
-                digest, _ = self._blobs.put(source)
-            if digest != file.sha256:
-                raise AdapterChanged(f"{file.name} changed while it was being pushed; nothing was published")
-            done += file.bytes
-            if progress is not None:
-                progress("storing", done, adapter.bytes)
 
 
 def check_has(version: Version, filename: str) -> None:
@@ -419,44 +390,15 @@ def checked_holder(text: str) -> str:
     return text
 
 
+def _checked_time(seconds: float | None) -> float | None:
+    # NaN would be kept as NULL, which is a pin.
+    if seconds is not None and not abs(seconds) <= MAX_LEASE_SECONDS:
+        raise QueryInvalid("a lease lasts at most ten years; a pin has no end")
+    return seconds
+
+
 def _parsed(ref: AdapterRef | str) -> AdapterRef:
     return AdapterRef.parse(ref) if isinstance(ref, str) else ref
-
-
-def pushed_aliases(ref: AdapterRef) -> list[str]:
-    """The alias that a push to `ref` moves besides "latest"."""
-    if not isinstance(ref.selector, Alias):
-        raise RefInvalid(f"{ref}: the hub numbers versions itself; push to {ref.full_name}")
-    return [] if ref.selector.name == LATEST else [ref.selector.name]
-
-
-def identity_of(adapter: ParsedAdapter, located: BaseIdentity | None) -> BaseIdentity:
-    """The base as `--base` found it, else as loraplex.json says, else as PEFT's config names it."""
-    recorded = adapter.facts.base
-    if located is None:
-        return recorded or BaseIdentity(_portable(adapter.config.base_model_name_or_path), adapter.config.revision)
-    if recorded is None:
-        return located
-    if recorded.fingerprint is not None and recorded.fingerprint != located.fingerprint:
-        raise BaseMismatch(
-            f"the adapter was trained on the base {recorded.name!r} with another fingerprint than {located.name!r} has"
-        )
-    return replace(located, quantization=recorded.quantization)
-
-
-def _portable(name: str | None) -> str | None:
-    """A base's name without the directories of the machine it was trained on."""
-    return Path(name).name if name and name.startswith(("/", "~", ".")) else name or None
-
-
-def _warnings(adapter: ParsedAdapter, identity: BaseIdentity) -> tuple[str, ...]:
-    warnings = []
-    if adapter.changes_nothing:
-        warnings.append("the adapter changes nothing: its delta is zero everywhere (untrained?)")
-    if identity.fingerprint is None:
-        name = identity.name or "unknown"
-        warnings.append(f"the base ({name}) is unverified: give --base to have every tensor checked against it")
-    return tuple(warnings)
 
 
 def _keeps_the_contract(hub: Hub) -> HubFacade:

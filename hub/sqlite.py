@@ -13,6 +13,7 @@ from urllib.parse import quote
 import sqlalchemy as sa
 
 from hub import schema
+from hub.blobs.local import sync_directory
 from hub.errors import HubUnavailable
 
 BUSY_SECONDS: Final = 30.0
@@ -85,6 +86,7 @@ def _create(path: Path) -> None:
         engine.dispose()
         with suppress(FileExistsError):  # somebody else may be first
             os.link(temporary, path)
+        sync_directory(path.parent)
     except (OSError, sqlite3.Error, sa.exc.DBAPIError) as error:
         what = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "the database cannot be made"
         raise HubUnavailable(f"the hub cannot be created: {what}") from error

@@ -15,7 +15,7 @@ from hub.safetensors_file import TensorSlot
 MAX_ELEMENT: Final = 1e5
 MAX_NORM: Final = 1e6
 MAX_DELTA_NORM: Final = 1e6  # of scaling · ‖A‖ · ‖B‖, a bound on the norm of what an adapter adds to one weight
-_CHUNK_BYTES = 8 * 1024 * 1024
+_CHUNK_BYTES = 256 * 1024  # with its copies inside a core's cache
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 

@@ -18,6 +18,7 @@ from server.errors import BaseUnavailable
 if TYPE_CHECKING:
     from hub.facade import HubFacade
     from server.adapters.directory import AdapterDirectory
+    from server.adapters.hub_leases import HubLeases
     from server.engine.engine import Engine
     from server.metrics import Metrics
 
@@ -152,6 +153,13 @@ class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     show_default=True,
     help="Time that running requests get after SIGTERM.",
 )
+@click.option(
+    "--lease-seconds",
+    type=click.FloatRange(min=0, max=3600),
+    default=_SERVER.lease_seconds,
+    show_default=True,
+    help="For how long the hub may not remove the versions held here; renewed meanwhile. 0: take no leases.",
+)
 def serve(hub: str | None, **options: Any) -> int:
     """Serve one base model with any mix of adapters, over gRPC.
 
@@ -176,6 +184,7 @@ def serve(hub: str | None, **options: Any) -> int:
         listen=options["listen"],
         metrics_port=options["metrics_port"],
         drain_seconds=options["drain_seconds"],
+        lease_seconds=options["lease_seconds"],
     )
     bound_openmp(config.model.threads)
     # gRPC's core would add its own lines of C++ to what we say about a taken port.
@@ -188,14 +197,20 @@ def serve(hub: str | None, **options: Any) -> int:
 def _serve(config: ServerConfig) -> int:
     from hub.base import locate_base
     from hub.opening import open_hub
+    from server.adapters.hub_leases import HubLeases
     from server.api.serving import Outcome, Parts
     from server.api.serving import serve as run
 
     # What a typing error breaks is found out before anything is bound or loaded.
     locate_base(config.model.base)
     with open_hub(config.hub) as opened:
-        parts = Parts(lambda: _directory(opened), lambda metrics: _engine(config, opened, metrics))
-        outcome = asyncio.run(run(config, parts, announce=_announce, progress=_progress))
+        leases = HubLeases(opened, config.lease_seconds) if config.lease_seconds else None
+        parts = Parts(lambda: _directory(opened), lambda metrics: _engine(config, opened, leases, metrics))
+        try:
+            outcome = asyncio.run(run(config, parts, announce=_announce, progress=_progress))
+        finally:
+            if leases is not None:
+                leases.close()
     if outcome is Outcome.ABANDONED:
         # A thread is still inside the model library; the interpreter's own end would pull the floor from under it.
         sys.stdout.flush()
@@ -224,7 +239,7 @@ def _directory(hub: HubFacade) -> AdapterDirectory:
     return AdapterDirectory(hub)
 
 
-def _engine(config: ServerConfig, hub: HubFacade, metrics: Metrics) -> Engine:
+def _engine(config: ServerConfig, hub: HubFacade, leases: HubLeases | None, metrics: Metrics) -> Engine:
     import torch
 
     from server.adapters.directory import hub_fetch
@@ -234,7 +249,11 @@ def _engine(config: ServerConfig, hub: HubFacade, metrics: Metrics) -> Engine:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BaseUnavailable(f"there is no device {device} here; PyTorch sees {torch.cuda.device_count()} GPUs")
     try:
-        return Engine.build(config.model, config.engine, hub_fetch(hub), metrics)
+        if leases is None:
+            return Engine.build(config.model, config.engine, hub_fetch(hub), metrics)
+        engine = Engine.build(config.model, config.engine, hub_fetch(hub, leases.fetched), metrics)
+        leases.follow(lambda: {each.digest for each in engine.adapters.list()})
+        return engine
     except (MemoryError, RuntimeError) as error:
         # PyTorch says "out of memory" on a GPU and "can't allocate memory" or "not enough memory" on a CPU.
         if not isinstance(error, MemoryError) and "memory" not in str(error):

@@ -81,6 +81,11 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
     "--n", "samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers to draw, each its own."
 )
 @click.option(
+    "--routing-key",
+    metavar="KEY",
+    help="Picks from a split alias: the same key gets the same version (a user, a session).",
+)
+@click.option(
     "--chat/--raw", default=True, show_default=True, help="PROMPT as a user's message, or continued as it is."
 )
 @_json_option
@@ -96,6 +101,7 @@ def generate(
     grammar: str | None,
     choice: str | None,
     samples: int,
+    routing_key: str | None,
     chat: bool,
     as_json: bool,
 ) -> int:
@@ -108,6 +114,8 @@ def generate(
         options["max_new_tokens"] = max_new_tokens
     if seed is not None:
         options["seed"] = seed
+    if routing_key is not None:
+        options["routing_key"] = routing_key
     if samples > 1:
         options["n"] = samples
     _add_structure(options, json_schema, regex, grammar, choice)

@@ -42,6 +42,7 @@ class Options(TypedDict, total=False):
     ignore_eos: bool
     logprobs: int  # n: the log-probability of every token and of the n best at its place
     n: int  # answers to draw; all of them are in `Answer.candidates`
+    routing_key: str  # picks from split aliases: the same key gets the same version
     json_schema: Mapping[str, Any] | str  # of these four one at most: what the whole answer must be
     regex: str
     grammar: str  # llguidance's dialect of Lark
@@ -204,6 +205,8 @@ def generate_request(prompt: Prompt, adapters: Adapters, options: Options) -> in
         message.max_new_tokens = options["max_new_tokens"]
     if "logprobs" in options:
         message.logprobs = options["logprobs"]
+    if "routing_key" in options:
+        message.routing_key = options["routing_key"]
     if "n" in options:
         message.n = options["n"]
     _set_structure(message, options)

@@ -68,3 +68,4 @@ class ServerConfig:
     listen: str = "127.0.0.1:50051"
     metrics_port: int = 9400  # 0 = any free port; negative = off
     drain_seconds: float = 30.0  # time for running requests after SIGTERM
+    lease_seconds: float = 600.0  # of the leases on held versions, renewed at half of it; 0 = none

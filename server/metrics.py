@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -16,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from server.engine.observer import EngineSnapshot
 from server.engine.request import Finish, Request
+from server.version_metrics import VersionMetrics
 
 BASE_LABEL = "base"
 OTHER_LABEL = "other"
@@ -137,6 +139,7 @@ class Metrics:
             buckets=_LOAD_BUCKETS,
         )
         self._errors = Counter("loraplex_errors", "Calls that failed, by reason.", ["reason"], registry=registry)
+        self._versions = VersionMetrics(registry, partial(AdapterLabels, labelled_adapters))
         self._info = Gauge(
             "loraplex_server_info",
             "1; what this server serves.",
@@ -176,6 +179,7 @@ class Metrics:
         label = BASE_LABEL if name is None else self._labels.used(name)
         self._queue.labels(label).observe(queue_seconds)
         self._tokens.labels(label, "prompt").inc(len(request.prompt))
+        self._versions.admitted(request)
 
     def prefix_hit(self, request: Request, tokens: int) -> None:
         """The first `tokens` tokens of a request were found in the KV cache."""
@@ -189,6 +193,7 @@ class Metrics:
         """A request's first token is out."""
         label = self._label(request)
         self._first_token.labels(label).observe(seconds)
+        self._versions.first_token(request, seconds)
         self._tokens.labels(label, "completion").inc()
 
     def tokens(self, request: Request, count: int, seconds: float) -> None:
@@ -198,9 +203,11 @@ class Metrics:
         for _ in range(count):
             gap.observe(seconds / count)
         self._tokens.labels(label, "completion").inc(count)
+        self._versions.tokens(request, count)
 
     def finished(self, request: Request, finish: Finish | None, error: Exception | None) -> None:
         """A request ended. Failed ones are counted where they are answered, by `error`."""
+        self._versions.finished(request, finish, error)
         if finish is not None:
             self._request.labels(self._label(request)).observe(finish.timing.total)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -13,7 +12,8 @@ import click
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, print_table
 from server.cli import bound_openmp
-from server.config import EngineLimits, ModelConfig, Quantization
+from server.config import ModelConfig, Quantization
+from training.comparing import BASE, compare_models
 from training.data import Dataset, digest_of, read_jsonl
 from training.quiet import quiet_libraries
 from training.tasks import MODULES, Task, task_named
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from training.evaluate import Comparison, Difference, Result
     from training.metrics import Measured
 
-BASE = "base"
 TEXT_LOSS = "text_nats_per_token"  # lower is better, unlike every metric of a task
 
 
@@ -99,7 +98,7 @@ def evaluate(
     bound_openmp(threads)
     quiet_libraries()
     config = ModelConfig(base=base, quantization=quantize, threads=threads)
-    comparison, adapters = _compare(chosen, dataset, models, config, hub_url)
+    comparison, adapters = compare_models(chosen, dataset, models, config, hub_url)
     texts = _text_losses(base, models, adapters, text, text_windows) if text is not None else {}
     results = {result.model: _told(result, texts, seed) for result in comparison.results}
     differences = _differences(comparison, texts, compare, seed) if compare is not None else {}
@@ -142,24 +141,6 @@ def evaluate(
         _show(chosen, data, quantize, comparison, results)
         if compare is not None:
             _show_differences(compare, chosen, differences)
-
-
-def _compare(
-    task: Task, dataset: Dataset, models: Sequence[str], config: ModelConfig, hub_url: str | None
-) -> tuple[Comparison, Adapters]:
-    from hub.opening import open_existing
-    from server.engine.engine import Engine
-    from training.engine_generator import EngineGenerator, find_adapters, is_adapter_directory
-    from training.evaluate import evaluate
-
-    names = [model for model in models if model != BASE]
-    with ExitStack() as stack:
-        in_hub = [name for name in names if not is_adapter_directory(name)]
-        hub = stack.enter_context(open_existing(hub_url)) if in_hub else None
-        adapters = find_adapters(names, hub)
-        engine = stack.enter_context(closing(Engine.build(config, EngineLimits(), adapters.fetch)))
-        wanted = [None if model == BASE else model for model in models]
-        return evaluate(task, dataset.examples, wanted, EngineGenerator(engine, adapters.uses)), adapters
 
 
 def _text_losses(base: str, models: Sequence[str], adapters: Adapters, text: Path, windows: int) -> dict[str, Measured]:

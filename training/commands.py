@@ -12,3 +12,6 @@ COMMANDS: tuple[Command, ...] = (
     Command("eval", "training.cli_eval:evaluate", "Score the base and adapters on a task, side by side.", "Training"),
     Command("demo", "training.demo.cli:demo", "See it all once: data, adapters, hub, server, merge.", "Training"),
 )
+
+# What runs the evaluation that a promotion's gate names, see `hub.gate_evaluation`.
+EVALUATOR = "training.gate_evaluator:measure"

@@ -112,6 +112,7 @@ class LocalBlobStore(BlobStore):
             for directory in (self._blobs, self._staging):
                 directory.mkdir(parents=True, exist_ok=True)
             sync_directory(self._root)
+            sync_directory(self._root.parent)
 
     def _path(self, digest: Digest) -> Path:
         hex_digits = Digest.parse(digest).hex  # parsed again: a path is made of it

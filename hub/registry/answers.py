@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import Any, NoReturn
 
 import grpc
 
-from hub.errors import HubError, ServerBusy
+from hub.errors import HubError, HubUnavailable, ServerBusy
+from hub.registry.patience import Patience
 from hub.remote.status import DRAINING_REASON, INTERNAL_REASON, answer_for, trailing
 
 log = logging.getLogger(__name__)
@@ -19,9 +21,10 @@ _PREFIX = "/loraplex.v1.Registry/"
 class Answers(grpc.ServerInterceptor):  # type: ignore[type-arg]  # no subscript at run time
     """Around every method of the registry. `done` is told method, reason ("OK" for none) and seconds."""
 
-    def __init__(self, done: Callable[[str, str, float], None], admit: Callable[[], bool]) -> None:
+    def __init__(self, done: Callable[[str, str, float], None], admit: Callable[[], bool], patience: Patience) -> None:
         self._done = done
         self._admit = admit
+        self._patience = patience
 
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
         """The method's handler, guarded; health and reflection as they are."""
@@ -53,12 +56,17 @@ class Answers(grpc.ServerInterceptor):  # type: ignore[type-arg]  # no subscript
 
         return guarded
 
-    def _streamed(self, behaviour: Callable[[Any, Any], Iterator[Any]], method: str) -> Callable[[Any, Any], Any]:
+    def _streamed(
+        self, behaviour: Callable[[Any, Any], Generator[Any, None, None]], method: str
+    ) -> Callable[[Any, Any], Any]:
         def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             begun = time.monotonic()
             try:
                 self._check()
-                yield from behaviour(request, context)
+                with closing(behaviour(request, context)) as parts:
+                    for part in parts:
+                        with self._patience.waiting(context):
+                            yield part
             except Exception as error:
                 self._refuse(context, method, error, begun)
             self._done(method, "OK", time.monotonic() - begun)
@@ -77,6 +85,8 @@ class Answers(grpc.ServerInterceptor):  # type: ignore[type-arg]  # no subscript
             reason = "CANCELLED"  # the caller left, and whatever was raised came of that
         elif reason == INTERNAL_REASON:
             log.error("%s failed", method, exc_info=error)
+        elif isinstance(error, HubUnavailable) and str(error) != message:
+            log.error("%s: %s", method, error)  # in full here, and only here
         self._done(method, reason, time.monotonic() - begun)
         context.set_trailing_metadata(trailing(status, message, reason))
         context.abort(status, message)

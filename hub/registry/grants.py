@@ -3,7 +3,7 @@
     grant     = namespace ":" role ["," role …]        "team:push,promote", "*:read", ".:admin"
     namespace = a namespace, "." (adapters without one) or "*" (all)
 
-    read     resolve, pull, list, search, log, watch, verify one version
+    read     resolve, pull, list, search, log, watch, verify one version, lease for at most an hour
     push     push new versions (":latest" follows), pin and unpin
     promote  move every other alias: tag, untag, promote, rollback, push with an alias
     admin    everything in the namespace, also rm and restore; for "*" gc, fsck and tokens too

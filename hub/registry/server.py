@@ -19,6 +19,7 @@ from hub.hub import Hub
 from hub.registry.answers import Answers
 from hub.registry.feed import Feed
 from hub.registry.metrics import RegistryMetrics
+from hub.registry.patience import IDLE_SECONDS, Patience
 from hub.registry.service import RegistryService, ServiceLimits
 from hub.registry.tokens import TokenStore
 from hub.registry.uploads import MAX_STAGED_BYTES, Uploads
@@ -41,6 +42,7 @@ class RegistryConfig:
     metrics_port: int = -1  # 0: any free one, -1: off
     drain_seconds: float = 30.0
     max_staged_bytes: int = MAX_STAGED_BYTES
+    idle_seconds: float = IDLE_SECONDS  # a call whose caller sends and takes nothing for so long is ended
     limits: ServiceLimits = field(default_factory=ServiceLimits)
 
 
@@ -54,14 +56,15 @@ class RegistryServer:
         self._config = config
         self._metrics = RegistryMetrics()
         self._feed = Feed(hub)
+        self._patience = Patience(config.idle_seconds)
         self._draining = threading.Event()
         limits = config.limits
         uploads = Uploads(config.uploads, max_staged_bytes=config.max_staged_bytes)
-        self._service = RegistryService(hub, tokens, uploads, self._feed, self._metrics, limits)
+        self._service = RegistryService(hub, tokens, uploads, self._feed, self._patience, self._metrics, limits)
         threads = limits.max_watches + limits.max_transfers + limits.max_checks + _SPARE_CALLS
         self._server = grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="loraplex-registry"),
-            interceptors=[Answers(self._metrics.done, lambda: not self._draining.is_set())],
+            interceptors=[Answers(self._metrics.done, lambda: not self._draining.is_set(), self._patience)],
             options=_options(),
         )
         self._health = health.HealthServicer()
@@ -75,6 +78,7 @@ class RegistryServer:
             self._bind_metrics()
         except BaseException:
             self._feed.close()
+            self._patience.close()
             raise
 
     def start(self) -> Self:
@@ -91,6 +95,7 @@ class RegistryServer:
         self._service.closing.set()
         self._feed.close()  # watches wake and end
         self._server.stop(self._config.drain_seconds if grace is None else grace).wait()
+        self._patience.close()
         if self._http is not None:
             (http, thread), self._http = self._http, None
             http.shutdown()

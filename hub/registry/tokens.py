@@ -155,7 +155,7 @@ def _translated() -> Iterator[None]:
         yield
     except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
         cause = str(getattr(error, "orig", None) or type(error).__name__).partition("\n")[0]
-        raise HubUnavailable(f"the hub's tokens cannot be read or written: {cause}") from error
+        raise HubUnavailable("the hub's tokens cannot be read or written", cause) from error
 
 
 def _hash(salt: bytes, secret: str) -> str:

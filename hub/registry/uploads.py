@@ -5,6 +5,7 @@
 
 A caller reaches only what the same caller uploaded for the same adapter, so knowing a digest gives nobody the bytes,
 and nobody's damaged upload stands in another's way. Names of these files are made here, never taken from the wire.
+Nothing here is flushed to the disk: what a power cut damages is found when it is published, and uploaded again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +30,8 @@ from hub.refs import Digest
 KEEP_SECONDS: Final = 24 * 3600.0
 MAX_STAGED_BYTES: Final = 256 * 1024**3
 _CHUNK: Final = 1024 * 1024
+_BLOCK: Final = 4096
+_PUSH: Final = "push-"
 
 
 class Uploads:
@@ -42,6 +46,8 @@ class Uploads:
         self._lock = threading.Lock()
         self._busy: dict[Path, _Turn] = {}
         self._swept = 0.0
+        self._reserved = 0  # bytes that uploads under way may still write
+        self._anew: set[Path] = set()  # files whose copies in the hub turned out damaged
         with _translated():
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -49,15 +55,16 @@ class Uploads:
         """Whether all of this file is here."""
         return self._path(owner, digest).is_file()
 
-    def received(self, owner: str, digest: Digest) -> int:
-        """How many bytes are here of a file that is not whole."""
+    def received(self, owner: str, digest: Digest, size: int) -> int:
+        """How many bytes are here of a file of `size` bytes that is not whole."""
         try:
-            return _partial(self._path(owner, digest)).stat().st_size
+            have = _partial(self._path(owner, digest)).stat().st_size
         except FileNotFoundError:
             return 0
+        return have if have <= size else 0
 
     def receive(self, owner: str, name: str, digest: Digest, size: int, offset: int, chunks: Iterator[bytes]) -> int:
-        """Append `chunks` from `offset` on; at the end hash the file and keep it, or refuse it and drop what is here.
+        """Append `chunks` from `offset` on; at the end keep the file, or, where its hash is wrong, drop what is here.
 
         Returns the bytes that are here now: less than `size` where the chunks ended early. Raises UploadRefused, and
         UploadLost where `offset` is not where the bytes end.
@@ -67,23 +74,28 @@ class Uploads:
         with self._alone(whole), _translated():
             if whole.is_file():
                 return size
-            self._check_room(size - offset)
-            whole.parent.mkdir(exist_ok=True, mode=0o700)
-            partial = _partial(whole)
-            # Unbuffered: what came before a cut is there when the client asks where to go on.
-            with partial.open("ab", buffering=0) as file:
-                have = file.tell()
-                if have != offset:
-                    raise UploadLost(f"{name}: the server has {have} bytes, not {offset}; ask again where to go on")
-                for chunk in chunks:
-                    have += len(chunk)
-                    if have > size:
-                        partial.unlink()
-                        raise UploadRefused(f"{name}: more bytes came than the {size} announced; all were dropped")
-                    file.write(chunk)
-                if have < size:
-                    return have
-            if _sha256(partial) != digest.hex:
+            with self._room(size - min(offset, size)) as wrote:
+                whole.parent.mkdir(exist_ok=True, mode=0o700)
+                partial = _partial(whole)
+                # Unbuffered: what came before a cut is there when the client asks where to go on.
+                with partial.open("ab", buffering=0) as file:
+                    have = file.tell()
+                    if have > size:  # of an upload that announced more bytes under this digest
+                        file.truncate(have := 0)
+                    if have != offset:
+                        raise UploadLost(f"{name}: the server has {have} bytes, not {offset}; ask again where to go on")
+                    hasher = _hasher(partial)  # of what is here; the rest is hashed as it comes
+                    for chunk in chunks:
+                        have += len(chunk)
+                        if have > size:
+                            partial.unlink()
+                            raise UploadRefused(f"{name}: more bytes came than the {size} announced; all were dropped")
+                        _write_all(file, chunk)
+                        wrote(len(chunk))
+                        hasher.update(chunk)
+                    if have < size:
+                        return have
+            if hasher.hexdigest() != digest.hex:
                 partial.unlink()
                 raise UploadRefused(f"{name}: the bytes that came are not {digest}; all were dropped")
             partial.rename(whole)
@@ -93,12 +105,18 @@ class Uploads:
     def directory(self) -> Iterator[Path]:
         """A new directory to lay a push out in, gone afterwards."""
         with _translated():
-            directory = self._root / f"push-{uuid.uuid4().hex}"
+            directory = self._root / f"{_PUSH}{uuid.uuid4().hex}"
             directory.mkdir(mode=0o700)
         try:
             yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+
+    @contextmanager
+    def new_file(self, target: Path, size: int) -> Iterator[Callable[[bytes], object]]:
+        """Make `target`, of at most `size` bytes, in a `directory()`; what is given is called with them."""
+        with _translated(), self._room(size), target.open("xb") as file:
+            yield file.write
 
     def place(self, owner: str, digest: Digest, target: Path) -> bool:
         """Put a whole upload at `target`; False where there is none."""
@@ -111,32 +129,70 @@ class Uploads:
 
     def drop(self, owner: str, digest: Digest) -> None:
         """Forget a file that was published."""
+        self._anew.discard(self._path(owner, digest))
         with suppress(OSError):
             self._path(owner, digest).unlink()
+
+    def ask_anew(self, owner: str, digest: Digest) -> None:
+        """The hub's own copy of this file is damaged: this caller's next push has to bring the bytes again."""
+        self._anew.add(self._path(owner, digest))
+
+    def asked_anew(self, owner: str, digest: Digest) -> bool:
+        """Whether `ask_anew` was said, and the bytes did not come and go into a version since."""
+        return self._path(owner, digest) in self._anew
 
     def sweep(self, keep_seconds: float = KEEP_SECONDS) -> None:
         """Remove what nobody went on with for so long."""
         before = time.time() - keep_seconds
-        for path in self._root.glob("*/*"):
-            with suppress(OSError):
-                if path.stat().st_mtime < before:
-                    path.unlink()
         for directory in self._root.glob("*"):
             with suppress(OSError):
+                if directory.name.startswith(_PUSH):  # its files may be as old as their upload
+                    if directory.stat().st_mtime < before:
+                        shutil.rmtree(directory)
+                    continue
+                for path in directory.iterdir():
+                    if path.stat().st_mtime < before:
+                        path.unlink()
                 if directory.stat().st_mtime < before:
                     directory.rmdir()  # only where it is empty
 
-    def _check_room(self, wanted: int) -> None:
+    @contextmanager
+    def _room(self, wanted: int) -> Iterator[Callable[[int], None]]:
+        """Keep `wanted` bytes free for this caller; what is given is told of those that were written.
+
+        Raises ServerBusy where others have taken them.
+        """
+        wanted = left = max(wanted, _BLOCK)
         with self._lock:
             if time.monotonic() - self._swept > 3600 or not self._swept:
                 self._swept = time.monotonic()
                 self.sweep()
+            if self._held() + self._reserved + wanted > self._max:
+                raise ServerBusy("the server holds as many bytes of unfinished pushes as it may; try again later")
+            self._reserved += wanted
+
+        def wrote(count: int) -> None:
+            nonlocal left
+            with self._lock:
+                count = min(count, left)
+                left -= count
+                self._reserved -= count
+
+        try:
+            yield wrote
+        finally:
+            with self._lock:
+                self._reserved -= left
+
+    def _held(self) -> int:
+        """The bytes that are here; a file counts as one block at least, so that empty ones are bounded too."""
         held = 0
         for path in self._root.glob("*/*"):
             with suppress(OSError):
-                held += path.stat().st_size
-        if held + wanted > self._max:
-            raise ServerBusy("the server holds as many bytes of unfinished pushes as it may; try again later")
+                found = path.stat()
+                if found.st_nlink == 1 or not path.parent.name.startswith(_PUSH):  # else it is counted where it came
+                    held += max(found.st_size, _BLOCK)
+        return held
 
     def _path(self, owner: str, digest: Digest) -> Path:
         return self._root / hashlib.sha256(owner.encode()).hexdigest()[:32] / Digest.parse(digest).hex
@@ -182,12 +238,19 @@ def _partial(whole: Path) -> Path:
     return whole.with_name(whole.name + ".part")
 
 
-def _sha256(path: Path) -> str:
+def _write_all(file: FileIO, chunk: bytes) -> None:
+    """A raw file may take less than it is given, on a disk that is nearly full."""
+    left = memoryview(chunk)
+    while left:
+        left = left[file.write(left) :]
+
+
+def _hasher(path: Path) -> hashlib._Hash:
     hasher = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             hasher.update(chunk)
-    return hasher.hexdigest()
+    return hasher
 
 
 @contextmanager

@@ -17,8 +17,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import platformdirs
 
@@ -115,13 +116,14 @@ class Cache:
         )
 
     @contextmanager
-    def partial(self, digest: Digest) -> Iterator[BinaryIO]:
+    def partial(self, digest: Digest) -> Iterator[FileIO]:
         """A file to append a download to, that goes on where an earlier one was cut; one process at a time.
 
-        Others meanwhile get a file of their own. Whoever finishes removes it.
+        Others meanwhile get a file of their own. Whoever finishes removes it. Where locks do nothing several write one
+        file, each at its own place in it: what they write there is the same.
         """
         path = self._partial / digest.hex
-        file = path.open("ab+", buffering=0)
+        file = _begun(path)
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,7 +134,7 @@ class Cache:
             if not mine:
                 file.close()
                 path = self._partial / f"{digest.hex}.{uuid.uuid4().hex}"
-                file = path.open("ab+", buffering=0)
+                file = _begun(path)
             try:
                 yield file
             finally:
@@ -166,6 +168,11 @@ class Cache:
 
     def _path(self, name: str) -> Path:
         return self._known / hashlib.sha256(name.encode()).hexdigest()
+
+
+def _begun(path: Path) -> FileIO:
+    """A file to write at one's own place in it, not (as in append mode) at its end; begun or new."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
 
 
 def _read(path: Path) -> Known | None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
-from typing import cast
+from typing import Final, cast
 
 from hub.base_identity import BaseIdentity
 from hub.errors import BlobCorrupt, QueryInvalid
 from hub.gate import Gate
+from hub.gate_evaluation import Scores
 from hub.manifest import Manifest
 from hub.refs import Digest
 from hub.search import COMPARE, METRIC_NAME, MetricTest, Query, parse_bound
 from hub.versions import AliasState, Event, EventKind, Held, Lease, Problem, Target, Version
 from protos.loraplex.v1 import registry_pb2 as pb
+
+MAX_SOURCE_CHARS: Final = 300
 
 
 def version_message(version: Version) -> pb.AdapterVersion:
@@ -144,7 +148,7 @@ def tests_of(messages: Iterable[pb.SearchRequest.MetricTest]) -> tuple[MetricTes
     return tuple(found)
 
 
-def gate_request(ref: str, alias: str, gate: Gate) -> pb.PromoteRequest:
+def gate_request(ref: str, alias: str, gate: Gate, scores: Scores | None) -> pb.PromoteRequest:
     """A promotion's conditions."""
     slack = pb.PromoteRequest.Slack
     return pb.PromoteRequest(
@@ -153,12 +157,34 @@ def gate_request(ref: str, alias: str, gate: Gate) -> pb.PromoteRequest:
         require=test_messages(gate.require),
         no_lower=[slack(metric=name, slack=value) for name, value in gate.no_lower.items()],
         no_higher=[slack(metric=name, slack=value) for name, value in gate.no_higher.items()],
+        scores=_scores_message(scores) if scores is not None else None,
     )
 
 
 def gate_of(message: pb.PromoteRequest) -> Gate:
     """A promotion's conditions, out of a message; raises QueryInvalid."""
     return Gate(tests_of(message.require), _slacks(message.no_lower), _slacks(message.no_higher))
+
+
+def scores_of(message: pb.PromoteRequest) -> Scores | None:
+    """What the caller measured, out of a message; raises QueryInvalid."""
+    if not message.HasField("scores"):
+        return None
+    sent = message.scores
+    for scores in (sent.candidate, sent.current):
+        for name, value in scores.items():
+            if not METRIC_NAME.fullmatch(name) or not math.isfinite(value):
+                raise QueryInvalid(f"{name[:80]!a} is no measured number")
+    if len(sent.source) > MAX_SOURCE_CHARS or not sent.source.isprintable():
+        raise QueryInvalid(f"where scores come from is a line of at most {MAX_SOURCE_CHARS} characters")
+    digest = Digest.parse(sent.current_digest) if sent.HasField("current_digest") else None
+    return Scores(dict(sent.candidate), dict(sent.current), digest, sent.source)
+
+
+def _scores_message(scores: Scores) -> pb.PromoteRequest.Scores:
+    return pb.PromoteRequest.Scores(
+        candidate=scores.candidate, current=scores.current, current_digest=scores.current_digest, source=scores.source
+    )
 
 
 def _slacks(messages: Iterable[pb.PromoteRequest.Slack]) -> dict[str, float]:

@@ -53,7 +53,7 @@ def answer_for(error: Exception) -> tuple[grpc.StatusCode, str, str]:
     for ancestor in type(error).__mro__:
         status = STATUSES.get(ancestor)
         if status is not None and isinstance(error, errors.HubError):
-            message = str(error)
+            message = error.public if isinstance(error, errors.HubUnavailable) else str(error)
             if len(message) > MAX_MESSAGE_CHARS:
                 message = message[: MAX_MESSAGE_CHARS - 1] + "…"
             return status, message, error.reason

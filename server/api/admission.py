@@ -94,7 +94,7 @@ class Admission:
         Raises `InvalidRequest`s, the hub's `RefInvalid`, `AdapterNotFound` and `HubUnavailable`, and `QueueFull`.
         """
         parsed = self._parser.generate(message)
-        adapters = await self.resolve(parsed.adapters)
+        adapters = await self.resolve(parsed.adapters, parsed.routing_key)
         prompt = await self.tokenize(parsed.prompt)
         self._parser.check_fits(len(prompt), parsed.stopping.max_new_tokens)
         if parsed.structure is not None:
@@ -134,13 +134,13 @@ class Admission:
         pieces = partial(self._tokenizer.pieces, ids)
         return pieces() if len(ids) <= INLINE_CHARS // 4 else await self._off_loop(self._tokenizing, pieces)
 
-    async def resolve(self, asked: Sequence[AskedAdapter]) -> tuple[AdapterUse, ...]:
+    async def resolve(self, asked: Sequence[AskedAdapter], key: str | None = None) -> tuple[AdapterUse, ...]:
         """The versions that answer, each digest once: weights of names for the same version are summed."""
         uses: dict[str, AdapterUse] = {}
         for each in asked:
-            found = self._directory.cached(each.ref)
+            found = self._directory.cached(each.ref, key)
             if found is None:
-                found = await self._off_loop(self._resolving, partial(self._directory.resolve, each.ref))
+                found = await self._off_loop(self._resolving, partial(self._directory.resolve, each.ref, key))
             known = uses.get(found.digest)
             if known is None:
                 uses[found.digest] = AdapterUse(found.digest, found.version, each.weight)

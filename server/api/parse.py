@@ -20,6 +20,7 @@ from server.engine.request import Sampling, Stopping, Structure
 from server.errors import ContextExceeded, InvalidRequest, PromptEmpty, StructureInvalid
 
 MAX_REQUEST_ID_CHARS = 128
+MAX_ROUTING_KEY_CHARS = 256
 ROLES = frozenset({"system", "user", "assistant"})
 # Outside these bounds float32 arithmetic on logits overflows or divides by zero.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 100.0
@@ -76,6 +77,7 @@ class ParsedRequest:
     logprobs: int | None
     structure: Structure | None  # its size is bounded; compiling it is left to admission
     samples: int  # answers to draw, >= 1
+    routing_key: str | None  # picks from split aliases
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class RequestParser:
             logprobs=self._logprobs(message),
             structure=self._structure(message),
             samples=self._samples(message),
+            routing_key=_routing_key(message),
         )
 
     def prompt(self, message: wire.GenerateRequest | wire.TokenizeRequest) -> Prompt:
@@ -276,6 +279,14 @@ def _request_id(text: str) -> str:
     if len(text) > MAX_REQUEST_ID_CHARS or not all("\x20" <= char <= "\x7e" for char in itertools.islice(text, 129)):
         raise InvalidRequest(f"request_id must be at most {MAX_REQUEST_ID_CHARS} printable ASCII characters")
     return text
+
+
+def _routing_key(message: wire.GenerateRequest) -> str | None:
+    if not message.HasField("routing_key"):
+        return None
+    if not 0 < len(message.routing_key) <= MAX_ROUTING_KEY_CHARS:
+        raise InvalidRequest(f"routing_key must have 1 to {MAX_ROUTING_KEY_CHARS} characters, or be left out")
+    return message.routing_key
 
 
 def _check_range(field: str, value: float, low: float, high: float, range_words: str) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"protos/loraplex/v1/inference.proto\x12\x0bloraplex.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"?\n\x10\x41\x64\x61pterSelection\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xd0\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x38\n\nlogit_bias\x18\t \x03(\x0b\x32$.loraplex.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"\x9d\x04\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12/\n\x08\x61\x64\x61pters\x18\x05 \x03(\x0b\x32\x1d.loraplex.v1.AdapterSelection\x12\'\n\x08sampling\x18\x06 \x01(\x0b\x32\x15.loraplex.v1.Sampling\x12\x1b\n\x0emax_new_tokens\x18\x07 \x01(\rH\x02\x88\x01\x01\x12\x16\n\x0emin_new_tokens\x18\x08 \x01(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x14\n\x0cstop_strings\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\r \x01(\tH\x01\x12\x0f\n\x05regex\x18\x0e \x01(\tH\x01\x12\x11\n\x07grammar\x18\x0f \x01(\tH\x01\x12&\n\x06\x63hoice\x18\x10 \x01(\x0b\x32\x14.loraplex.v1.ChoicesH\x01\x12\x0e\n\x01n\x18\x11 \x01(\rH\x04\x88\x01\x01\x42\x08\n\x06promptB\x0c\n\nstructuredB\x11\n\x0f_max_new_tokensB\x0b\n\t_logprobsB\x04\n\x02_n\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"B\n\x0fResolvedAdapter\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"e\n\x10PositionLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\"[\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\"\xc3\x01\n\tCandidate\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.loraplex.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12#\n\x06timing\x18\x06 \x01(\x0b\x32\x13.loraplex.v1.Timing\"\xe0\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.loraplex.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12.\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x1c.loraplex.v1.ResolvedAdapter\x12#\n\x06timing\x18\x08 \x01(\x0b\x32\x13.loraplex.v1.Timing\x12\x10\n\x08warnings\x18\t \x03(\t\x12*\n\ncandidates\x18\n \x03(\x0b\x32\x16.loraplex.v1.Candidate\"\xc0\x02\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.loraplex.v1.PositionLogprobs\x12.\n\x08\x61\x64\x61pters\x18\x05 \x03(\x0b\x32\x1c.loraplex.v1.ResolvedAdapter\x12\x30\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x07 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12#\n\x06timing\x18\x08 \x01(\x0b\x32\x13.loraplex.v1.Timing\x12\x10\n\x08warnings\x18\t \x03(\t\x12\r\n\x05index\x18\n \x01(\r\"N\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x42\x08\n\x06prompt\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xb6\x02\n\tModelInfo\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x08 \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\t \x01(\r\x12\x14\n\x0cmax_logprobs\x18\n \x01(\r\x12\x18\n\x10max_adapter_rank\x18\x0b \x01(\r\x12 \n\x18max_adapters_per_request\x18\x0c \x01(\r\x12\x16\n\x0eserver_version\x18\r \x01(\t*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x32\xb5\x02\n\tInference\x12G\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse\x12L\n\x0eGenerateStream\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1a.loraplex.v1.GenerateChunk0\x01\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponse\x12H\n\x0cGetModelInfo\x12 .loraplex.v1.GetModelInfoRequest\x1a\x16.loraplex.v1.ModelInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"protos/loraplex/v1/inference.proto\x12\x0bloraplex.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"?\n\x10\x41\x64\x61pterSelection\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xd0\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x38\n\nlogit_bias\x18\t \x03(\x0b\x32$.loraplex.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"\xc7\x04\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12/\n\x08\x61\x64\x61pters\x18\x05 \x03(\x0b\x32\x1d.loraplex.v1.AdapterSelection\x12\'\n\x08sampling\x18\x06 \x01(\x0b\x32\x15.loraplex.v1.Sampling\x12\x1b\n\x0emax_new_tokens\x18\x07 \x01(\rH\x02\x88\x01\x01\x12\x16\n\x0emin_new_tokens\x18\x08 \x01(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x14\n\x0cstop_strings\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\r \x01(\tH\x01\x12\x0f\n\x05regex\x18\x0e \x01(\tH\x01\x12\x11\n\x07grammar\x18\x0f \x01(\tH\x01\x12&\n\x06\x63hoice\x18\x10 \x01(\x0b\x32\x14.loraplex.v1.ChoicesH\x01\x12\x0e\n\x01n\x18\x11 \x01(\rH\x04\x88\x01\x01\x12\x18\n\x0brouting_key\x18\x14 \x01(\tH\x05\x88\x01\x01\x42\x08\n\x06promptB\x0c\n\nstructuredB\x11\n\x0f_max_new_tokensB\x0b\n\t_logprobsB\x04\n\x02_nB\x0e\n\x0c_routing_key\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"B\n\x0fResolvedAdapter\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"e\n\x10PositionLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\"[\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\"\xc3\x01\n\tCandidate\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.loraplex.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12#\n\x06timing\x18\x06 \x01(\x0b\x32\x13.loraplex.v1.Timing\"\xe0\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.loraplex.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12.\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x1c.loraplex.v1.ResolvedAdapter\x12#\n\x06timing\x18\x08 \x01(\x0b\x32\x13.loraplex.v1.Timing\x12\x10\n\x08warnings\x18\t \x03(\t\x12*\n\ncandidates\x18\n \x03(\x0b\x32\x16.loraplex.v1.Candidate\"\xc0\x02\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.loraplex.v1.PositionLogprobs\x12.\n\x08\x61\x64\x61pters\x18\x05 \x03(\x0b\x32\x1c.loraplex.v1.ResolvedAdapter\x12\x30\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x07 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12#\n\x06timing\x18\x08 \x01(\x0b\x32\x13.loraplex.v1.Timing\x12\x10\n\x08warnings\x18\t \x03(\t\x12\r\n\x05index\x18\n \x01(\r\"N\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x42\x08\n\x06prompt\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xb6\x02\n\tModelInfo\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x08 \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\t \x01(\r\x12\x14\n\x0cmax_logprobs\x18\n \x01(\r\x12\x18\n\x10max_adapter_rank\x18\x0b \x01(\r\x12 \n\x18max_adapters_per_request\x18\x0c \x01(\r\x12\x16\n\x0eserver_version\x18\r \x01(\t*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x32\xb5\x02\n\tInference\x12G\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse\x12L\n\x0eGenerateStream\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1a.loraplex.v1.GenerateChunk0\x01\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponse\x12H\n\x0cGetModelInfo\x12 .loraplex.v1.GetModelInfoRequest\x1a\x16.loraplex.v1.ModelInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2869
-  _globals['_FINISHREASON']._serialized_end=2995
+  _globals['_FINISHREASON']._serialized_start=2911
+  _globals['_FINISHREASON']._serialized_end=3037
   _globals['_CHATMESSAGE']._serialized_start=51
   _globals['_CHATMESSAGE']._serialized_end=95
   _globals['_CHAT']._serialized_start=97
@@ -48,33 +48,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=486
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=534
   _globals['_GENERATEREQUEST']._serialized_start=579
-  _globals['_GENERATEREQUEST']._serialized_end=1120
-  _globals['_CHOICES']._serialized_start=1122
-  _globals['_CHOICES']._serialized_end=1146
-  _globals['_USAGE']._serialized_start=1148
-  _globals['_USAGE']._serialized_end=1205
-  _globals['_RESOLVEDADAPTER']._serialized_start=1207
-  _globals['_RESOLVEDADAPTER']._serialized_end=1273
-  _globals['_TOKENLOGPROB']._serialized_start=1275
-  _globals['_TOKENLOGPROB']._serialized_end=1324
-  _globals['_POSITIONLOGPROBS']._serialized_start=1326
-  _globals['_POSITIONLOGPROBS']._serialized_end=1427
-  _globals['_TIMING']._serialized_start=1429
-  _globals['_TIMING']._serialized_end=1520
-  _globals['_CANDIDATE']._serialized_start=1523
-  _globals['_CANDIDATE']._serialized_end=1718
-  _globals['_GENERATERESPONSE']._serialized_start=1721
-  _globals['_GENERATERESPONSE']._serialized_end=2073
-  _globals['_GENERATECHUNK']._serialized_start=2076
-  _globals['_GENERATECHUNK']._serialized_end=2396
-  _globals['_TOKENIZEREQUEST']._serialized_start=2398
-  _globals['_TOKENIZEREQUEST']._serialized_end=2476
-  _globals['_TOKENIZERESPONSE']._serialized_start=2478
-  _globals['_TOKENIZERESPONSE']._serialized_end=2531
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2533
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2554
-  _globals['_MODELINFO']._serialized_start=2557
-  _globals['_MODELINFO']._serialized_end=2867
-  _globals['_INFERENCE']._serialized_start=2998
-  _globals['_INFERENCE']._serialized_end=3307
+  _globals['_GENERATEREQUEST']._serialized_end=1162
+  _globals['_CHOICES']._serialized_start=1164
+  _globals['_CHOICES']._serialized_end=1188
+  _globals['_USAGE']._serialized_start=1190
+  _globals['_USAGE']._serialized_end=1247
+  _globals['_RESOLVEDADAPTER']._serialized_start=1249
+  _globals['_RESOLVEDADAPTER']._serialized_end=1315
+  _globals['_TOKENLOGPROB']._serialized_start=1317
+  _globals['_TOKENLOGPROB']._serialized_end=1366
+  _globals['_POSITIONLOGPROBS']._serialized_start=1368
+  _globals['_POSITIONLOGPROBS']._serialized_end=1469
+  _globals['_TIMING']._serialized_start=1471
+  _globals['_TIMING']._serialized_end=1562
+  _globals['_CANDIDATE']._serialized_start=1565
+  _globals['_CANDIDATE']._serialized_end=1760
+  _globals['_GENERATERESPONSE']._serialized_start=1763
+  _globals['_GENERATERESPONSE']._serialized_end=2115
+  _globals['_GENERATECHUNK']._serialized_start=2118
+  _globals['_GENERATECHUNK']._serialized_end=2438
+  _globals['_TOKENIZEREQUEST']._serialized_start=2440
+  _globals['_TOKENIZEREQUEST']._serialized_end=2518
+  _globals['_TOKENIZERESPONSE']._serialized_start=2520
+  _globals['_TOKENIZERESPONSE']._serialized_end=2573
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2575
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2596
+  _globals['_MODELINFO']._serialized_start=2599
+  _globals['_MODELINFO']._serialized_end=2909
+  _globals['_INFERENCE']._serialized_start=3040
+  _globals['_INFERENCE']._serialized_end=3349
 # @@protoc_insertion_point(module_scope)

@@ -324,7 +324,7 @@ class AliasResponse(_message.Message):
     def __init__(self, state: _Optional[_Union[AliasState, _Mapping]] = ..., version: _Optional[_Union[AdapterVersion, _Mapping]] = ...) -> None: ...
 
 class PromoteRequest(_message.Message):
-    __slots__ = ("ref", "alias", "require", "no_lower", "no_higher")
+    __slots__ = ("ref", "alias", "require", "no_lower", "no_higher", "scores")
     class Slack(_message.Message):
         __slots__ = ("metric", "slack")
         METRIC_FIELD_NUMBER: _ClassVar[int]
@@ -332,17 +332,44 @@ class PromoteRequest(_message.Message):
         metric: str
         slack: float
         def __init__(self, metric: _Optional[str] = ..., slack: _Optional[float] = ...) -> None: ...
+    class Scores(_message.Message):
+        __slots__ = ("candidate", "current", "current_digest", "source")
+        class CandidateEntry(_message.Message):
+            __slots__ = ("key", "value")
+            KEY_FIELD_NUMBER: _ClassVar[int]
+            VALUE_FIELD_NUMBER: _ClassVar[int]
+            key: str
+            value: float
+            def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+        class CurrentEntry(_message.Message):
+            __slots__ = ("key", "value")
+            KEY_FIELD_NUMBER: _ClassVar[int]
+            VALUE_FIELD_NUMBER: _ClassVar[int]
+            key: str
+            value: float
+            def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+        CANDIDATE_FIELD_NUMBER: _ClassVar[int]
+        CURRENT_FIELD_NUMBER: _ClassVar[int]
+        CURRENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+        SOURCE_FIELD_NUMBER: _ClassVar[int]
+        candidate: _containers.ScalarMap[str, float]
+        current: _containers.ScalarMap[str, float]
+        current_digest: str
+        source: str
+        def __init__(self, candidate: _Optional[_Mapping[str, float]] = ..., current: _Optional[_Mapping[str, float]] = ..., current_digest: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
     REF_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     REQUIRE_FIELD_NUMBER: _ClassVar[int]
     NO_LOWER_FIELD_NUMBER: _ClassVar[int]
     NO_HIGHER_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
     ref: str
     alias: str
     require: _containers.RepeatedCompositeFieldContainer[SearchRequest.MetricTest]
     no_lower: _containers.RepeatedCompositeFieldContainer[PromoteRequest.Slack]
     no_higher: _containers.RepeatedCompositeFieldContainer[PromoteRequest.Slack]
-    def __init__(self, ref: _Optional[str] = ..., alias: _Optional[str] = ..., require: _Optional[_Iterable[_Union[SearchRequest.MetricTest, _Mapping]]] = ..., no_lower: _Optional[_Iterable[_Union[PromoteRequest.Slack, _Mapping]]] = ..., no_higher: _Optional[_Iterable[_Union[PromoteRequest.Slack, _Mapping]]] = ...) -> None: ...
+    scores: PromoteRequest.Scores
+    def __init__(self, ref: _Optional[str] = ..., alias: _Optional[str] = ..., require: _Optional[_Iterable[_Union[SearchRequest.MetricTest, _Mapping]]] = ..., no_lower: _Optional[_Iterable[_Union[PromoteRequest.Slack, _Mapping]]] = ..., no_higher: _Optional[_Iterable[_Union[PromoteRequest.Slack, _Mapping]]] = ..., scores: _Optional[_Union[PromoteRequest.Scores, _Mapping]] = ...) -> None: ...
 
 class PromoteResponse(_message.Message):
     __slots__ = ("version", "before", "passed")

@@ -42,6 +42,7 @@ def test_the_cache_goes_on_and_says_how_old_it_is(store: Hub, tmp_path: Path, ca
         hub.pull("x", tmp_path / "out")
         hub.resolve("x@1")
         server.stop(0)
+        hub.connection.patience_seconds = 1
         age(tmp_path, 3 * 3600)
         with caplog.at_level(logging.WARNING):
             assert hub.resolve("x") == second
@@ -61,6 +62,7 @@ def test_the_cache_goes_on_and_says_how_old_it_is(store: Hub, tmp_path: Path, ca
         assert hub.resolve("x@1") == first, "a number never changes its meaning"
         anew = serve(store, tmp_path, server.address)
         store.remove("x@1")
+        hub.connection.patience_seconds = 20
         hub.connection.persist(hub.who_am_i, lambda: 0)  # until it is connected again
         with pytest.raises(VersionNotFound):
             hub.resolve("x@1")  # the server's word goes before the cache

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from hub.errors import AdapterNotFound, HubUnavailable
 from hub.refs import AdapterRef, Alias, Digest
 from hub.refs import Version as Numbered
+from hub.versions import Target
 from server.adapters.directory import AdapterDirectory
 from server.api.lifecycle import Server
 from server.config import ServerConfig
@@ -241,6 +242,11 @@ class FakeEngine:
 
 
 @dataclass(frozen=True)
+class FakeAlias:
+    targets: Sequence[Target]
+
+
+@dataclass(frozen=True)
 class FakeVersion:
     text: str
     digest: str
@@ -258,7 +264,8 @@ class FakeHub:
     """Versions and aliases in memory, an event feed, and a switch to be unreachable."""
 
     versions: dict[str, list[str]] = field(default_factory=dict)  # full name → digests
-    aliases: dict[str, int] = field(default_factory=dict)  # "team/x:prod" → number
+    held: dict[str, int] = field(default_factory=dict)  # "team/x:prod" → number
+    splits: dict[str, dict[int, int]] = field(default_factory=dict)
     unreachable: bool = False
     asked: int = 0
 
@@ -270,21 +277,41 @@ class FakeHub:
         digests = self.versions.setdefault(full_name, [])
         digest = f"sha256:{len(digests) + 1:x}{full_name.encode().hex():0>63}"[:71]
         digests.append(digest)
-        self.aliases[f"{full_name}:latest"] = len(digests)
+        self.held[f"{full_name}:latest"] = len(digests)
         self._note("push", full_name)
         return digest
 
     def tag(self, full_name: str, alias: str, number: int) -> None:
-        self.aliases[f"{full_name}:{alias}"] = number
+        self.held[f"{full_name}:{alias}"] = number
         self._note("tag", full_name)
 
     def untag(self, full_name: str, alias: str) -> None:
-        del self.aliases[f"{full_name}:{alias}"]
+        del self.held[f"{full_name}:{alias}"]
         self._note("untag", full_name)
 
     def remove(self, full_name: str) -> None:
         del self.versions[full_name]
         self._note("remove", full_name)
+
+    def split(self, full_name: str, alias: str, shares: dict[int, int]) -> None:
+        """Alias over several versions: number → weight."""
+        self.splits[f"{full_name}:{alias}"] = shares
+        self.tag(full_name, alias, max(shares, key=lambda number: (shares[number], -number)))
+
+    def aliases(self, full_name: str) -> dict[str, FakeAlias]:
+        self.asked += 1
+        if self.unreachable:
+            raise HubUnavailable("the hub cannot be reached just now")
+        digests = self.versions.get(full_name)
+        if digests is None:
+            raise AdapterNotFound(f"{full_name} is unknown")
+        found = {}
+        for text, number in self.held.items():
+            name, _, alias = text.partition(":")
+            if name == full_name:
+                shares = self.splits.get(text, {number: 1})
+                found[alias] = FakeAlias([Target(n, Digest(digests[n - 1]), weight) for n, weight in shares.items()])
+        return found
 
     def resolve(self, ref: AdapterRef) -> FakeVersion:
         self.asked += 1
@@ -297,7 +324,7 @@ class FakeHub:
             case Numbered(number):
                 pass
             case Alias(name):
-                number = self.aliases.get(f"{ref.full_name}:{name}", 0)
+                number = self.held.get(f"{ref.full_name}:{name}", 0)
         if not 1 <= number <= len(digests):
             raise AdapterNotFound(f"{ref} is not here: the secret {len(digests)} others are")
         return FakeVersion(f"{ref.full_name}@{number}", digests[number - 1])

@@ -102,7 +102,7 @@ def test_an_answer_overtaken_by_an_event_is_not_kept(fake_hub: FakeHub) -> None:
             assert go_on.wait(5)
             return answer
 
-    slow = SlowHub(fake_hub.versions, fake_hub.aliases)
+    slow = SlowHub(fake_hub.versions, fake_hub.held)
     directory = AdapterDirectory(slow, poll_seconds=0.01)
     try:
         thread = threading.Thread(target=directory.resolve, args=(ref("team/a:prod"),))
@@ -149,3 +149,43 @@ def test_following_a_real_hub(tmp_path: Path, pushed: Callable[..., None]) -> No
                 directory.resolve(ref("team/nobody"))
         finally:
             directory.close()
+
+
+def test_a_split_alias_is_resolved_by_the_callers_key(fake_hub: FakeHub) -> None:
+    from hub.canary import pick
+
+    fake_hub.split("team/a", "prod", {1: 9, 2: 1})
+    directory = AdapterDirectory(fake_hub, poll_seconds=0.01)
+    try:
+        assert directory.cached(ref("team/a:prod"), "me") is None
+        targets = fake_hub.aliases("team/a")["prod"].targets
+        keys = [f"user-{number}" for number in range(200)]
+        got = {key: directory.resolve(ref("team/a:prod"), key).version for key in keys}
+        assert got == {key: f"team/a@{pick(targets, 'team/a', 'prod', key).version}" for key in keys}
+        assert set(got.values()) == {"team/a@1", "team/a@2"}
+        asked = fake_hub.asked
+        assert {key: directory.resolve(ref("team/a:prod"), key).version for key in keys} == got
+        assert fake_hub.asked == asked  # however many keys: the alias was asked for once
+        # Without a key the heaviest; a number is a number whatever the key.
+        assert directory.resolve(ref("team/a:prod")).version == "team/a@1"
+        assert {directory.resolve(ref("team/a@2"), key).version for key in keys} == {"team/a@2"}
+        fake_hub.split("team/a", "prod", {1: 5, 2: 5})
+        assert eventually(
+            lambda: (
+                {directory.resolve(ref("team/a:prod"), key).version for key in keys}
+                and len([k for k in keys if directory.resolve(ref("team/a:prod"), k).version == "team/a@2"]) > 60
+            )
+        )
+        # Who had the growing version keeps it.
+        moved = {key: directory.resolve(ref("team/a:prod"), key).version for key in keys}
+        assert all(moved[key] == "team/a@2" for key in keys if got[key] == "team/a@2")
+        fake_hub.unreachable = True
+        assert {key: directory.resolve(ref("team/a:prod"), key).version for key in keys} == moved
+        fake_hub.unreachable = False
+        fake_hub.untag("team/a", "prod")
+        assert eventually(lambda: directory.cached(ref("team/a:prod"), "me") is None)
+        for name in ("team/a:prod", "team/nobody:prod"):
+            with pytest.raises(AdapterNotFound, match=f"^no adapter {name}$"):
+                directory.resolve(ref(name), "me")
+    finally:
+        directory.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hub.errors import VersionHeld
 from hub.hub import Hub
 from server.adapters.directory import hub_fetch
 from server.client import AsyncClient, Client, GenerationError
@@ -237,3 +238,75 @@ def test_a_second_signal_stops_at_once(process: tuple[subprocess.Popen[str], str
     _, errors = served.communicate(timeout=20)
     assert served.returncode == 1, errors
     assert errors.splitlines()[-1] == "stopped; calls still running were cut off"
+
+
+def test_a_canary_is_sticky_by_key_and_each_version_answers_as_itself(
+    world: World, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Split, widened and ended while requests run: the hub's own resolution and the server's agree on every key."""
+    for seed in (201, 202):
+        made = make_adapter(world.base, tmp_path / str(seed), seed=seed, r=8, b_std=0.3)
+        world.hub.push(made, "team/canary", base=str(world.base))
+    keys = [f"user-{number}" for number in range(40)]
+    with world.client as client:
+        alone = {f"team/canary@{n}": tokens(client, f"team/canary@{n}", 12) for n in (1, 2)}
+        assert alone["team/canary@1"] != alone["team/canary@2"]
+        before: set[str] = set()
+        for weights in ((90, 10), (60, 40), (10, 90)):
+            world.hub.split([("team/canary@1", weights[0]), ("team/canary@2", weights[1])], "prod")
+            wanted = {key: world.hub.resolve("team/canary:prod", key).text for key in keys}
+
+            def answer(key: str) -> tuple[str, tuple[int, ...]]:
+                got = client.generate(PROMPT, "team/canary:prod", max_new_tokens=12, ignore_eos=True, routing_key=key)
+                return got.adapters[0].version, got.token_ids
+
+            for _ in range(200):  # the server follows the hub's events
+                if all(answer(key)[0] == wanted[key] for key in keys[:8]):
+                    break
+            got = {key: answer(key) for key in keys}
+            assert {key: version for key, (version, _) in got.items()} == wanted
+            assert all(token_ids == alone[version] for version, token_ids in got.values())
+            newer = {key for key, version in wanted.items() if version == "team/canary@2"}
+            assert before <= newer, "a key that had the growing version lost it"
+            before = newer
+            heaviest = client.generate(PROMPT, "team/canary:prod", max_new_tokens=1).adapters[0].version
+            assert heaviest == world.hub.resolve("team/canary:prod").text
+        assert 0 < len(before) < len(keys)
+        for bad in ("", "x" * 257):
+            with pytest.raises(GenerationError) as refused:
+                client.generate("x", "team/canary:prod", routing_key=bad)
+            assert refused.value.status == "INVALID_ARGUMENT"
+    seen = samples(world.server.metrics)
+    for version in alone:
+        assert seen[("loraplex_version_requests_total", "ok", version)] > 40
+
+
+def test_a_server_leases_what_it_holds_and_its_leases_end_with_it(
+    world: World, process: tuple[subprocess.Popen[str], str]
+) -> None:
+    served, address = process
+    with Client(address) as client:
+        version = client.generate(PROMPT, "team/c", max_new_tokens=2).adapters[0].version
+        world.hub.untag("team/c", "latest")
+        try:
+            assert eventually(lambda: [lease.version for lease in world.hub.leases("team/c")] == [1])
+            with pytest.raises(VersionHeld, match="hub serve on"):
+                world.hub.remove(version)
+            client.unload(version)
+            assert eventually(lambda: world.hub.leases("team/c") == [])
+            client.generate(PROMPT, version, max_new_tokens=2)
+            assert eventually(lambda: len(world.hub.leases("team/c")) == 1)
+        finally:
+            world.hub.tag(version, "latest")
+    served.send_signal(signal.SIGTERM)
+    served.communicate(timeout=20)
+    assert world.hub.leases("team/c") == []
+
+
+def eventually(check: Callable[[], bool], seconds: float = 10.0) -> bool:
+    pause = threading.Event()
+    for _ in range(int(seconds / 0.02)):
+        if check():
+            return True
+        pause.wait(0.02)
+    return False

@@ -117,3 +117,36 @@ def _most_used(labels: AdapterLabels, names: Sequence[str], times: int) -> set[s
         for name in names:
             labels.used(name)
     return set(names)
+
+
+def test_every_version_that_answers_has_numbers_of_its_own() -> None:
+    """What a canary is judged by."""
+    metrics = Metrics()
+    run(metrics, request("team/a@3"))
+    run(metrics, request("team/a@4"))
+    run(metrics, request("team/a@4"))
+    failed = request("team/a@4")
+    metrics.admitted(failed, 0.1)
+    metrics.finished(failed, None, RuntimeError())
+    run(metrics, request())
+    run(metrics, request("team/b@1", "team/a@3"))
+    seen = samples(metrics)
+    for version, times in {"team/a@3": 1, "team/a@4": 2, "team/a@3+team/b@1": 1}.items():
+        assert seen[("loraplex_version_requests_total", "ok", version)] == times
+        assert seen[("loraplex_version_tokens_total", version)] == 4 * times
+        assert seen[("loraplex_version_time_to_first_token_seconds_sum", version)] == pytest.approx(0.2 * times)
+        assert seen[("loraplex_version_request_seconds_sum", version)] == pytest.approx(0.8 * times)
+    assert seen[("loraplex_version_requests_total", "INTERNAL", "team/a@4")] == 1
+    assert {name[-1] for name in seen if name[0] == "loraplex_version_tokens_total"} == {
+        "team/a@3", "team/a@4", "team/a@3+team/b@1",
+    }  # fmt: skip
+
+
+def test_the_label_version_is_bounded_too() -> None:
+    metrics = Metrics(labelled_adapters=2)
+    for number in range(1, 6):
+        for _ in range(number):
+            run(metrics, request(f"team/a@{number}"))
+    seen = samples(metrics)
+    labels = {name[-1] for name in seen if name[0] == "loraplex_version_tokens_total"}
+    assert len(labels) <= 3 and "other" in labels and "team/a@5" in labels
