@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -30,6 +31,8 @@ def write_directory(blobs: BlobStore, version: Version, target: Path, progress: 
         try:
             temporary.rename(target)  # replaces an empty directory, nothing else
         except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
             raise TargetNotEmpty(f"{target} was filled by somebody else meanwhile") from error
     except OSError as error:
         raise HubUnavailable(f"{target} cannot be written: {os.strerror(error.errno or 0)}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 Quantization = Literal["nf4", "int8", "none"]
@@ -68,3 +69,4 @@ class ServerConfig:
     listen: str = "127.0.0.1:50051"
     metrics_port: int = 9400  # 0 = any free port; negative = off
     drain_seconds: float = 30.0  # time for running requests after SIGTERM
+    trusted_keys: tuple[Path, ...] = ()  # files of public keys; none: adapters need no signature

@@ -23,8 +23,10 @@ from hub.adapter_dir import FILE_LIMITS, parse_adapter
 from hub.errors import AdapterNotFound, Forbidden, HubError, QueryInvalid, RefInvalid, ServerBusy, UploadLost
 from hub.hub import Hub
 from hub.refs import LATEST, AdapterRef, Alias, Digest
+from hub.registry.adopt_call import AdoptCall
 from hub.registry.feed import Feed
 from hub.registry.grants import Caller, Grant, anyone
+from hub.registry.signature_calls import SignatureCalls
 from hub.registry.tokens import Token, TokenStore
 from hub.registry.uploads import Uploads, check_file
 from hub.remote import messages
@@ -63,7 +65,7 @@ class ServiceLimits:
     max_checks: int = 2  # verify, fsck and sweep read much
 
 
-class RegistryService(registry_pb2_grpc.RegistryServicer):
+class RegistryService(SignatureCalls, AdoptCall, registry_pb2_grpc.RegistryServicer):
     """One hub for many callers. `tokens` None: everybody may do everything."""
 
     def __init__(
@@ -446,6 +448,9 @@ class RegistryService(registry_pb2_grpc.RegistryServicer):
 
     def _verify_all(self, progress: Any) -> list[Problem]:
         return self._hub.verify(None, progress)
+
+    def _transferring(self) -> _one_of:
+        return _one_of(self._transfers, "transfers")
 
     def _counted(self, parts: Iterator[pb.UploadRequest]) -> Iterator[bytes]:
         for part in parts:

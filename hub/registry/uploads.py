@@ -23,6 +23,7 @@ from typing import Final
 
 from hub.adapter_dir import FILE_LIMITS
 from hub.errors import HubUnavailable, ServerBusy, UploadLost, UploadRefused
+from hub.full_write import write_all
 from hub.refs import Digest
 
 KEEP_SECONDS: Final = 24 * 3600.0
@@ -80,7 +81,7 @@ class Uploads:
                     if have > size:
                         partial.unlink()
                         raise UploadRefused(f"{name}: more bytes came than the {size} announced; all were dropped")
-                    file.write(chunk)
+                    write_all(file, chunk)
                 if have < size:
                     return have
             if _sha256(partial) != digest.hex:

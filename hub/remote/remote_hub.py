@@ -17,7 +17,7 @@ from hub import pull
 from hub.actor import current_user
 from hub.adapter_dir import parse_adapter
 from hub.base import base_identity
-from hub.errors import BlobCorrupt, HubError, HubUnavailable, RefInvalid, UploadLost
+from hub.errors import BlobCorrupt, HubError, HubUnavailable, NotFound, RefInvalid, UploadLost
 from hub.fingerprint import known_shapes
 from hub.gate import Gate, Promotion
 from hub.hub import check_has, checked_holder, identity_of, pushed_aliases
@@ -28,8 +28,10 @@ from hub.remote import credentials, messages
 from hub.remote.address import Address
 from hub.remote.cache import Cache, Known
 from hub.remote.connection import Connection, ServerAway
+from hub.remote.remote_adopting import RemoteAdopting
+from hub.remote.remote_signatures import RemoteSignatures
 from hub.remote.status import error_of
-from hub.remote.transfer import fetch, upload
+from hub.remote.transfer import check_published, fetch, upload
 from hub.search import Page, Query
 from hub.splitting import checked_split
 from hub.sweep import GRACE_SECONDS, RETENTION_SECONDS
@@ -48,7 +50,7 @@ _ROUNDS: Final = 5
 _WATCH_AHEAD: Final = 1000
 
 
-class RemoteHub:
+class RemoteHub(RemoteSignatures, RemoteAdopting):
     """A shared hub, opened; methods are safe to call from several threads and raise what `hub.hub.Hub`'s do.
 
     Beside those: Unauthenticated, Forbidden, ServerBusy. While the server is away `resolve`, `get`, `read_file`,
@@ -144,7 +146,8 @@ class RemoteHub:
             except UploadLost:
                 if attempt + 1 == _ROUNDS:
                     raise
-        return PushResult(self._version(answer.version), answer.created, tuple(answer.warnings))
+        version = check_published(self._version(answer.version), target.full_name, files)
+        return PushResult(version, answer.created, tuple(answer.warnings))
 
     def resolve(self, ref: AdapterRef | str, key: str | None = None) -> Version:
         """See `Hub.resolve`; while the server is away what it was when last asked, with its age in the log."""
@@ -161,6 +164,9 @@ class RemoteHub:
             answer = self._call("GetVersion", pb.GetVersionRequest(digest=wanted))
         except ServerAway as error:
             return self._recalled(wanted, error, moves=False)
+        except NotFound:
+            self._cache.forget(wanted)
+            raise
         version = self._version(answer.version)
         if version.digest != wanted:
             raise BlobCorrupt(f"the server answered {version.digest} when asked for {wanted}")
@@ -400,7 +406,11 @@ class RemoteHub:
         return messages.version_of(message)
 
     def _resolve_now(self, ref: AdapterRef, key: str | None = None) -> Version:
-        answer = self._call("Resolve", pb.ResolveRequest(ref=str(ref), key=key))
+        try:
+            answer = self._call("Resolve", pb.ResolveRequest(ref=str(ref), key=key))
+        except NotFound:
+            self._cache.forget(_name(ref, key))
+            raise
         version = self._version(answer.version)
         if version.full_name != ref.full_name or not _fits(ref, version):
             raise BlobCorrupt(f"the server answered {version.text} when asked for {ref}")
