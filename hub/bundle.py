@@ -17,7 +17,7 @@ import os
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,9 +317,9 @@ def _sizes(index: Mapping[str, Any]) -> dict[Digest, int]:
     return sizes
 
 
-def _length(index: int, sizes: Any, *, padded: bool = False) -> int:
+def _length(index: int, sizes: Iterable[int], *, padded: bool = False) -> int:
     """The length of a bundle whose index and blobs have these sizes."""
-    whole = index if padded else index + -index % _BLOCK
+    whole: int = index if padded else index + -index % _BLOCK
     return _BLOCK + whole + sum(_BLOCK + size + -size % _BLOCK for size in sizes) + len(_END)
 
 

@@ -51,13 +51,13 @@ def import_(
     """Take in versions from a bundle that `hub export` wrote, or an adapter from Hugging Face.
 
     From FILE, all versions or none: every byte is checked, every adapter is read as in a push. A version keeps its
-    digest, its signatures and its number. Where other content has that number here, the import is refused, unless --renumber;
-    what is here already stays as it is. :latest follows where the newest version came with the file; other aliases only
-    with --aliases.
+    digest, its signatures and its number. Where other content has that number here, the import is refused, unless
+    --renumber; what is here already stays as it is. :latest follows where the newest version came with the file; other
+    aliases only with --aliases.
 
     From hf:// as the next version of REF. The revision (a branch, tag or commit; main, if not given) is looked up once
-    and its commit recorded in the version. Only adapter_config.json, adapter_model.safetensors, README.md and loraplex.json
-    are downloaded: no pickle, no code. HF_ENDPOINT, HF_TOKEN and HF_HOME count.
+    and its commit recorded in the version. Only adapter_config.json, adapter_model.safetensors, README.md and
+    loraplex.json are downloaded: no pickle, no code. HF_ENDPOINT, HF_TOKEN and HF_HOME count.
     """
     if is_address(source):
         if ref is None:

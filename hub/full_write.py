@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
+from typing import BinaryIO
 
 
-def write_all(file: io.RawIOBase, data: bytes) -> None:
+def write_all(file: BinaryIO, data: bytes) -> None:
     """Write `data` whole. A raw file may take less than it is given, as when a disk fills up in the middle.
 
     Raises OSError.

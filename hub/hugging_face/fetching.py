@@ -110,7 +110,7 @@ def _bar(told: Callable[[int], None]) -> Any:
     """A progress bar for the client that draws nothing and tells how many bytes came."""
     from tqdm.auto import tqdm
 
-    class Told(tqdm):  # type: ignore[type-arg]
+    class Told(tqdm):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             options.pop("name", None)
             super().__init__(*arguments, **{**options, "disable": True})

@@ -298,7 +298,7 @@ def test_a_manifest_with_other_files_is_refused(tmp_path: Path, refused: Callabl
     directory = write_adapter(tmp_path / "a")
 
     def change(manifest: Manifest) -> Manifest:
-        return replace(manifest, files={**manifest.files, name: manifest.files["adapter_config.json"]})
+        return replace(manifest, files={name: manifest.files["adapter_config.json"], **manifest.files})
 
     refused(packed(tmp_path, directory, change))
     assert not list(tmp_path.rglob("evil*"))

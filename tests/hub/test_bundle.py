@@ -78,7 +78,7 @@ def test_the_same_versions_make_the_same_file_which_any_tar_reads(tmp_path: Path
             export_bundle(hub, ["x"], tmp_path / "a")
         with pytest.raises(AdapterNotFound):
             export_bundle(hub, ["y*"], tmp_path / "c")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "adapter-1", "adapter-2", "b", "cache", "hub"]
+        assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"a", "adapter-1", "adapter-2", "b", "hub"}
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with tarfile.open(tmp_path / "a") as archive:
         members = archive.getmembers()
