@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from hub import catalog_removal, catalog_rows, catalog_search, journal, tables
+from hub import catalog_adoption, catalog_removal, catalog_rows, catalog_search, catalog_signatures, journal, tables
 from hub.alias_history import before_now
+from hub.arrivals import AliasArrival
 from hub.catalog_rows import Record
 from hub.catalog_writer import Step, Writer, now
 from hub.errors import AdapterNotFound, AliasMoved, BlobsSwept, HubReadOnly, HubUnavailable, QueryInvalid
@@ -108,6 +109,16 @@ class Catalog:
                 writer.point(name, alias, catalog_rows.alias_state(writer.connection, name, alias), [(record, 1)])
         return record, created
 
+    def adopt(
+        self, adoptions: Sequence[catalog_adoption.Adoption], aliases: Sequence[AliasArrival],
+        missing: Callable[[], bool], renumber: bool,
+    ) -> list[catalog_adoption.Entered]:  # fmt: skip
+        """Enter versions of another hub, all or none; see `hub.catalog_adoption`, and `publish` for `missing`."""
+        with self._writing() as writer:
+            if missing():
+                raise BlobsSwept("a sweep took bytes of this import before it was entered: import again")
+            return catalog_adoption.adopt(writer, adoptions, aliases, renumber=renumber)
+
     def find(self, full_name: str, content: Digest) -> Record | None:
         """The version of this adapter with this content, removed or not, if there is one."""
         with self._reading() as connection:
@@ -151,6 +162,25 @@ class Catalog:
         """The versions that name this one as a parent, by name and number."""
         with self._reading() as connection:
             return catalog_search.naming(connection, digest)
+
+    def sign(self, digest: Digest, signature: Digest, missing: Callable[[], bool]) -> bool:
+        """Note that the version with this digest has a signature; see `hub.catalog_signatures.enter`, and `publish`."""
+        record = self.get(digest)
+        with self._writing() as writer:
+            if missing():
+                raise BlobsSwept("a sweep took the signature before it was noted: add it again")
+            record = catalog_rows.there(writer.connection, record.full_name, record.number)
+            return catalog_signatures.enter(writer, record, signature)
+
+    def signatures(self, record: Record) -> list[Digest]:
+        """The digests of a version's signatures."""
+        with self._reading() as connection:
+            return catalog_signatures.of(connection, record)
+
+    def all_signatures(self) -> list[tuple[str, int, Digest]]:
+        """Every signature, with the name and number of its version."""
+        with self._reading() as connection:
+            return list(catalog_signatures.everywhere(connection))
 
     # Aliases
 

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from hub import catalog_rows, tables
 from hub.catalog_rows import Record
+from hub.catalog_signatures import PREFIX as SIGNATURE
 from hub.catalog_writer import Writer, same_version
 from hub.errors import HubUnavailable, NotRestorable, RefInvalid, VersionHeld, VersionNotFound
 from hub.refs import AdapterRef, Alias, Digest, Version
@@ -84,7 +85,8 @@ def unreferenced(connection: sa.Connection, digests: Sequence[Digest], leaving: 
     Raises HubUnavailable where a version's files are not known, as its manifest in the catalog is damaged.
     """
     v, f = tables.versions, tables.files
-    unknown = sa.select(v).outerjoin(f, (f.c.full_name == v.c.full_name) & (f.c.number == v.c.number))
+    own = (f.c.full_name == v.c.full_name) & (f.c.number == v.c.number) & ~f.c.name.startswith(SIGNATURE)
+    unknown = sa.select(v).outerjoin(f, own)
     if row := connection.execute(unknown.where(f.c.name.is_(None)).limit(1)).first():
         raise HubUnavailable(
             f"the files of {row.full_name}@{row.number} are not known, so nothing is swept: run `hub fsck --rebuild`"

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-from hub import catalog_rows, tables
+from hub import catalog_rows, catalog_signatures, tables
 from hub.catalog_rows import Record
 from hub.refs import Digest
 from hub.replay import State
@@ -77,6 +77,7 @@ def state(connection: sa.Connection) -> State:
     found.aliases = {(name, alias): (tuple(items), seq) for (name, alias, seq), items in held.items()}
     for row in connection.execute(sa.select(tables.leases).where(tables.leases.c.expires.is_(None))):
         found.pins.add((row.full_name, row.number, row.holder))
+    found.signatures = set(catalog_signatures.everywhere(connection))
     for row in connection.execute(sa.select(tables.adapters)):
         found.next_number[row.full_name] = row.next_number
     return found

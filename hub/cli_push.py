@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from hub.actor import current_user
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import base_text, lora_text, print_json, print_pairs, progress_bar, size_text, version_json
+from hub.cli_trust import key_option
 from hub.opening import open_hub
+from hub.refs import AdapterRef
+from hub.versions import PushResult
+
+if TYPE_CHECKING:
+    from hub.signing.keys import SigningKey
 
 
 @click.command(
@@ -16,6 +25,7 @@ from hub.opening import open_hub
 hub push out/sentiment team/sentiment --base smollm2-135m
 hub push out/sentiment team/sentiment --alias prod --alias canary
 hub push out/sentiment team/sentiment --parent team/sentiment@1
+hub push out/sentiment team/sentiment --sign --key release.key
 """
     )
 )
@@ -24,6 +34,8 @@ hub push out/sentiment team/sentiment --parent team/sentiment@1
 @click.option("--base", metavar="NAME|DIR", help="The base it was trained on; every tensor is checked against it.")
 @click.option("--alias", "aliases", multiple=True, metavar="ALIAS", help="Also point this alias at it; repeatable.")
 @click.option("--parent", "parents", multiple=True, metavar="REF", help="A version it was made from; repeatable.")
+@click.option("--sign", is_flag=True, help="Sign the version; --alias moves only when it is signed.")
+@key_option
 @hub_option
 @json_option
 def push(
@@ -32,6 +44,8 @@ def push(
     base: str | None,
     aliases: tuple[str, ...],
     parents: tuple[str, ...],
+    sign: bool,
+    key_file: Path | None,
     hub_url: str | None,
     as_json: bool,
 ) -> None:
@@ -44,15 +58,24 @@ def push(
 
     Without --base the base is what loraplex.json or the config says, "unverified" where nobody has hashed it.
     """
+    if key_file is not None and not sign:
+        raise click.UsageError("--key is for --sign")
+    signing_key = _signing_key(key_file) if sign else None
     with open_hub(hub_url) as hub:
         with progress_bar() as progress:
-            result = hub.push(
-                directory, ref, base=base, aliases=aliases, parents=parents, creator=current_user(), progress=progress
-            )
+            how: dict[str, Any] = {
+                "base": base, "aliases": aliases, "parents": parents, "creator": current_user(), "progress": progress,
+            }  # fmt: skip
+            if signing_key is None:
+                result = hub.push(directory, ref, **how)
+            else:
+                from hub.signing.pushing import push_signed
+
+                result, _ = push_signed(hub, Path(directory), AdapterRef.parse(ref), signing_key, **how)
         version = result.version
         held = [alias for alias, state in hub.aliases(version.full_name).items() if state.holds(version.number)]
     if as_json:
-        print_json({**version_json(version, held), "created_now": result.created, "warnings": list(result.warnings)})
+        print_json(_json(version_json(version, held), result, signing_key))
         return
     if result.created:
         click.secho(f"pushed {version.text}", bold=True)
@@ -65,7 +88,20 @@ def push(
             "base": base_text(version.manifest.base),
             "size": size_text(sum(entry.bytes for entry in version.manifest.files.values())),
             "aliases": " ".join(f":{alias}" for alias in held),
+            "signed by": signing_key.public.id if signing_key is not None else "",
         }
     )
     for warning in result.warnings:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
+
+
+def _json(version: dict[str, Any], result: PushResult, key: SigningKey | None) -> dict[str, Any]:
+    signed = {"signed_by": key.public.id} if key is not None else {}
+    return {**version, "created_now": result.created, "warnings": list(result.warnings), **signed}
+
+
+def _signing_key(file: Path | None) -> SigningKey:
+    """The key, read before anything is pushed."""
+    from hub.signing import keys
+
+    return keys.read_signing_key(file or keys.default_key_file())

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, print_table, progress_bar
-from hub.hub import Problem
+from hub.cli_trust import trust_options
+from hub.errors import HubError
+from hub.hub import Problem, Version
 from hub.opening import open_existing
+
+if TYPE_CHECKING:
+    from hub.facade import HubFacade
 
 
 @click.command(
@@ -17,22 +24,32 @@ from hub.opening import open_existing
         """
 hub verify
 hub verify team/sentiment:prod
+hub verify --require-signature --trust release.pub     # also: everything is signed by that key
 """
     )
 )
 @click.argument("ref", required=False)
+@trust_options
 @hub_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, ref: str | None, hub_url: str | None, as_json: bool) -> None:
+def verify(
+    ctx: click.Context, ref: str | None, trusted_keys: tuple[Path, ...], hub_url: str | None, as_json: bool
+) -> None:
     """Read every stored byte of the version REF names, or of the whole hub, and check it.
 
-    Exits 1 where something is damaged. Pushing the same directory again mends a damaged file.
+    Exits 1 where something is damaged. Pushing the same directory again mends a damaged file. Signatures are read too,
+    and must be of the version they are kept for; with --require-signature every version needs one of a trusted key.
     """
     with open_existing(hub_url) as hub:
         with progress_bar() as progress:
             problems = hub.verify(ref, progress)
-        count = 0 if problems else len(hub.versions()) if ref is None else 1
+        versions = [hub.resolve(ref)] if ref is not None and not problems else []
+        if ref is None and (trusted_keys or not problems):
+            versions = hub.versions()
+        count = len(versions)
+        if trusted_keys:
+            problems += _unsigned(hub, versions, trusted_keys)
     if as_json:
         print_json([asdict(problem) for problem in problems])
     elif problems:
@@ -42,8 +59,23 @@ def verify(ctx: click.Context, ref: str | None, hub_url: str | None, as_json: bo
         )
         click.secho("pushing the damaged versions' directories again mends their files", fg="yellow", err=True)
     else:
-        click.echo(f"{count} {'version' if count == 1 else 'versions'} checked, all sound")
+        signed = " and signed" if trusted_keys else ""
+        click.echo(f"{count} {'version' if count == 1 else 'versions'} checked, all sound{signed}")
     ctx.exit(1 if problems else 0)
+
+
+def _unsigned(hub: HubFacade, versions: list[Version], keys: tuple[Path, ...]) -> list[Problem]:
+    """The versions that none of these keys signed."""
+    from hub.signing.policy import TrustPolicy
+
+    policy = TrustPolicy.read(keys)
+    problems = []
+    for version in versions:
+        try:
+            policy.check(version, hub.signatures(version.digest))
+        except HubError as error:
+            problems.append(Problem(version.text, None, error.reason, str(error)))
+    return problems
 
 
 @click.command(

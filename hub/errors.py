@@ -67,6 +67,42 @@ class BlobCorrupt(HubError):
     reason = "BLOB_CORRUPT"
 
 
+class SignatureMissing(HubError):
+    """A version that has to be signed has no signature."""
+
+    reason = "SIGNATURE_MISSING"
+
+
+class SignatureUntrusted(HubError):
+    """A version is signed, but by none of the keys that are trusted."""
+
+    reason = "SIGNATURE_UNTRUSTED"
+
+
+class SignatureInvalid(HubError):
+    """A signature is malformed, is of another version, or does not fit the key it names."""
+
+    reason = "SIGNATURE_INVALID"
+
+
+class KeyUnusable(HubError):
+    """A key file cannot be read, is of another kind than P-256, P-384 or P-521, or needs a passphrase."""
+
+    reason = "KEY_UNUSABLE"
+
+
+class BundleRefused(HubError):
+    """A bundle is damaged, cut short, or not as docs/FORMAT.md says; nothing of it was taken."""
+
+    reason = "BUNDLE_REFUSED"
+
+
+class VersionClash(HubError):
+    """What is to be imported cannot keep its number or its identity: other content is there under it."""
+
+    reason = "VERSION_CLASH"
+
+
 class HubUnavailable(HubError):
     """The hub cannot be opened, read or written just now: the message says which, and what to do."""
 
@@ -82,6 +118,12 @@ class HubNotFound(HubUnavailable):
     """There is no hub where one is to be read; a push makes it."""
 
     reason = "HUB_NOT_FOUND"
+
+
+class NotCached(HubUnavailable):
+    """What was asked for is not among the verified copies on this machine; the message names it."""
+
+    reason = "NOT_CACHED"
 
 
 class HubReadOnly(HubUnavailable):
@@ -154,6 +196,36 @@ class TargetNotEmpty(HubError):
     """`pull` was given a directory that already holds something."""
 
     reason = "TARGET_NOT_EMPTY"
+
+
+class SourceError(HubError):
+    """Base of what can be wrong with a Hugging Face repository that is read or written."""
+
+    reason = "SOURCE_ERROR"
+
+
+class SourceInvalid(SourceError):
+    """An hf:// address is not written hf://user/repo or hf://user/repo@revision."""
+
+    reason = "SOURCE_INVALID"
+
+
+class SourceNotFound(SourceError):
+    """There is no such repository or revision, or it is not for these credentials."""
+
+    reason = "SOURCE_NOT_FOUND"
+
+
+class SourceRefused(SourceError):
+    """Hugging Face does not accept the credentials, or not for this."""
+
+    reason = "SOURCE_REFUSED"
+
+
+class SourceUnreachable(SourceError):
+    """Hugging Face does not answer."""
+
+    reason = "SOURCE_UNREACHABLE"
 
 
 class BaseError(HubError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
+from hub.arrivals import Adopted, AliasArrival, Arrival, LayOut
 from hub.gate import Gate, Promotion
 from hub.gate_evaluation import Scores
 from hub.lineage import Lineage
@@ -63,6 +64,23 @@ class HubFacade(Protocol):
 
     def read_file(self, version: Version | Digest | str, filename: str) -> bytes:
         """The bytes of one file of a version (or of the version with this digest), checked against the manifest."""
+
+    def add_signature(self, digest: Digest | str, signature: bytes) -> bool:
+        """Keep a signature of the version with this digest; False where it is there already."""
+
+    def signatures(self, digest: Digest | str) -> tuple[bytes, ...]:
+        """The signatures of the version with this digest, as they were added; whoever trusts a key checks them."""
+
+    def adopt(
+        self,
+        arrivals: Sequence[Arrival],
+        lay_out: LayOut,
+        *,
+        aliases: Sequence[AliasArrival] = (),
+        renumber: bool = False,
+        progress: Progress | None = None,
+    ) -> list[Adopted]:
+        """Enter versions of another hub as they are there, all or none; what became of each."""
 
     def diff(self, a: AdapterRef | str, b: AdapterRef | str) -> Diff:
         """How the version `b` names differs from the one `a` names; raises BlobCorrupt and what `resolve` raises."""

@@ -24,7 +24,8 @@ def check(blobs: BlobStore, catalog: Catalog, progress: Progress | None) -> list
     if catalog.behind_journal():
         problems.append(_catalog("the journal has writes that the catalog lacks: `hub fsck --rebuild` takes them over"))
     events = _all_events(catalog)
-    problems += [_catalog(text) for text in _differences(catalog.state(), replay(events))]
+    tables = catalog.state()
+    problems += [_catalog(text) for text in _differences(tables, replay(events))]
     problems += _journal(catalog, events)
     records = catalog.records()
     present = set(blobs.digests())
@@ -32,6 +33,13 @@ def check(blobs: BlobStore, catalog: Catalog, progress: Progress | None) -> list
         problems += _blobs(record, present)
         if progress is not None:
             progress("checking", done, len(records))
+    for name, number, signature in sorted(tables.signatures):
+        if signature not in present:
+            text = f"{name}@{number}"
+            what = f"signature {signature.hex[:16]}"
+            problems.append(
+                Problem(text, what, "BLOB_CORRUPT", f"a {what} of {text} is missing from the hub's storage")
+            )
     return problems
 
 
@@ -69,6 +77,8 @@ def _differences(tables: State, told: State) -> Iterator[str]:
                 yield f"{name}: the tables have {mine.get(key)} among {what}, the events say {theirs.get(key)}"
     for name, number, holder in sorted(tables.pins ^ told.pins):
         yield f"{name}@{number}: the tables and the events differ on the pin of {holder}"
+    for name, number, signature in sorted(tables.signatures ^ told.signatures):
+        yield f"{name}@{number}: the tables and the events differ on the signature {signature.hex[:16]}"
 
 
 def _blobs(record: Record, present: set[Digest]) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Final, Self
 
-from hub import catalog, fsck, location, publishing, pull, verify
+from hub import adopting, catalog, fsck, location, publishing, pull, signature_store, verify
 from hub.adapter_dir import ParsedAdapter, parse_adapter
 from hub.base import base_identity
 from hub.base_identity import BaseIdentity
@@ -47,7 +47,7 @@ __all__ = ["AliasState", "Event", "Hub", "Lease", "Problem", "PushResult", "Swep
 MAX_LEASE_SECONDS: Final = 10 * 365 * 24 * 3600.0
 
 
-class Hub:
+class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
     """A hub, opened. Methods are safe to call from several threads; any of them may raise HubUnavailable.
 
     Where a method takes `ref`, an AdapterRef or its text will do; text raises RefInvalid where it is none.
@@ -348,10 +348,14 @@ class Hub:
 
     def verify(self, ref: AdapterRef | str | None = None, progress: Progress | None = None) -> list[Problem]:
         """Read and hash everything `ref` names (None: the whole hub, catalog included); what is wrong with it."""
+        problems = []
         if ref is not None:
-            return verify.check_versions(self._blobs, [self._catalog.resolve(_parsed(ref))], progress)
-        problems = [Problem("catalog", None, "CATALOG_DAMAGED", text) for text in self._catalog.check()]
-        return problems + verify.check_versions(self._blobs, self._catalog.records(), progress)
+            records = [self._catalog.resolve(_parsed(ref))]
+        else:
+            problems = [Problem("catalog", None, "CATALOG_DAMAGED", text) for text in self._catalog.check()]
+            records = self._catalog.records()
+        problems += verify.check_versions(self._blobs, records, progress)
+        return problems + signature_store.problems(self._blobs, self._catalog, records)
 
     def fsck(self, progress: Progress | None = None) -> list[Problem]:
         """Compare the catalog with the journal and the blobs' presence; what is wrong. `verify` reads the bytes."""

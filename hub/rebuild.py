@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from hub import location, tables
+from hub import catalog_signatures, location, tables
 from hub.blobs import BlobStore
 from hub.catalog import Catalog
 from hub.catalog_rows import Record
@@ -132,6 +132,9 @@ def _fill(catalog: Catalog, state: State, events: Sequence[Event], manifests: di
             if (full_name, number) in manifests:
                 row = {"full_name": full_name, "number": number, "holder": holder, "expires": None}
                 connection.execute(sa.insert(tables.leases).values(row))
+        for full_name, number, signature in state.signatures:
+            if (full_name, number) in manifests:
+                catalog_signatures.insert(connection, full_name, number, signature)
         if events:
             connection.execute(sa.insert(tables.events), [_row(event) for event in events])
 

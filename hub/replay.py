@@ -20,6 +20,7 @@ class State:
     purged: dict[Key, tuple[Digest, str]] = field(default_factory=dict)  # and when
     aliases: dict[tuple[str, str], tuple[Held, int]] = field(default_factory=dict)  # what it holds, its generation
     pins: set[tuple[str, int, str]] = field(default_factory=set)  # full name, number, holder
+    signatures: set[tuple[str, int, Digest]] = field(default_factory=set)  # full name, number, the signature's digest
     next_number: dict[str, int] = field(default_factory=dict)
     last_seq: int = 0
 
@@ -38,7 +39,8 @@ def _apply(state: State, event: Event) -> None:
     match event.kind:
         case "push":
             state.versions[key] = event.digest
-            state.next_number[event.full_name] = event.version + 1
+            # Imported versions keep their numbers, which may come in any order.
+            state.next_number[event.full_name] = max(state.next_number.get(event.full_name, 1), event.version + 1)
         case "tag":
             assert event.alias is not None
             state.aliases[event.full_name, event.alias] = (event.after or ((event.version, 1),), event.seq)
@@ -54,6 +56,9 @@ def _apply(state: State, event: Event) -> None:
             state.versions.pop(key, None)
             state.removed.pop(key, None)
             state.pins = {pin for pin in state.pins if pin[:2] != key}
+            state.signatures = {found for found in state.signatures if found[:2] != key}
+        case "sign":
+            state.signatures.add((*key, Digest(event.note or "")))
         case "pin":
             state.pins.add((*key, event.note or ""))
         case "unpin":

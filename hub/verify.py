@@ -8,7 +8,7 @@ from typing import Final
 
 from hub.blobs import BlobStore
 from hub.catalog import Record
-from hub.errors import BlobCorrupt, BlobNotFound, HubError
+from hub.errors import BlobCorrupt, BlobNotFound, HubError, NotCached
 from hub.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from hub.progress import Progress
 from hub.refs import Digest
@@ -34,6 +34,8 @@ def copy_checked(blobs: BlobStore, digest: Digest, size: int, what: str, take: C
                 take(chunk)
     except BlobNotFound as error:
         raise BlobCorrupt(f"{what} is missing from the hub's storage") from error
+    except NotCached as error:
+        raise NotCached(f"{what}: {error}") from error
     except BlobCorrupt as error:  # a cache found out while it fetched
         raise BlobCorrupt(_DAMAGED.format(what)) from error
     if length != size or hasher.hexdigest() != digest.hex:

@@ -58,7 +58,7 @@ class AliasState:
 
 
 Held = tuple[tuple[int, int], ...]  # what an alias holds, as the journal writes it: (number, weight), by number
-EventKind = Literal["push", "tag", "untag", "rm", "restore", "purge", "pin", "unpin"]
+EventKind = Literal["push", "tag", "untag", "rm", "restore", "purge", "pin", "unpin", "sign"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Event:
     actor: str | None = None  # who; None where an older release wrote it
     before: Held | None = None  # what the alias held; None: it was not there
     after: Held | None = None  # what it holds now; None: it is gone
-    note: str | None = None  # "rollback", "promote: …", a pin's holder
+    note: str | None = None  # "rollback", "promote: …", a pin's holder, a signature's digest
     batch: int = 0  # seq of the first event of the same write
 
     @property

@@ -7,10 +7,12 @@ import logging
 import os
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from hub.cli_trust import trust_options
 from server.byte_size import ByteSize, as_option
 from server.config import EngineLimits, ModelConfig, Quantization, ServerConfig
 from server.errors import BaseUnavailable
@@ -160,11 +162,13 @@ class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     show_default=True,
     help="For how long the hub may not remove the versions held here; renewed meanwhile. 0: take no leases.",
 )
-def serve(hub: str | None, **options: Any) -> int:
+@trust_options
+def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> int:
     """Serve one base model with any mix of adapters, over gRPC.
 
     Prints one line that begins with "ready" on stdout once it answers; everything else goes to stderr. Every request
-    names its own adapters; an alias moved in the hub is seen at once. SIGTERM or Ctrl-C lets running requests end, a
+    names its own adapters; an alias moved in the hub is seen at once. With --require-signature adapters that no trusted
+    key signed are refused (SIGNATURE_MISSING, SIGNATURE_UNTRUSTED). SIGTERM or Ctrl-C lets running requests end, a
     second one stops at once.
     """
     config = ServerConfig(
@@ -185,6 +189,7 @@ def serve(hub: str | None, **options: Any) -> int:
         metrics_port=options["metrics_port"],
         drain_seconds=options["drain_seconds"],
         lease_seconds=options["lease_seconds"],
+        trusted_keys=trusted_keys,
     )
     bound_openmp(config.model.threads)
     # gRPC's core would add its own lines of C++ to what we say about a taken port.
@@ -197,13 +202,14 @@ def serve(hub: str | None, **options: Any) -> int:
 def _serve(config: ServerConfig) -> int:
     from hub.base import locate_base
     from hub.opening import open_hub
+    from hub.signing.requiring import requiring
     from server.adapters.hub_leases import HubLeases
     from server.api.serving import Outcome, Parts
     from server.api.serving import serve as run
 
     # What a typing error breaks is found out before anything is bound or loaded.
     locate_base(config.model.base)
-    with open_hub(config.hub) as opened:
+    with requiring(open_hub(config.hub), config.trusted_keys) as opened:
         leases = HubLeases(opened, config.lease_seconds) if config.lease_seconds else None
         parts = Parts(lambda: _directory(opened), lambda metrics: _engine(config, opened, leases, metrics))
         try:

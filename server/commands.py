@@ -9,6 +9,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("generate", "server.client_cli:generate", "Ask a running server, streaming the answer.", "Serving"),
     Command("adapters", "server.client_cli:adapters", "Which adapters a running server holds, and where.", "Serving"),
     Command("merge", "server.merge_cli:merge", "Merge a version into a full-precision copy of its base.", "Serving"),
-    Command("export", "server.export_cli:export", "Write a version as a LoRA file for llama.cpp.", "Serving"),
+    Command(
+        "export", "server.export_cli:export", "Write versions to a file or Hugging Face, or for llama.cpp.", "Sharing"
+    ),
     Command("bench", "server.bench_cli:bench", "Put load on a running server and measure it.", "Serving"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 Quantization = Literal["nf4", "int8", "none"]
@@ -69,3 +70,4 @@ class ServerConfig:
     metrics_port: int = 9400  # 0 = any free port; negative = off
     drain_seconds: float = 30.0  # time for running requests after SIGTERM
     lease_seconds: float = 600.0  # of the leases on held versions, renewed at half of it; 0 = none
+    trusted_keys: tuple[Path, ...] = ()  # files of public keys; none: adapters need no signature

@@ -67,7 +67,10 @@ class LocalBlobStore(BlobStore):
 
     def has(self, digest: Digest) -> bool:
         """Whether the blob is there; says nothing of its health."""
-        return self._path(digest).is_file()
+        try:
+            return self._path(digest).is_file()
+        except OSError as error:
+            raise storage_unavailable(error) from error
 
     def digests(self) -> Iterator[Digest]:
         """All blobs, in no particular order."""

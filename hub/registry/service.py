@@ -7,14 +7,16 @@ is refused says nothing of what exists. Where no namespace is named, what the ca
 from __future__ import annotations
 
 from hub.registry.access import Observer, ServiceLimits
+from hub.registry.adopt_call import AdoptCall
 from hub.registry.changing import ChangingCalls
 from hub.registry.following import FollowingCalls
 from hub.registry.pushing import PushingCalls
 from hub.registry.reading import ReadingCalls
+from hub.registry.signature_calls import SignatureCalls
 from hub.registry.token_calls import TokenCalls
 
 __all__ = ["Observer", "RegistryService", "ServiceLimits"]
 
 
-class RegistryService(ReadingCalls, PushingCalls, ChangingCalls, FollowingCalls, TokenCalls):
+class RegistryService(SignatureCalls, AdoptCall, ReadingCalls, PushingCalls, ChangingCalls, FollowingCalls, TokenCalls):
     """One hub for many callers: every call of `loraplex.v1.Registry`; see `Access`."""

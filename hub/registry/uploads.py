@@ -19,12 +19,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 from typing import Final
 
 from hub.adapter_dir import FILE_LIMITS
 from hub.errors import HubUnavailable, ServerBusy, UploadLost, UploadRefused
+from hub.full_write import write_all
 from hub.refs import Digest
 
 KEEP_SECONDS: Final = 24 * 3600.0
@@ -90,7 +90,7 @@ class Uploads:
                         if have > size:
                             partial.unlink()
                             raise UploadRefused(f"{name}: more bytes came than the {size} announced; all were dropped")
-                        _write_all(file, chunk)
+                        write_all(file, chunk)
                         wrote(len(chunk))
                         hasher.update(chunk)
                     if have < size:
@@ -236,13 +236,6 @@ def check_file(name: str, size: int) -> None:
 
 def _partial(whole: Path) -> Path:
     return whole.with_name(whole.name + ".part")
-
-
-def _write_all(file: FileIO, chunk: bytes) -> None:
-    """A raw file may take less than it is given, on a disk that is nearly full."""
-    left = memoryview(chunk)
-    while left:
-        left = left[file.write(left) :]
 
 
 def _hasher(path: Path) -> hashlib._Hash:

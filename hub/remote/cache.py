@@ -3,6 +3,7 @@
 <root>/blobs/      verified files and manifests, by SHA-256 (a `LocalBlobStore`)
 <root>/partial/    downloads that were cut, going on where they end
 <root>/known/      one small file for each name asked: the version it meant, when, and the newest event's number then
+<root>/signatures/  those of a version, under its digest, as the server gave them last
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import time
 import uuid
@@ -32,6 +34,10 @@ from hub.versions import Version
 
 SIZE_ENVIRONMENT: Final = "LORAPLEX_HUB_CACHE_BYTES"
 DEFAULT_BYTES: Final = 50 * 1024**3
+MAX_KNOWN: Final = 10_000  # names
+_PRUNE_EVERY: Final = 256
+_KEEP_PARTIAL_SECONDS: Final = 24 * 3600.0
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,11 @@ class Cache:
         self.blobs = LocalBlobStore(root / "blobs")
         self._partial = root / "partial"
         self._known = root / "known"
+        self.signatures = root / "signatures"  # see `hub.remote.remote_signatures`
         self._max_bytes = max_bytes
+        self._grown = True  # since `trim` looked last
+        self._remembered = 0
+        self._warned = False
         try:
             for directory in (self._partial, self._known):
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -76,17 +86,16 @@ class Cache:
         return cls(platformdirs.user_cache_path("loraplex") / "remote" / name, size)
 
     def remember(self, name: str, version: Version, seq: int) -> None:
-        """Keep what `name` means now."""
-        if not self.blobs.has(version.digest):
-            self.blobs.put(io.BytesIO(version.manifest.canonical()))
-        entry = Known(name, version.full_name, version.number, version.digest, time.time(), seq)
-        path = self._path(name)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        """Keep what `name` means now; where the cache cannot be written, say so once and go on without."""
         try:
-            temporary.write_text(json.dumps(asdict(entry)))
-            temporary.replace(path)
-        except OSError as error:
-            raise HubUnavailable(f"the cache of the hub cannot be written: {error.strerror}") from error
+            self._remember(name, version, seq)
+        except (HubUnavailable, OSError) as error:
+            if not self._warned:
+                what = str(error) if isinstance(error, HubUnavailable) else error.strerror
+                log.warning(
+                    "the cache of the hub cannot be written, so it cannot go on when the server is away: %s", what
+                )
+            self._warned = True
 
     def recall(self, name: str) -> tuple[Version, Known] | None:
         """What `name` meant when it was last asked, if that is known and whole."""
@@ -98,11 +107,19 @@ class Cache:
             with self.blobs.open(digest) as file:
                 data = file.read(MAX_MANIFEST_BYTES + 1)
             if hashlib.sha256(data).hexdigest() != digest.hex:
+                self.blobs.delete(digest)  # the next answer brings it back
                 return None
             manifest = Manifest.parse(data)
         except HubError:
             return None
         return Version(known.full_name, known.number, digest, manifest, manifest.created), known
+
+    def numbered(self, full_name: str, number: int) -> tuple[Version, Known] | None:
+        """This version, by whatever name it was asked for, if it is known and whole."""
+        for known in map(_read, self._known.glob("[0-9a-f]*")):
+            if known is not None and (known.full_name, known.number) == (full_name, number):
+                return self.recall(known.name)
+        return None
 
     def forget(self, name: str) -> None:
         """The server says that `name` means nothing any more."""
@@ -146,6 +163,7 @@ class Cache:
     def finished(self, digest: Digest) -> None:
         """A download came to its end: its partial file is of no more use."""
         (self._partial / digest.hex).unlink(missing_ok=True)
+        self._grown = True
 
     def damaged(self, digest: Digest) -> None:
         """Drop bytes that turned out not to be what they are kept as."""
@@ -153,6 +171,10 @@ class Cache:
 
     def trim(self, keep: frozenset[Digest]) -> None:
         """Remove the oldest bytes above the limit, but never those in `keep`."""
+        if not self._grown:
+            return  # nothing came since the last look
+        self._grown = False
+        self._sweep_partial()
         held = []
         for digest in self.blobs.digests():
             with suppress(BlobNotFound):
@@ -166,6 +188,39 @@ class Cache:
                 self.blobs.delete(digest)
                 total -= size
 
+    def _remember(self, name: str, version: Version, seq: int) -> None:
+        if not self.blobs.has(version.digest):
+            self.blobs.put(io.BytesIO(version.manifest.canonical()))
+        entry = Known(name, version.full_name, version.number, version.digest, time.time(), seq)
+        path = self._path(name)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            temporary.write_text(json.dumps(asdict(entry)))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._remembered += 1
+        if self._remembered % _PRUNE_EVERY == 0:
+            self._prune()
+
+    def _prune(self) -> None:
+        """Forget the names that were asked for longest ago: a client may ask with a key for each of its users."""
+        entries = []
+        for path in self._known.glob("[0-9a-f]*"):
+            with suppress(OSError):
+                entries.append((path.stat().st_mtime, path))
+        for _, path in sorted(entries)[: max(0, len(entries) - MAX_KNOWN)]:
+            with suppress(OSError):
+                path.unlink()
+
+    def _sweep_partial(self) -> None:
+        """Remove downloads that nobody went on with for a day: of killed processes, or not wanted any more."""
+        before = time.time() - _KEEP_PARTIAL_SECONDS
+        for path in self._partial.glob("*"):
+            with suppress(OSError):
+                if path.stat().st_mtime < before:
+                    path.unlink()
+
     def _path(self, name: str) -> Path:
         return self._known / hashlib.sha256(name.encode()).hexdigest()
 
@@ -177,6 +232,10 @@ def _begun(path: Path) -> FileIO:
 
 def _read(path: Path) -> Known | None:
     try:
-        return Known(**json.loads(path.read_text()))
+        known = Known(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
+    texts = (known.name, known.full_name, known.digest)
+    numbers = (known.number, known.time, known.seq)
+    sound = all(isinstance(each, str) for each in texts) and all(isinstance(each, int | float) for each in numbers)
+    return known if sound else None

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from hub.actor import current_user
-from hub.errors import BlobCorrupt, HubUnavailable
+from hub.errors import BlobCorrupt, HubUnavailable, NotFound
 from hub.refs import AdapterRef, Alias, Digest
 from hub.remote import messages
 from hub.remote.cache import Cache, Known
@@ -35,7 +35,11 @@ class RemoteCalls:
         return messages.version_of(message)
 
     def _resolve_now(self, ref: AdapterRef, key: str | None = None) -> Version:
-        answer = self._call("Resolve", pb.ResolveRequest(ref=str(ref), key=key))
+        try:
+            answer = self._call("Resolve", pb.ResolveRequest(ref=str(ref), key=key))
+        except NotFound:
+            self._cache.forget(name_in_cache(ref, key))
+            raise
         version = self._version(answer.version)
         if version.full_name != ref.full_name or not _fits(ref, version):
             raise BlobCorrupt(f"the server answered {version.text} when asked for {ref}")

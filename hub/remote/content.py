@@ -19,7 +19,7 @@ from hub.refs import AdapterRef, Alias, Digest
 from hub.remote import messages
 from hub.remote.calls import exact, parsed
 from hub.remote.reading import RemoteReading
-from hub.remote.transfer import fetch, upload
+from hub.remote.transfer import check_published, fetch, upload
 from hub.verify import read_checked
 from hub.versions import PushResult, Version
 from protos.loraplex.v1 import registry_pb2 as pb
@@ -78,7 +78,8 @@ class RemoteContent(RemoteReading):
             except UploadLost:
                 if attempt + 1 == _ROUNDS:
                     raise
-        return PushResult(self._version(answer.version), answer.created, tuple(answer.warnings))
+        version = check_published(self._version(answer.version), target.full_name, files)
+        return PushResult(version, answer.created, tuple(answer.warnings))
 
     def pull(self, ref: AdapterRef | str, directory: Path | str, progress: Progress | None = None) -> Version:
         """See `Hub.pull`; what is in the cache is not fetched again, and what was cut goes on where it ended."""

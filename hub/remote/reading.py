@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hub.errors import BlobCorrupt, HubUnavailable
+from hub.errors import BlobCorrupt, HubUnavailable, NotFound
 from hub.lineage import Ancestor, Lineage
 from hub.refs import AdapterRef, Alias, Digest
 from hub.remote import messages
@@ -31,6 +31,9 @@ class RemoteReading(RemoteCalls):
             answer = self._call("GetVersion", pb.GetVersionRequest(digest=wanted))
         except ServerAway as error:
             return self._recalled(wanted, error, moves=False)
+        except NotFound:
+            self._cache.forget(wanted)
+            raise
         version = self._version(answer.version)
         if version.digest != wanted:
             raise BlobCorrupt(f"the server answered {version.digest} when asked for {wanted}")

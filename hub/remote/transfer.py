@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from hub.adapter_dir import AdapterFile
-from hub.errors import AdapterChanged, BlobCorrupt, HubUnavailable, UploadLost, UploadRefused
+from hub.errors import AdapterChanged, BlobCorrupt, BlobNotFound, HubUnavailable, UploadLost, UploadRefused
+from hub.full_write import write_all
 from hub.progress import Progress
 from hub.remote.cache import Cache
 from hub.remote.connection import Connection
@@ -29,11 +30,14 @@ def upload(
     by_name = {file.name: file for file in files}
     total = sum(file.bytes for file in files)
     offsets: dict[str, int] = {}
+    acknowledged = 0  # what the server has; what was sent to it may be lost on the way, again and again
 
     def missing() -> dict[str, int]:
+        nonlocal acknowledged
         answer = connection.call("BeginPush", pb.BeginPushRequest(ref=ref, files=wanted), actor)
         found = {each.name: int(each.offset) for each in answer.missing}
         offsets.update({name: found.get(name, by_name[name].bytes) for name in by_name})
+        acknowledged = sum(offsets.values())
         return found
 
     def told(name: str, done: int) -> None:
@@ -52,7 +56,7 @@ def upload(
 
     for last in range(_ROUNDS):
         try:
-            connection.persist(send_missing, lambda: sum(offsets.values()))
+            connection.persist(send_missing, lambda: acknowledged)
             break
         except (UploadLost, UploadRefused):
             # Another push of the same bytes, or damage among those that came first: the server dropped them.
@@ -60,6 +64,14 @@ def upload(
                 raise
     if progress is not None:
         progress("uploading", total, total)
+
+
+def check_published(version: Version, full_name: str, files: Sequence[AdapterFile]) -> Version:
+    """`version`, which the server says it made of `files`; raises BlobCorrupt where it holds something else."""
+    held = {name: entry.sha256 for name, entry in version.manifest.files.items()}
+    if version.full_name != full_name or held != {file.name: file.sha256 for file in files}:
+        raise BlobCorrupt(f"the server answered {version.text}, which does not hold what was pushed")
+    return version
 
 
 def fetch(
@@ -88,7 +100,7 @@ def fetch(
                         have += len(part.data)
                         if have > entry.bytes:
                             raise damaged
-                        file.write(part.data)
+                        write_all(file, part.data)
                         told(have)
 
                 connection.persist(receive, lambda: file.seek(0, os.SEEK_END))
@@ -103,6 +115,8 @@ def fetch(
             else:
                 raise damaged
         cache.finished(entry.sha256)
+    except BlobNotFound as error:
+        raise BlobCorrupt(f"{filename} of {version.text} is missing from the hub's storage") from error
     except OSError as error:
         raise HubUnavailable(f"the cache of the hub cannot be written: {os.strerror(error.errno or 0)}") from error
 
@@ -113,8 +127,16 @@ def _send(
 ) -> None:  # fmt: skip
     pushed = pb.PushedFile(name=file.name, sha256=file.sha256, bytes=file.bytes)
     short = False
+    unreadable: list[OSError] = []
 
     def parts() -> Iterator[pb.UploadRequest]:
+        # What is raised in here would reach gRPC alone, which tells it as a broken connection.
+        try:
+            yield from read()
+        except OSError as error:
+            unreadable.append(error)
+
+    def read() -> Iterator[pb.UploadRequest]:
         nonlocal short
         yield pb.UploadRequest(begin=pb.UploadRequest.Begin(ref=ref, file=pushed, offset=offset))
         done = offset
@@ -130,13 +152,16 @@ def _send(
                 told(file.name, done)
 
     answer = connection.call("Upload", parts(), actor, seconds=None)
+    if unreadable:
+        raise AdapterChanged(f"{file.name} cannot be read any more: {unreadable[0].strerror}") from unreadable[0]
     if short or answer.bytes < file.bytes:
         raise AdapterChanged(f"{file.name} changed while it was being pushed; nothing was published")
 
 
-def _sha256(path: Path) -> str:
-    hasher = hashlib.sha256()
-    with path.open("rb") as source:
-        while chunk := source.read(CHUNK_BYTES):
-            hasher.update(chunk)
-    return hasher.hexdigest()
+def _sha256(path: Path) -> str | None:
+    """The file's digest; None where it is gone."""
+    try:
+        with path.open("rb") as source:
+            return hashlib.file_digest(source, "sha256").hexdigest()
+    except OSError:
+        return None

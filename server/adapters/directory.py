@@ -191,7 +191,6 @@ class AdapterDirectory:
         with self._lock:
             held = [each for known in self._known.values() for each in known.versions()]
         return next((each.version for each in held if each.digest == digest), None)
-        return None
 
     def close(self) -> None:
         """End the watch."""

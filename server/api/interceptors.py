@@ -65,6 +65,9 @@ STATUSES: dict[type[Exception], grpc.StatusCode] = {
     hub_errors.HubReadOnly: grpc.StatusCode.FAILED_PRECONDITION,
     hub_errors.BlobsSwept: grpc.StatusCode.ABORTED,
     hub_errors.BlobCorrupt: grpc.StatusCode.DATA_LOSS,
+    hub_errors.SignatureMissing: grpc.StatusCode.FAILED_PRECONDITION,
+    hub_errors.SignatureUntrusted: grpc.StatusCode.FAILED_PRECONDITION,
+    hub_errors.SignatureInvalid: grpc.StatusCode.FAILED_PRECONDITION,
     hub_errors.HubUnavailable: grpc.StatusCode.UNAVAILABLE,
     hub_errors.ServerBusy: grpc.StatusCode.UNAVAILABLE,
     # This server's own token, not the caller's.

@@ -233,7 +233,7 @@ def test_every_verb_has_help_with_examples(run: Run, command: Command) -> None:
     assert status == 0
     assert f"hub {command.name}" in out.partition("Examples:")[2]
     # A server prints one line for whoever started it; a group's own verbs have the option.
-    assert "--json" in out or command.name in ("registry", "token")
+    assert "--json" in out or command.name in ("registry", "token", "key")
     assert "--hub" in out or command.name in ("login", "token")  # login names it, as its argument
 
 

@@ -296,6 +296,82 @@ class PublishResponse(_message.Message):
     warnings: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, version: _Optional[_Union[AdapterVersion, _Mapping]] = ..., created: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class SignRequest(_message.Message):
+    __slots__ = ("digest", "signature")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    signature: bytes
+    def __init__(self, digest: _Optional[str] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class SignResponse(_message.Message):
+    __slots__ = ("added",)
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    added: bool
+    def __init__(self, added: _Optional[bool] = ...) -> None: ...
+
+class SignaturesRequest(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    def __init__(self, digest: _Optional[str] = ...) -> None: ...
+
+class SignaturesResponse(_message.Message):
+    __slots__ = ("signatures",)
+    SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+    signatures: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, signatures: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class AdoptRequest(_message.Message):
+    __slots__ = ("begin", "arrival")
+    class Begin(_message.Message):
+        __slots__ = ("renumber", "aliases")
+        RENUMBER_FIELD_NUMBER: _ClassVar[int]
+        ALIASES_FIELD_NUMBER: _ClassVar[int]
+        renumber: bool
+        aliases: _containers.RepeatedCompositeFieldContainer[AdoptRequest.Alias]
+        def __init__(self, renumber: _Optional[bool] = ..., aliases: _Optional[_Iterable[_Union[AdoptRequest.Alias, _Mapping]]] = ...) -> None: ...
+    class Alias(_message.Message):
+        __slots__ = ("full_name", "alias", "targets")
+        FULL_NAME_FIELD_NUMBER: _ClassVar[int]
+        ALIAS_FIELD_NUMBER: _ClassVar[int]
+        TARGETS_FIELD_NUMBER: _ClassVar[int]
+        full_name: str
+        alias: str
+        targets: _containers.RepeatedCompositeFieldContainer[AliasState.Target]
+        def __init__(self, full_name: _Optional[str] = ..., alias: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[AliasState.Target, _Mapping]]] = ...) -> None: ...
+    class Arrival(_message.Message):
+        __slots__ = ("number", "manifest", "signatures")
+        NUMBER_FIELD_NUMBER: _ClassVar[int]
+        MANIFEST_FIELD_NUMBER: _ClassVar[int]
+        SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+        number: int
+        manifest: bytes
+        signatures: _containers.RepeatedScalarFieldContainer[bytes]
+        def __init__(self, number: _Optional[int] = ..., manifest: _Optional[bytes] = ..., signatures: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_FIELD_NUMBER: _ClassVar[int]
+    begin: AdoptRequest.Begin
+    arrival: AdoptRequest.Arrival
+    def __init__(self, begin: _Optional[_Union[AdoptRequest.Begin, _Mapping]] = ..., arrival: _Optional[_Union[AdoptRequest.Arrival, _Mapping]] = ...) -> None: ...
+
+class AdoptResponse(_message.Message):
+    __slots__ = ("adopted",)
+    class Adopted(_message.Message):
+        __slots__ = ("version", "number", "outcome", "signatures_added")
+        VERSION_FIELD_NUMBER: _ClassVar[int]
+        NUMBER_FIELD_NUMBER: _ClassVar[int]
+        OUTCOME_FIELD_NUMBER: _ClassVar[int]
+        SIGNATURES_ADDED_FIELD_NUMBER: _ClassVar[int]
+        version: AdapterVersion
+        number: int
+        outcome: str
+        signatures_added: int
+        def __init__(self, version: _Optional[_Union[AdapterVersion, _Mapping]] = ..., number: _Optional[int] = ..., outcome: _Optional[str] = ..., signatures_added: _Optional[int] = ...) -> None: ...
+    ADOPTED_FIELD_NUMBER: _ClassVar[int]
+    adopted: _containers.RepeatedCompositeFieldContainer[AdoptResponse.Adopted]
+    def __init__(self, adopted: _Optional[_Iterable[_Union[AdoptResponse.Adopted, _Mapping]]] = ...) -> None: ...
+
 class TagRequest(_message.Message):
     __slots__ = ("targets", "alias", "expect", "split")
     class Target(_message.Message):

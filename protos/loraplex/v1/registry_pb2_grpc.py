@@ -92,6 +92,21 @@ class RegistryStub:
                 request_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.PublishRequest.SerializeToString,
                 response_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.PublishResponse.FromString,
                 _registered_method=True)
+        self.Sign = channel.unary_unary(
+                '/loraplex.v1.Registry/Sign',
+                request_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.SignRequest.SerializeToString,
+                response_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.SignResponse.FromString,
+                _registered_method=True)
+        self.Signatures = channel.unary_unary(
+                '/loraplex.v1.Registry/Signatures',
+                request_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.SignaturesRequest.SerializeToString,
+                response_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.SignaturesResponse.FromString,
+                _registered_method=True)
+        self.Adopt = channel.stream_unary(
+                '/loraplex.v1.Registry/Adopt',
+                request_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.AdoptRequest.SerializeToString,
+                response_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.AdoptResponse.FromString,
+                _registered_method=True)
         self.Tag = channel.unary_unary(
                 '/loraplex.v1.Registry/Tag',
                 request_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.TagRequest.SerializeToString,
@@ -246,6 +261,28 @@ class RegistryServicer:
 
     def Publish(self, request, context):
         """Checks the uploaded files as an adapter and makes them a version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sign(self, request, context):
+        """Keeps a signature of a version; who trusts the key checks it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Signatures(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Adopt(self, request_iterator, context):
+        """Enters versions of another hub as they are there, all or none; their
+        files were uploaded before. The first message says how, each other one
+        carries a version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -406,6 +443,21 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.Publish,
                     request_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.PublishRequest.FromString,
                     response_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.PublishResponse.SerializeToString,
+            ),
+            'Sign': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sign,
+                    request_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.SignRequest.FromString,
+                    response_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.SignResponse.SerializeToString,
+            ),
+            'Signatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.Signatures,
+                    request_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.SignaturesRequest.FromString,
+                    response_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.SignaturesResponse.SerializeToString,
+            ),
+            'Adopt': grpc.stream_unary_rpc_method_handler(
+                    servicer.Adopt,
+                    request_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.AdoptRequest.FromString,
+                    response_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.AdoptResponse.SerializeToString,
             ),
             'Tag': grpc.unary_unary_rpc_method_handler(
                     servicer.Tag,
@@ -788,6 +840,87 @@ class Registry:
             '/loraplex.v1.Registry/Publish',
             protos_dot_loraplex_dot_v1_dot_registry__pb2.PublishRequest.SerializeToString,
             protos_dot_loraplex_dot_v1_dot_registry__pb2.PublishResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.Registry/Sign',
+            protos_dot_loraplex_dot_v1_dot_registry__pb2.SignRequest.SerializeToString,
+            protos_dot_loraplex_dot_v1_dot_registry__pb2.SignResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Signatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.Registry/Signatures',
+            protos_dot_loraplex_dot_v1_dot_registry__pb2.SignaturesRequest.SerializeToString,
+            protos_dot_loraplex_dot_v1_dot_registry__pb2.SignaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Adopt(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/loraplex.v1.Registry/Adopt',
+            protos_dot_loraplex_dot_v1_dot_registry__pb2.AdoptRequest.SerializeToString,
+            protos_dot_loraplex_dot_v1_dot_registry__pb2.AdoptResponse.FromString,
             options,
             channel_credentials,
             insecure,

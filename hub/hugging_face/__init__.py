@@ -1,0 +1,1 @@
+"""Adapters from and to Hugging Face repositories, `hf://user/repo@revision`."""
