@@ -101,9 +101,9 @@ def _from_bundle(
 def _from_hugging_face(
     source: str, ref: str, base: str | None, named: tuple[str, ...], hub_url: str | None, as_json: bool
 ) -> None:
-    from hub.hub import pushed_aliases
     from hub.hugging_face.address import Address
     from hub.hugging_face.fetching import fetch
+    from hub.publishing import pushed_aliases
     from hub.refs import AdapterRef
 
     address = Address.parse(source)

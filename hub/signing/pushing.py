@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hub.errors import AdapterChanged
 from hub.facade import HubFacade
-from hub.hub import pushed_aliases
 from hub.progress import Progress
+from hub.publishing import pushed_aliases
 from hub.refs import LATEST, AdapterRef, Alias
 from hub.signing import envelope
 from hub.signing.keys import SigningKey
