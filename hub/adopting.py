@@ -6,7 +6,6 @@ import io
 from collections.abc import Sequence
 from contextlib import suppress
 
-from hub.adapter_dir import ParsedAdapter
 from hub.arrivals import MAX_ARRIVALS, Adopted, AliasArrival, Arrival, LayOut, read_as_told
 from hub.blobs import BlobStore
 from hub.catalog import Catalog
@@ -15,6 +14,7 @@ from hub.errors import AdapterNotFound, BlobsSwept, BundleRefused
 from hub.fingerprint import known_shapes
 from hub.manifest import MAX_MANIFEST_BYTES
 from hub.progress import Progress
+from hub.publishing import check_manifest, store_files
 from hub.refs import AdapterRef, Alias, Digest
 from hub.splitting import checked_split
 from hub.versions import Version
@@ -70,7 +70,7 @@ class AdoptedVersions:
                 shapes = arrival.manifest.base.fingerprint and known_shapes(arrival.manifest.base.fingerprint)
                 if shapes:
                     adapter.check_binds(shapes)
-                self._store_files(adapter, progress)
+                store_files(self._blobs, adapter, progress)
         data = arrival.manifest.canonical()
         self._blobs.put(io.BytesIO(data))
         signatures = [self._blobs.put(io.BytesIO(signature))[0] for signature in arrival.signatures]
@@ -91,12 +91,9 @@ class AdoptedVersions:
             needed |= {entry.sha256 for entry in arrival.manifest.files.values()}
         return not all(map(self._blobs.has, needed))
 
-    def _store_files(self, adapter: ParsedAdapter, progress: Progress | None) -> None:
-        raise NotImplementedError  # the hub's own
-
 
 def check(arrivals: Sequence[Arrival], aliases: Sequence[AliasArrival]) -> None:
-    """Raise BundleRefused, RefInvalid, QueryInvalid or SignatureInvalid before anything is read or stored."""
+    """Raise BundleRefused, FactsMalformed, RefInvalid, QueryInvalid or SignatureInvalid; nothing is read or stored yet."""
     if len(arrivals) > MAX_ARRIVALS:
         raise BundleRefused(f"{len(arrivals)} versions at once; at most {MAX_ARRIVALS} are taken")
     if len({arrival.text for arrival in arrivals}) < len(arrivals) or len({a.digest for a in arrivals}) < len(arrivals):
@@ -104,6 +101,7 @@ def check(arrivals: Sequence[Arrival], aliases: Sequence[AliasArrival]) -> None:
     for arrival in arrivals:
         if len(arrival.manifest.canonical()) > MAX_MANIFEST_BYTES:
             raise BundleRefused(f"the manifest of {arrival.text} is too large")
+        check_manifest(arrival.manifest)
         arrival.check()
     if len({(each.full_name, each.alias) for each in aliases}) < len(aliases):
         raise BundleRefused("the same alias comes twice")

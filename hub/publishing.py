@@ -28,7 +28,7 @@ def publish(
     """Store the bytes and enter the version; once more where a sweep took some of them in between."""
     for attempt in range(_ATTEMPTS):
         try:
-            _store_files(blobs, adapter, progress)
+            store_files(blobs, adapter, progress)
             # Known content keeps its manifest; storing that again mends a damaged copy.
             known = entries.find(manifest.name, manifest.content)
             data = known.manifest if known is not None else manifest.canonical()
@@ -105,7 +105,8 @@ def warnings_of(adapter: ParsedAdapter, identity: BaseIdentity) -> tuple[str, ..
     return tuple(warnings)
 
 
-def _store_files(blobs: BlobStore, adapter: ParsedAdapter, progress: Progress | None) -> None:
+def store_files(blobs: BlobStore, adapter: ParsedAdapter, progress: Progress | None) -> None:
+    """Store an adapter's files; raises AdapterChanged where one is not what was read before."""
     done = 0
     for file in adapter.files.values():
         with (adapter.directory / file.name).open("rb") as source:
