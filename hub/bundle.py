@@ -39,6 +39,7 @@ MAX_INDEX_BYTES: Final = 64 * 1024 * 1024
 _BLOCK: Final = tarfile.BLOCKSIZE
 _END: Final = bytes(2 * _BLOCK)
 _CHUNK: Final = 1024 * 1024
+_CHECKSUM: Final = slice(148, 156)  # of a header: six octal digits, NUL, space
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,9 @@ class Bundle:
             raise BundleRefused(
                 f"this is no bundle, or a damaged one: where {name} should be is no tar header"
             ) from error
+        # tarfile reads the checksum's own eight bytes leniently, and they are the only ones that no checksum covers.
+        if block[_CHECKSUM] != b"%06o\0 " % found.chksum:
+            raise BundleRefused(f"the bundle is damaged: the header of {name} has no proper checksum")
         if found.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or found.linkname or found.name != name:
             raise BundleRefused(f"the bundle holds {ascii(found.name)[:80]} where its index calls for the file {name}")
         if found.size < 0 or (size is not None and found.size != size):
