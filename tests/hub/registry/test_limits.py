@@ -300,7 +300,7 @@ def test_what_people_will_read_is_a_line_of_text(connect: ConnectAs, store: Hub,
         with pytest.raises(FactsMalformed, match="creator"):
             publish(creator=creator)
     for base in ({"name": "\x1b]0;title\x07"}, {"revision": "a\0b"}, {"fingerprint": "sha256:../.."}):
-        with pytest.raises((FactsMalformed, RefInvalid), match="base|digest"):
+        with pytest.raises((FactsMalformed, RefInvalid), match=r"base|digest"):
             publish(base=pb.BaseIdentity(**base))
     with pytest.raises(RefInvalid, match="at most"):
         publish(parents=["x@1"] * 101)
