@@ -71,13 +71,14 @@ def metrics_page() -> str:
 def _used_metrics():  # type: ignore[no-untyped-def]
     """The registry after one request, so that every labelled series is there."""
     from server.engine.observer import EngineSnapshot
-    from server.engine.request import Finish, FinishReason, Request, Stopping, Timing, Usage
+    from server.engine.request import AdapterUse, Finish, FinishReason, Request, Stopping, Timing, Usage
     from server.metrics import Metrics
 
     metrics = Metrics()
     metrics.attach(EngineSnapshot, lambda: {"host": 0, "device": 0})
     metrics.serving("smollm2-135m", "nf4", "0")
-    request = Request(id="r", prompt=(1,), stopping=Stopping(max_new_tokens=1))
+    adapter = AdapterUse("sha256:0", "team/sentiment@3")
+    request = Request(id="r", prompt=(1,), stopping=Stopping(max_new_tokens=1), adapters=(adapter,))
     metrics.step(seconds=0.1, sequences=1, adapters=1, tokens=1)
     metrics.admitted(request, 0.1)
     metrics.first_token(request, 0.1)

@@ -16,6 +16,7 @@ from hub.replay import State
 from hub.search import COMPARE, MetricTest, Query
 
 _BATCH: Final = 500
+_FEW: Final = 1000
 _WILD: Final = frozenset("*?[")
 
 
@@ -23,9 +24,10 @@ def search(connection: sa.Connection, query: Query) -> tuple[list[Record], bool]
     """Versions that are there and meet the query, by name and number, and whether there are more."""
     found: list[Record] = []
     after = query.after
+    few = [test for test in query.metrics if _met_by_few(connection, test)]
     while True:
         batch = min(_BATCH, max(50, query.limit + 1 - len(found)))
-        rows = connection.execute(_statement(query, after).limit(batch)).all()
+        rows = connection.execute(_statement(query, after, few).limit(batch)).all()
         for row in rows:
             if query.pattern is not None and not fnmatch.fnmatchcase(row.full_name, query.pattern):
                 continue
@@ -110,7 +112,7 @@ def check(connection: sa.Connection) -> list[str]:
     return wrong
 
 
-def _statement(query: Query, after: tuple[str, int]) -> sa.Select[Any]:
+def _statement(query: Query, after: tuple[str, int], few: Sequence[MetricTest]) -> sa.Select[Any]:
     v = tables.versions
     statement = sa.select(v).where(v.c.removed.is_(None)).order_by(v.c.full_name, v.c.number)
     if after != ("", 0):
@@ -137,22 +139,38 @@ def _statement(query: Query, after: tuple[str, int]) -> sa.Select[Any]:
         by_print = v.c.base_fingerprint.startswith(query.base, autoescape=True)
         statement = statement.where(sa.or_(by_name, by_print) if query.base.startswith("sha256:") else by_name)
     if query.tag is not None:
-        t = tables.targets
-        statement = statement.where(_among(sa.select(t.c.full_name, t.c.number).where(t.c.alias == query.tag)))
+        t = tables.targets.c
+        statement = statement.where(_has(t, t.alias == query.tag))
     for test in query.metrics:
-        statement = statement.where(_meets(test))
+        statement = statement.where(_meets(test, few=test in few))
     return statement
 
 
-def _among(keys: sa.Select[Any]) -> sa.ColumnElement[bool]:
-    v = tables.versions
-    return sa.tuple_(v.c.full_name, v.c.number).in_(keys)
-
-
-def _meets(test: MetricTest) -> sa.ColumnElement[bool]:
+def _met_by_few(connection: sa.Connection, test: MetricTest) -> bool:
+    """Whether so few versions meet it that the search begins with them; counts no further than it has to."""
     m = tables.metrics.c
-    met = COMPARE[test.compare](m.value, sa.literal(test.bound, sa.Double))
-    return _among(sa.select(m.full_name, m.number).where(m.name == test.name, met))
+    some = sa.select(sa.literal(1)).where(*_met(test)).select_from(m.value.table).limit(_FEW + 1).subquery()
+    return int(connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()) <= _FEW
+
+
+def _meets(test: MetricTest, *, few: bool) -> sa.ColumnElement[bool]:
+    """Few are looked up first; where many meet it, versions are walked in order and each is asked."""
+    m, v = tables.metrics.c, tables.versions
+    if few:
+        return sa.tuple_(v.c.full_name, v.c.number).in_(sa.select(m.full_name, m.number).where(*_met(test)))
+    return _has(m, *_met(test))
+
+
+def _met(test: MetricTest) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
+    m = tables.metrics.c
+    return m.name == test.name, COMPARE[test.compare](m.value, sa.literal(test.bound, sa.Double))
+
+
+def _has(columns: Any, *conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+    """The version has a row of this table that meets the conditions."""
+    v = tables.versions.c
+    same = (columns.full_name == v.full_name, columns.number == v.number)
+    return sa.exists(sa.literal(1)).where(*same, *conditions).correlate(tables.versions)
 
 
 def _like(pattern: str) -> str:

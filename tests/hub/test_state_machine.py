@@ -28,8 +28,11 @@ from hub.errors import (
     NotRestorable,
     VersionHeld,
 )
+from hub.facade import HubFacade
 from hub.hub import Hub
 from hub.rebuild import rebuild
+from hub.registry.server import RegistryConfig, RegistryServer
+from hub.remote.remote_hub import RemoteHub
 from tests.hub.conftest import MakeUrl
 from tests.hub.making import lora_tensors, write_adapter
 
@@ -38,6 +41,7 @@ SEEDS = st.integers(0, 3)
 NUMBERS = st.integers(1, 5)
 ALIASES = st.sampled_from(["latest", "prod", "canary"])
 WEIGHTS = st.integers(1, 3)
+EXAMPLES = 12
 Held = dict[int, int]
 
 
@@ -70,12 +74,15 @@ class HubMachine(RuleBasedStateMachine):
 
     @initialize()
     def open(self) -> None:
-        self.hub = Hub.open(self.url)
+        self.hub: HubFacade = self.opened()
         self.models: dict[str, Model] = {}
         self.seq = 0
 
     def teardown(self) -> None:
         self.hub.close()
+
+    def opened(self) -> HubFacade:
+        return Hub.open(self.url)
 
     def model(self, name: str) -> Model:
         return self.models.setdefault(name, Model())
@@ -196,12 +203,12 @@ class HubMachine(RuleBasedStateMachine):
     def rebuild(self) -> None:
         self.hub.close()
         rebuild(self.url)
-        self.hub = Hub.open(self.url)
+        self.hub = self.opened()
 
     @rule()
     def reopen(self) -> None:
         self.hub.close()
-        self.hub = Hub.open(self.url)
+        self.hub = self.opened()
 
     @invariant()
     def hub_is_as_the_model(self) -> None:
@@ -249,7 +256,46 @@ def test_the_hub_does_what_the_model_does(make_url: MakeUrl, tmp_path: Path) -> 
                 self.url = f"{address}-{number}" + (f"?blobs={place}" if blobs else "")
 
     examples = settings(
-        max_examples=12,
+        max_examples=EXAMPLES,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    run_state_machine_as_test(Machine, settings=examples)
+
+
+@pytest.mark.timeout(170)
+def test_a_shared_server_does_what_the_model_does(tmp_path: Path) -> None:
+    """The same rules through RemoteHub; a client that opens the hub anew meets a server that was started anew."""
+    directories = [write_adapter(tmp_path / f"a{seed}", tensors=lora_tensors(seed=seed)) for seed in range(4)]
+    runs = iter(range(10**6))
+
+    class Served(RemoteHub):
+        """A client that takes its server with it."""
+
+        def close(self) -> None:
+            super().close()
+            for close in self.closers:
+                close()
+
+        closers: tuple[Callable[[], None], ...] = ()
+
+    class Machine(HubMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.directories = directories
+            self.url = str(tmp_path / f"hub-{next(runs)}")
+
+        def opened(self) -> HubFacade:
+            store = Hub.open(self.url)
+            config = RegistryConfig(listen="127.0.0.1:0", uploads=tmp_path / "uploads")
+            server = RegistryServer(store, None, config).start()
+            client = Served.open(f"grpc://{server.address}")
+            client.closers = (lambda: server.stop(0), store.close)
+            return client
+
+    examples = settings(
+        max_examples=EXAMPLES // 2,
         stateful_step_count=25,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
