@@ -234,6 +234,8 @@ class Bundle:
             raise BundleRefused(f"the bundle holds {ascii(found.name)[:80]} where its index calls for the file {name}")
         if found.size < 0 or (size is not None and found.size != size):
             raise BundleRefused(f"{name} in the bundle has {found.size} bytes, its index says {size}")
+        if block != _header(name, found.size):
+            raise BundleRefused(f"the header of {name} in the bundle is not as a bundle has it")
         return int(found.size)
 
     def _skip_padding(self, size: int) -> None:

@@ -120,7 +120,7 @@ def sign(ref: str, key_file: Path | None, hub_url: str | None, as_json: bool) ->
         """
 hub signatures team/sentiment:prod --trust release.pub
 hub signatures team/sentiment@3 --out signatures/
-model_signing verify key sentiment --signature signatures/1.sig --public-key release.pub   # OpenSSF model-signing
+model_signing verify key sentiment --signature signatures/1.sig --public_key release.pub   # OpenSSF model-signing
 """
     )
 )

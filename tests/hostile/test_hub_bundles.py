@@ -77,7 +77,7 @@ def write(file: Path, members: Members, **options: Any) -> Path:
 
 def plain(name: str, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(name)
-    info.size = len(data)
+    info.size, info.mode = len(data), 0o444
     return info, data
 
 

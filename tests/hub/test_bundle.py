@@ -216,3 +216,10 @@ def test_a_number_far_away_does_not_use_the_others_up(tmp_path: Path) -> None:
             with pytest.raises(BundleRefused):
                 hub.adopt([replace(bundle.arrivals[0], number=number)], bundle.lay_out)
         assert hub.last_seq() == 0
+
+
+def test_sizes_beyond_eight_gibibytes_have_a_header(tmp_path: Path) -> None:
+    from hub.bundle import _header
+
+    for size in (0, 8**11 - 1, 8**11, 16 * 1024**3):
+        assert tarfile.TarInfo.frombuf(_header("x", size), "ascii", "strict").size == size

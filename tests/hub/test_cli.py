@@ -234,7 +234,7 @@ def test_every_verb_has_help_with_examples(run: Run, command: Command) -> None:
     assert f"hub {command.name}" in out.partition("Examples:")[2]
     # A server prints one line for whoever started it; a group's own verbs have the option.
     assert "--json" in out or command.name in ("registry", "token", "key")
-    assert "--hub" in out or command.name in ("login", "token")  # login names it, as its argument
+    assert "--hub" in out or command.name in ("login", "token", "key")  # login names it, as its argument
 
 
 def test_a_package_that_cannot_be_imported_does_not_take_the_others_away(
