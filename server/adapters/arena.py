@@ -7,6 +7,7 @@ slot number that could name somebody else's adapter by mistake.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,10 @@ class Arena:
                 b[rows.start : rows.start + rank].copy_(update.b)
             a[rows.start + rank : rows.stop].zero_()
             b[rows.start + rank : rows.stop].zero_()
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Entered around `write` and what belongs to it; when it is left, the device has done it."""
+        return nullcontext()
 
     def free_rows(self) -> int:
         """Rows not in use."""
