@@ -74,7 +74,7 @@ class CapturedSteps:
         rows = self.buckets[bisect_left(self.buckets, len(ordered))]
         context = self.contexts[bisect_left(self.contexts, longest)]
         self._rows.fill(ordered, rows)
-        logits = self._replay(rows, context, adapters=bool(segments))
+        logits = self._captured_for(rows, context, bool(segments))()
         sampling = [row for row, share in enumerate(ordered) if share.samples]
         wanted = logits[: len(ordered)] if len(sampling) == len(ordered) else logits[sampling]
         return StepOfRows(tuple(ordered), tuple(ordered[row] for row in sampling)), wanted
@@ -87,16 +87,16 @@ class CapturedSteps:
             self._active.use(((0, 1, 0, 1, 1.0),) if some else (), 1)
             self._rows.clear()
             for rows in reversed(self.buckets):
-                self._replay(rows, self.contexts[0], some)
+                self._captured_for(rows, self.contexts[0], some)
         log.info("%d decode steps captured in %.1f s", len(self._captured), time.monotonic() - started)
 
-    def _replay(self, rows: int, context: int, adapters: bool) -> Tensor:
+    def _captured_for(self, rows: int, context: int, adapters: bool) -> Callable[[], Tensor]:
+        """Captured now where it was not before; the inputs lie in the buffers, as they must for what is captured."""
         key = (rows, context, adapters)
-        replay = self._captured.get(key)
-        if replay is None:
+        if key not in self._captured:
             batch, out = self._rows.batch(rows, context), self._logits[:rows]
-            replay = self._captured[key] = self._graphs.capture(lambda: self._decoder.run(batch, self._kv, out))
-        return replay()
+            self._captured[key] = self._graphs.capture(lambda: self._decoder.run(batch, self._kv, out))
+        return self._captured[key]
 
 
 def buckets(most: int) -> list[int]:

@@ -10,10 +10,11 @@ from server.engine.engine import Engine
 
 
 def build(base: Path, fetch: Any, *, quantization: str = "none", dtype: str = "float32", **limits: Any) -> Engine:
-    """An engine on small memory, whose token budget cuts long prompts into chunks."""
+    """An engine on small memory, whose token budget cuts prompts of more than 16 tokens into chunks."""
     settings = {
-        "max_sequences": 6,
-        "max_batch_tokens": 48,
+        "max_sequences": 4,
+        "max_batch_tokens": 16,
+        "page_tokens": 8,
         "adapter_memory_bytes": 2 << 20,
         "kv_memory_bytes": 1 << 20,
         **limits,

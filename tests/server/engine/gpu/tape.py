@@ -77,14 +77,19 @@ class _Recorder(TorchDispatchMode):
         if name in _ALLOCATIONS:
             if out.is_floating_point():
                 self._tape.launches.append(lambda: out.fill_(float("nan")))
-        elif not _is_view(func):
+        elif not _is_view(func, args, out):
             self._tape.launches.append(lambda: _again(func, args, kwargs, out))
         return out
 
 
-def _is_view(func: Any) -> bool:
+def _is_view(func: Any, args: Any, out: Any) -> bool:
+    """Whether nothing was written: the result is other eyes on an argument's memory."""
     returned = func._schema.returns
-    return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+    if not returned or returned[0].alias_info is None or returned[0].alias_info.is_write:
+        return False
+    # `to`, `contiguous` and `reshape` are views only when they have nothing to do.
+    held = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)}
+    return all(t.untyped_storage().data_ptr() in held for t in tree_leaves(out) if isinstance(t, Tensor))
 
 
 def _again(func: Any, args: Any, kwargs: Any, before: Any) -> None:
@@ -103,7 +108,7 @@ class TapeGraphs:
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """See `Graphs.capture`."""
-        run()
+        run()  # tables that are made once
         tape = Tape()
         out = tape.record(run)
         self.captured += 1
