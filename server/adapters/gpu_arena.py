@@ -50,7 +50,9 @@ class GpuArena(Arena):
             table = torch.tensor(pieces, dtype=torch.int64)
             if self._staging.is_cuda:
                 table = table.pin_memory()
-            scatter(self._staging, table.to(self._staging.device, non_blocking=True))
+            scatter(
+                self._staging, table.to(self._staging.device, non_blocking=True), max(count for *_, count in pieces)
+            )
 
     def _pieces(self, chunk: Chunk, rows: Rows) -> list[Piece]:
         pieces = []

@@ -20,6 +20,10 @@ _FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh", 
 _ALLOCATIONS = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
 
 
+class Forbidden(AssertionError):
+    """What a capture on a GPU would not survive."""
+
+
 class Tape:
     """What was launched, in order."""
 
@@ -72,7 +76,7 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func._schema.name
         if name in _FORBIDDEN:
-            raise AssertionError(f"{name} cannot be captured: it waits for the device or sends it something new")
+            raise Forbidden(f"{name} cannot be captured: it waits for the device or sends it something new")
         out = func(*args, **kwargs)
         if name in _ALLOCATIONS:
             if out.is_floating_point():
@@ -108,9 +112,13 @@ class TapeGraphs:
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """See `Graphs.capture`."""
-        run()  # tables that are made once
         tape = Tape()
-        out = tape.record(run)
+        try:
+            out = tape.record(run)
+        except Forbidden:
+            run()  # tables that are made once; what is forbidden in every run is so again
+            tape = Tape()
+            out = tape.record(run)
         self.captured += 1
 
         def replay() -> Tensor:

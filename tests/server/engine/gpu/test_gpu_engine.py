@@ -23,7 +23,7 @@ from tests.server.engine.gpu.tape import TapeGraphs
 # The interpreter computes in numpy, which warns of what padding holds.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.timeout(180)]
 
-NEW_TOKENS = 4
+NEW_TOKENS = 3
 CAPTURE_ALL = CapturedSteps.capture_all
 MakeAdapter = Callable[..., Path]
 Fetch = Callable[[dict[str, Path]], Any]
@@ -52,8 +52,9 @@ def test_a_family_equals_generate(
         for kind, rank, targets in (("all", 12, list(LLAMA_LINEARS)), ("few", 4, ["q_proj", "v_proj"]))
     }
     models: dict[str | None, Any] = {None: load(base), **{kind: load(base, path) for kind, path in adapters.items()}}
-    kinds = ["all", None, "few"]
-    prompts = [random_prompt(*lengths) for lengths in ((21,), (1, 3), (8, 9))]
+    # Llama's batch is mixed further; a prompt in chunks beside an answer is in all of them.
+    kinds = ["all", None, "few"] if name == "llama" else ["all", None]
+    prompts = [random_prompt(*lengths) for lengths in ((18,), (1, 3), (8, 9))[: len(kinds)]]
     engine = build(base, directory_fetch(adapters))
     try:
         answers = engine.generate(
@@ -90,7 +91,7 @@ def test_an_nf4_base_is_read_as_bitsandbytes_packed_it(
     pretend_gpu: TapeGraphs, tiny_base: Path, tmp_path: Path, make_adapter: MakeAdapter, directory_fetch: Fetch
 ) -> None:
     adapters = {"a": make_adapter(tiny_base, tmp_path / "a", seed=random.randrange(2**31), r=8)}
-    prompts = [random_prompt(18), random_prompt(2, 3)]
+    prompts = [random_prompt(9), random_prompt(2, 3)]
     engine = build(tiny_base, directory_fetch(adapters), quantization="nf4")
     try:
         answers = engine.generate([ask(prompts[0], "a"), ask(prompts[1])])
@@ -131,12 +132,12 @@ def test_adapters_change_between_replays_and_graphs_change_nothing(
     make_adapter: MakeAdapter,
     directory_fetch: Fetch,
 ) -> None:
-    """An arena for one adapter of three, which must therefore take turns in the same rows under the same captured
+    """An arena for one adapter of two, which must therefore take turns in the same rows under the same captured
     steps; the answers are those of steps that are launched piece by piece."""
-    kinds = ["a", "b", "c"]
+    kinds = ["a", "b"]
     adapters = {
         kind: make_adapter(tiny_base, tmp_path / kind, seed=random.randrange(2**31), r=rank)
-        for kind, rank in zip(kinds, (8, 5, 16), strict=True)
+        for kind, rank in zip(kinds, (16, 5), strict=True)
     }
     asked = [(kind, random_prompt(3, 8)) for kind in kinds]
 
@@ -167,7 +168,7 @@ def test_padding_and_other_peoples_pages_are_inert(
     base = tmp_path / "base"
     write_family(base, FAMILIES["llama"])
     adapters = {"a": make_adapter(base, tmp_path / "a", seed=random.randrange(2**31), r=8)}
-    prompts = [[random.randrange(1, 256) for _ in range(count)] for count in (3, 8, 10)]
+    prompts = [[random.randrange(1, 256) for _ in range(count)] for count in (2, 7, 3)]
     given = []
     for poisoned in (False, True):
         engine = build(base, directory_fetch(adapters))
