@@ -53,7 +53,7 @@ def peft(bench: Bench) -> Report:
     rows = 2 if bench.tiny else 32
     shape = TINY if bench.tiny else LLAMA_8B
     model: Any = nf4_llama(shape, bench.device)
-    config = library.LoraConfig(r=16, lora_alpha=32, target_modules=list(LINEARS))
+    config = library.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=list(LINEARS))
     model = library.get_peft_model(model, config, adapter_name="a0", autocast_adapter_dtype=False)
     for number in range(1, rows):
         if bench.left() < 12:

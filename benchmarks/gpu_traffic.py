@@ -17,12 +17,12 @@ def swap(bench: Bench) -> Report:
     """Adapters copied from host memory while 32 sequences decode: each against the measured copy rate, and the steps
     that came later than the others because of it."""
     world = packed_world(bench)
-    rows, swaps, new = (2, 2, 12) if bench.tiny else (32, 12, 400)
+    rows, swaps, new = (2, 1, 4) if bench.tiny else (32, 12, 400)
     size = world.rank * world.row_bytes
     raw = torch.empty(size, dtype=torch.uint8, pin_memory=bench.device == "cuda")
     floor = host_copy_seconds(bench, raw, torch.empty_like(raw, device=bench.device))
     uses = [str(row % 2) for row in range(rows)]
-    world.run(uses, 5 if bench.tiny else PROMPT, 2)
+    world.run(uses, 3 if bench.tiny else PROMPT, 2)
     world.steps.loads.clear()
     spent: list[tuple[float, float]] = []
 
@@ -37,7 +37,7 @@ def swap(bench: Bench) -> Report:
 
     loader = threading.Thread(target=load)
     loader.start()
-    world.run(uses, 5 if bench.tiny else PROMPT, new)
+    world.run(uses, 3 if bench.tiny else PROMPT, new)
     loader.join()
     steps = [s for s in world.steps.seen if s.tokens == s.sequences == rows]
     copying = [(end - seconds, end) for end, seconds in world.steps.loads]
@@ -73,7 +73,7 @@ def registered(bench: Bench) -> Report:
     """Requests whose adapters are drawn by zipf 1.2 from 2,000, room for 64 on the device, beside the same number of
     requests to 32 adapters that all stay there."""
     world = packed_world(bench)
-    known, many, prompt, new = (20, 6, 5, 3) if bench.tiny else (2000, 192, PROMPT, NEW)
+    known, many, prompt, new = (20, 4, 3, 2) if bench.tiny else (2000, 192, PROMPT, NEW)
     weights = [rank**-1.2 for rank in range(1, known + 1)]
     drawn = random.Random().choices(range(known), weights, k=many)
     fixed = [str(number % (2 if bench.tiny else 32)) for number in range(many)]
