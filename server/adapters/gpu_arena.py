@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from server.adapters.arena import Arena, Rows
 from server.adapters.pinned import Chunk, PinnedWeights
@@ -14,7 +15,7 @@ from server.kernels.gpu.aside import Aside
 from server.kernels.gpu.scatter import scatter
 
 Piece = tuple[int, int, int]
-"""(address, first element of the source or -1 for zeros, elements), as `scatter` takes them."""
+"""(address, first element of the source, elements), as `scatter` takes them."""
 
 
 class GpuArena(Arena):
@@ -42,17 +43,18 @@ class GpuArena(Arena):
         for chunk in weights.chunks:
             # In stream order: a chunk arrives when the one before has been moved on.
             self._staging[: chunk.image.numel()].copy_(chunk.image, non_blocking=True)
-            self._move(self._pieces(chunk, rows))
-        self._move(self._zeros(rows, weights))
+            self._move(self._staging, self._pieces(chunk, rows))
+        self._move(None, self._zeros(rows, weights))
 
-    def _move(self, pieces: list[Piece]) -> None:
+    def _move(self, source: Tensor | None, pieces: list[Piece]) -> None:
         if pieces:
             table = torch.tensor(pieces, dtype=torch.int64)
             if self._staging.is_cuda:
                 table = table.pin_memory()
-            scatter(
-                self._staging, table.to(self._staging.device, non_blocking=True), max(count for *_, count in pieces)
-            )
+            aligned = all(address % 16 == start % 8 == count % 8 == 0 for address, start, count in pieces)
+            longest = max(count for *_, count in pieces)
+            sent = table.to(self._staging.device, non_blocking=True)
+            scatter(source, self._staging, sent, longest, aligned=aligned)
 
     def _pieces(self, chunk: Chunk, rows: Rows) -> list[Piece]:
         pieces = []
@@ -70,5 +72,5 @@ class GpuArena(Arena):
                 unused = rows.stop - rows.start - used
                 if unused:
                     address = matrix.data_ptr() + (rows.start + used) * matrix.shape[1] * matrix.itemsize
-                    pieces.append((address, -1, unused * matrix.shape[1]))
+                    pieces.append((address, 0, unused * matrix.shape[1]))
         return pieces

@@ -89,13 +89,11 @@ class Engine:
         if gpu is None:
             modules.settle()
         self._runner = Runner(base, pages, limits.page_tokens)
-        self._pass = self._runner.run
         forward: Forward = self._run_packed
         choose: Choose = sample
         if gpu is not None:
             gpu.bind(arena, self._runner)
             gpu.warm_up()
-            self._pass = gpu.forward
             forward = partial(gpu.run, launch=self._run)
             choose = gpu.sampler
         if limits.deterministic:
@@ -233,7 +231,7 @@ class Engine:
         if rope is not None:
             rope.select(((s.tokens, len(s.sequence.tokens)) for s in batch.shares), self.base.device)
         try:
-            return self._pass(batch.packed)
+            return self._runner.run(batch.packed) if self._gpu is None else self._gpu.forward(batch.packed)
         finally:
             self._part_hooks.clear()  # an unloaded adapter's tensors shall not live on here
 

@@ -64,7 +64,7 @@ def _finite(
     """found[page, cache] = whether anything in it is no finite number."""
     place, cache = tl.program_id(0), tl.program_id(1)
     page = tl.load(pages + place).to(tl.int64)
-    base = tl.load(table + cache).to(tl.pointer_type(like.dtype.element_ty))
+    base = tl.multiple_of(tl.load(table + cache).to(tl.pointer_type(like.dtype.element_ty)), 16)
     k = tl.arange(0, STEP)
     bad = tl.zeros([STEP], dtype=tl.int32)
     for head in range(HEADS):
