@@ -75,21 +75,26 @@ def registered(bench: Bench) -> Report:
     world = packed_world(bench)
     known, many, prompt, new = (20, 4, 3, 2) if bench.tiny else (2000, 192, PROMPT, NEW)
     weights = [rank**-1.2 for rank in range(1, known + 1)]
-    drawn = random.Random().choices(range(known), weights, k=many)
     fixed = [str(number % (2 if bench.tiny else 32)) for number in range(many)]
     _, mixed = world.run(fixed, prompt, new)
-    asked = world.requests([f"registered {number}" for number in drawn], prompt, new)
-    loads = len(world.steps.loads)
-    started = time.perf_counter()
-    answers = world.engine.generate(asked)
-    taken = time.perf_counter() - started
-    failed = next((answer.error for answer in answers if answer.error is not None), None)
-    if failed is not None:
-        raise failed
-    return {
-        "rows": [
+    rows: list[dict[str, object]] = []
+    # First nobody has been fetched; then the commonest lie in host memory, as after a while of serving.
+    for state in ("cold", "warm"):
+        if bench.left() < 10 and rows:
+            return {"rows": rows, "cut": f"no time left before {state}"}
+        drawn = random.Random().choices(range(known), weights, k=many)
+        asked = world.requests([f"registered {number}" for number in drawn], prompt, new)
+        loads = len(world.steps.loads)
+        started = time.perf_counter()
+        answers = world.engine.generate(asked)
+        taken = time.perf_counter() - started
+        failed = next((answer.error for answer in answers if answer.error is not None), None)
+        if failed is not None:
+            raise failed
+        rows.append(
             {
                 "registered": known,
+                "host memory": state,
                 "requests": many,
                 "adapters used": len(set(drawn)),
                 "copies to the device": len(world.steps.loads) - loads,
@@ -97,5 +102,5 @@ def registered(bench: Bench) -> Report:
                 "tokens/s, 32 resident": many * new / mixed,
                 "share": mixed / taken,
             }
-        ]
-    }
+        )
+    return {"rows": rows}

@@ -50,7 +50,7 @@ def lay_out(shares: Seq[Share], page_tokens: int, device: str, heads: int, width
         decodes=len(decodes),
         pages=answers.view(len(decodes), -1) if decodes else answers.view(0, 0),
         lengths=known,
-        scratch=DecodeScratch(len(decodes), heads, width, longest, device) if decodes else None,
+        scratch=DecodeScratch(len(decodes), heads, width, rounded(longest), device) if decodes else None,
         prompts=PrefillPlan(cut.view(-1, 4), asked.view(len(prompts), -1)) if prompts else None,
     )
     none = ids[:0]
@@ -66,6 +66,11 @@ def lay_out(shares: Seq[Share], page_tokens: int, device: str, heads: int, width
         shares=tuple(ordered),
         sampling=tuple(share for share in ordered if share.samples),
     )
+
+
+def rounded(longest: int) -> int:
+    """Up to a power of two from 1,024 on: the kernel is compiled for the room it is given."""
+    return max(1024, 1 << (longest - 1).bit_length())
 
 
 def _rows(pages: Seq[Seq[int]]) -> list[int]:
