@@ -1,11 +1,12 @@
-"""The GPU in one call: are the kernels right, how fast are they, how far from what the card can do.
+"""The GPU in one call: is it right, how fast is it, how far from what the card can do, what do others do there.
 
-    python -m benchmarks.gpu [--sections ceilings correct nf4 …] [--minutes 8] [--json gpu.json] [--markdown gpu.md]
+    python -m benchmarks.gpu [--sections ceilings correct engine …] [--minutes 8] [--json gpu.json] [--markdown gpu.md]
 
-Runs under torch 2.11 to 2.13 with Triton 3.6 or 3.7, alone: no model is downloaded. Every section has a budget of
-seconds and reports on its own; one that fails, or lacks something, is named with its reason and the others go on.
-Nothing is timed before `correct` has passed. `--tiny` runs every section's code at toy shapes on any machine, in
-Triton's interpreter where there is no GPU; its times mean nothing.
+Runs under torch 2.11 to 2.13, transformers 5.17 to 5.23 and Triton 3.6 or 3.7, alone: no model is downloaded. Every
+section has a budget of seconds and reports on its own; one that fails, or lacks something, is named with its reason and
+the others go on. No kernel is timed before `correct` has passed, no engine whose `answers` were wrong. `--tiny` runs
+every section's code at toy shapes on any machine, in Triton's interpreter where there is no GPU; its times mean
+nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
@@ -29,6 +32,7 @@ from benchmarks.gpu_bench import Bench, Missing, Report
 
 def main(arguments: list[str] | None = None) -> Report:
     """Parse the command line, run the sections, write the reports."""
+    from benchmarks.gpu_engine import close_worlds
     from benchmarks.gpu_sections import SECTIONS
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -46,16 +50,26 @@ def main(arguments: list[str] | None = None) -> Report:
     for name, section in SECTIONS.items():
         if name not in options.sections:
             continue
-        report["sections"][name] = run(name, section.run, section.seconds, bench, deadline)
-        print(f"{name}: {report['sections'][name]['status']}", flush=True)
+        if section.engine and wrong(report, "answers"):
+            result: Report = {"status": "missing", "why": "the engine's answers were wrong"}
+        else:
+            result = run(name, section.run, section.seconds, bench, deadline)
+        report["sections"][name] = result
+        print(f"{name}: {result['status']} {result.get('why', '')}", flush=True)
         # After every section: a call that is cut off still leaves what it has measured.
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         options.markdown.write_text(markdown(report), encoding="utf-8")
-        if name == "correct" and report["sections"][name]["status"] != "done":
+        if name == "correct" and result["status"] != "done":
             print("the kernels are wrong; nothing is timed")
             break
+    close_worlds(bench)
     print(markdown(report))
     return report
+
+
+def wrong(report: Report, name: str) -> bool:
+    """Whether a section ran and found a wrong answer; one that could not run has found nothing."""
+    return str(report["sections"].get(name, {}).get("why", "")).startswith("AssertionError")
 
 
 def run(name: str, section: Callable[[Bench], Report], seconds: float, bench: Bench, deadline: float) -> Report:
@@ -68,6 +82,8 @@ def run(name: str, section: Callable[[Bench], Report], seconds: float, bench: Be
         result: Report = {"status": "done", **section(bench)}
     except Missing as missing:
         result = {"status": "missing", "why": str(missing)}
+    except ModuleNotFoundError as error:
+        result = {"status": "missing", "why": f"{error.name} is not installed", "trace": traceback.format_exc()}
     except Exception as error:
         result = {"status": "failed", "why": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     if bench.device == "cuda":
@@ -77,6 +93,7 @@ def run(name: str, section: Callable[[Bench], Report], seconds: float, bench: Be
 
 def machine() -> Report:
     """What this ran on."""
+    import transformers
     import triton
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "Triton's interpreter"
@@ -84,6 +101,7 @@ def machine() -> Report:
         "device": device,
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
 
@@ -91,7 +109,10 @@ def machine() -> Report:
 def markdown(report: Report) -> str:
     """All rows of all sections as tables, and what is missing or failed by name."""
     where = report["machine"]
-    lines = [f"# {where['device']}, torch {where['torch']}, Triton {where['triton']}", ""]
+    lines = [
+        f"# {where['device']}, torch {where['torch']}, transformers {where['transformers']}, Triton {where['triton']}",
+        "",
+    ]
     if report["tiny"]:
         lines += ["Toy shapes: the times mean nothing.", ""]
     for name, section in report["sections"].items():
@@ -102,6 +123,8 @@ def markdown(report: Report) -> str:
             lines += ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
             lines += ["| " + " | ".join(shown(row.get(column)) for column in columns) + " |" for row in rows]
             lines.append("")
+        if "memory" in section:
+            lines += [f"Memory planned: {section['memory']['plan']}; peak {section['memory']['peak bytes']} bytes.", ""]
     return "\n".join(lines)
 
 

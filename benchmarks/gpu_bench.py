@@ -24,6 +24,8 @@ class Bench:
     tiny: bool
     until: float = 0.0
     ceilings: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)  # engines that sections share, by name
+    figures: dict[str, float] = field(default_factory=dict)  # what later sections compare with
 
     def left(self) -> float:
         """Seconds left to the section that runs."""

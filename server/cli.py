@@ -143,6 +143,14 @@ class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     help="Memory for adapters kept near, in the host's memory.",
 )
 @click.option(
+    "--device-memory",
+    type=ByteSize(),
+    default=0,
+    metavar="SIZE",
+    help="What weights, keys and values, adapters and work space may take together; refused at start where they need "
+    "more. Default: on a GPU what is free there, on a CPU no check.",
+)
+@click.option(
     "--deterministic",
     is_flag=True,
     help="A request gives the same tokens and log-probabilities whatever shares its batch, in the served precision. "
@@ -182,6 +190,7 @@ def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> in
             adapter_memory_bytes=options["adapter_memory"],
             adapter_parts_memory_bytes=options["adapter_parts_memory"],
             host_adapter_memory_bytes=options["host_adapter_memory"],
+            device_memory_bytes=options["device_memory"],
             deterministic=options["deterministic"],
         ),
         hub=hub,

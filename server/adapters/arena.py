@@ -7,6 +7,7 @@ slot number that could name somebody else's adapter by mistake.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +102,10 @@ class Arena:
                     yield source.data_ptr(), to + rows.start * row, rank * row
                 if rows.start + rank < rows.stop:
                     yield 0, to + (rows.start + rank) * row, (rows.stop - rows.start - rank) * row
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Entered around `write` and what belongs to it; when it is left, the device has done it."""
+        return nullcontext()
 
     def free_rows(self) -> int:
         """Rows not in use."""

@@ -104,8 +104,9 @@ class DeviceLoader:
             return False
         arena = claims.device.arena
         try:
-            arena.write(rows, weights)
-            parts = weights.parts.on(arena.device)
+            with arena.aside():
+                arena.write(rows, weights)
+                parts = weights.parts.on(arena.device)
         except BaseException:
             with claims.changed:
                 claims.device.abandon(rows)

@@ -9,7 +9,6 @@ rank rows do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,45 +16,13 @@ from torch import Tensor, nn
 
 from server.adapters.affine import AffineParts
 from server.adapters.arena import Arena
+from server.adapters.families import Family, family_of, silu, window_of
 from server.adapters.linear import ActiveAdapters, LoraLinear, SiteGroup
 from server.kernels.native import MAX_HEAD_WIDTH, Native
 from server.kernels.native.decoder import Decoder, JointLinears, LayerParts, Shape
 from server.kernels.native.packing import PackedProduct
 from server.model.attention import AttentionPlan, PagedKv, prefill
 from server.model.packed import PackedLinear, let_go_of_checkpoint, pack_linear, pack_output_head, packable
-
-
-@dataclass(frozen=True)
-class _Family:
-    """How a family's layer differs from Llama's; names are transformers'."""
-
-    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
-    before_attention: str | None = "input_layernorm"
-    after_attention: str | None = None
-    before_mlp: str | None = "post_attention_layernorm"
-    after_mlp: str | None = None
-    head_norms: bool = False  # q_norm and k_norm in the attention
-    flat_norm: bool = False
-    late_norm: bool = False
-
-
-_FAMILIES = {
-    "Llama": _Family(),
-    "Mistral": _Family(),
-    "Qwen2": _Family(),
-    "Qwen3": _Family(head_norms=True),
-    "Phi3": _Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
-    "Olmo2": _Family(
-        before_attention=None,
-        after_attention="post_attention_layernorm",
-        before_mlp=None,
-        after_mlp="post_feedforward_layernorm",
-        head_norms=True,
-        flat_norm=True,
-        late_norm=True,
-    ),
-}
 
 
 class FusedLayers(nn.Module):
@@ -141,20 +108,20 @@ def pack_weights(model: nn.Module) -> None:
 
 def fusable(model: nn.Module) -> bool:
     """Whether `fuse` can replace the model's layers; asked before or after its linears are wrapped."""
-    family = _family(model)
+    family = family_of(model)
     return family is not None and all(_fits(layer, family) for layer in cast(Any, model).model.layers)
 
 
 def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters, kernels: Native) -> AffineParts:
     """Replace the layers of a fusable model whose linears are wrapped; what they can do besides rank rows."""
-    family = _family(model)
+    family = family_of(model)
     if family is None:
         raise AssertionError(f"{type(model).__name__} has no native layers")
     decoder = cast(Any, model).model
     single: nn.ModuleList = decoder.layers
     layers = [cast(Any, layer) for layer in single]
     parts = [
-        _parts(layer, f"model.layers.{index}", family, arena, _window(layer.self_attn))
+        _parts(layer, f"model.layers.{index}", family, arena, window_of(layer.self_attn))
         for index, layer in enumerate(layers)
     ]
     attention, mlp = layers[0].self_attn, layers[0].mlp
@@ -178,23 +145,17 @@ def fuse(model: nn.Module, arena: Arena, active: ActiveAdapters, kernels: Native
     return AffineParts(_places(family, len(layers)), len(layers))
 
 
-def _family(model: nn.Module) -> _Family | None:
-    return _FAMILIES.get(type(model).__name__.removesuffix("ForCausalLM"))
-
-
-def _fits(layer: Any, family: _Family) -> bool:
+def _fits(layer: Any, family: Family) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     linears = [
         *(getattr(attention, name) for name in (*family.qkv, "o_proj")),
         *(getattr(mlp, name) for name in (*family.gate_up, "down_proj")),
     ]
-    activation = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
-    silu = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
     linears_fit = all(packable(linear.base if isinstance(linear, LoraLinear) else linear) for linear in linears)
-    return silu and linears_fit and attention.head_dim <= MAX_HEAD_WIDTH
+    return silu(mlp) and linears_fit and attention.head_dim <= MAX_HEAD_WIDTH
 
 
-def _parts(layer: Any, path: str, family: _Family, arena: Arena, window: int | None) -> LayerParts:
+def _parts(layer: Any, path: str, family: Family, arena: Arena, window: int | None) -> LayerParts:
     attention, mlp = layer.self_attn, layer.mlp
 
     def norm(owner: Any, name: str | None) -> Tensor | None:
@@ -215,7 +176,7 @@ def _parts(layer: Any, path: str, family: _Family, arena: Arena, window: int | N
     )
 
 
-def _places(family: _Family, layers: int) -> dict[str, int]:
+def _places(family: Family, layers: int) -> dict[str, int]:
     """Module path → place in an `AffineTable`."""
     joints = (
         *(("self_attn", names) for names in (family.qkv, ("o_proj",))),
@@ -241,12 +202,6 @@ def _joint(owner: Any, path: str, names: Sequence[str], arena: Arena) -> JointLi
         [None if linear.bias is None else linear.bias.data for linear in linears],
     )
     return JointLinears(product, group.native)
-
-
-def _window(attention: Any) -> int | None:
-    # Qwen2 and 3 decide by layer, Mistral and Phi-3 have one window for all; Llama's config knows none.
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    return None if window is None else int(window)
 
 
 def _is_float32(linear: nn.Module) -> bool:

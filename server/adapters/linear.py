@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,9 @@ from server.kernels.cpu import LoraBlock, lora_add, lora_blocks
 from server.kernels.native import Native
 from server.kernels.native.plans import AffinePlan, DecodePlan, PrefillPlan, Segment, Sites
 
+if TYPE_CHECKING:
+    from server.kernels.gpu.lora import LoraSites
+
 
 class SiteGroup:
     """The arena matrices of linear layers that share their input, such as q, k and v."""
@@ -20,6 +25,13 @@ class SiteGroup:
         self.a = [arena.a[name] for name in names]
         self.b = [arena.b[name] for name in names]
         self.native = Sites(self.a, self.b)
+
+    @cached_property
+    def triton(self) -> LoraSites:
+        """The same for the GPU's kernels."""
+        from server.kernels.gpu.lora import LoraSites
+
+        return LoraSites(self.a, self.b)
 
 
 class ActiveAdapters:

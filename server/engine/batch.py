@@ -61,7 +61,7 @@ def lay_out(shares: Seq[Share], page_tokens: int, device: str, listed_tokens: in
             spans.append(Span(t0, t0 + share.tokens, torch.tensor(slots, device=device)))
         if share.samples:
             sample_rows.append(len(token_ids) - 1)
-        _extend(segments, t0, len(token_ids), sequence.adapter_rows)
+        extend_segments(segments, t0, len(token_ids), sequence.adapter_rows)
     rows = ordered[:decodes] if listed_tokens == 0 else []
     lengths = [share.sequence.computed + 1 for share in rows]
     packed = PackedBatch(
@@ -139,7 +139,7 @@ def slot(pages: Seq[int], position: int, page_tokens: int) -> int:
     return pages[position // page_tokens] * page_tokens + position % page_tokens
 
 
-def _extend(
+def extend_segments(
     segments: list[tuple[int, int, int, int, float]],
     t0: int,
     t1: int,

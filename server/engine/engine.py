@@ -26,13 +26,15 @@ from server.engine.batch import LISTED_TOKENS, StepBatch, lay_out, part_spans
 from server.engine.fixed_rows import FixedRows
 from server.engine.front_door import FrontDoor
 from server.engine.kv_cache import PageTable
+from server.engine.memory_plan import fit
 from server.engine.observer import EngineObserver, EngineSnapshot, SchedulerReports, Unobserved
 from server.engine.offline import Completion, run_all
+from server.engine.open_gpu import open_gpu
 from server.engine.outbox import Outbox
 from server.engine.pace import Pace
 from server.engine.request import Request
 from server.engine.row_by_row import RowByRow
-from server.engine.sampler import SamplerState
+from server.engine.sampler import Choose, SamplerState, sample
 from server.engine.scheduler import Scheduler, Share
 from server.engine.sequence import Sequence
 from server.engine.step_loop import Forward, StepLoop
@@ -63,16 +65,20 @@ class Engine:
         self.structures = Structures(base.tokenizer, base.vocabulary_size, self.text.eos_ids)
         told: EngineObserver = observer or Unobserved()
         page = PagedKv.page_bytes(base.layers, base.kv_heads, base.head_width, limits.page_tokens, base.dtype)
+        gpu = self._gpu = open_gpu(base, limits)
         pages = limits.kv_memory_bytes // page
         if pages < 1:
             raise BaseUnavailable(f"the KV memory holds no page: {limits.kv_memory_bytes} bytes, one page takes {page}")
         shapes = {site: (m.out_features, m.in_features) for site, m in base.linears().items()}
-        arena = Arena(shapes, limits.adapter_memory_bytes // row_bytes(shapes, base.dtype), base.dtype, base.device)
-        kernels = native.load(base.dtype) if base.device == "cpu" else None
+        rows = limits.adapter_memory_bytes // row_bytes(shapes, base.dtype)
+        self.memory = fit(base, limits, 0 if gpu is None else gpu.standing_bytes)
+        make_arena = Arena if gpu is None else gpu.arena
+        arena = make_arena(shapes, rows, base.dtype, base.device)
+        kernels = native.load(base.dtype) if base.device == "cpu" and gpu is None else None
         fused = kernels is not None and fusable(base.model)
         if limits.deterministic and not fused:
             kernels = None  # the scheme for what is not fused is made of plain torch operations
-        self._active = ActiveAdapters(base.dtype, kernels)
+        self._active = ActiveAdapters(base.dtype, kernels) if gpu is None else gpu.active
         modules = BaseWeights(base.model)
         wrap_linears(base.model, arena, self._active)
         native_parts = None
@@ -82,9 +88,16 @@ class Engine:
             pack_weights(base.model)
         self._part_hooks = PartsHooks(modules.modules, modules.head, native_parts)
         self._listed_tokens = LISTED_TOKENS if kernels is not None else 0
-        modules.settle()
+        if gpu is None:
+            modules.settle()
         self._runner = Runner(base, pages, limits.page_tokens)
         forward: Forward = self._run_packed
+        choose: Choose = sample
+        if gpu is not None:
+            gpu.bind(arena, self._runner)
+            gpu.warm_up()
+            forward = partial(gpu.run, launch=self._run)
+            choose = gpu.sampler
         if limits.deterministic:
             steps: RowByRow | FixedRows
             if fused:
@@ -95,18 +108,19 @@ class Engine:
             forward = steps.run
         self._pages = PageTable(pages, limits.page_tokens)
         self._door = FrontDoor(limits.max_waiting, limits.max_waiting_per_tenant)
+        parse = partial(
+            parse_adapter,
+            shapes=shapes,
+            base=base.identity,
+            dtype=base.dtype,
+            max_rank=limits.max_adapter_rank,
+            modules=modules,
+            parts=not limits.deterministic,
+        )
         self.adapters = Residency(
             arena,
             fetch,
-            partial(
-                parse_adapter,
-                shapes=shapes,
-                base=base.identity,
-                dtype=base.dtype,
-                max_rank=limits.max_adapter_rank,
-                modules=modules,
-                parts=not limits.deterministic,
-            ),
+            parse if gpu is None else gpu.parsing(parse),
             limits.host_adapter_memory_bytes,
             wake=self._door.wake,
             loaded=told.adapter_loaded,
@@ -137,6 +151,7 @@ class Engine:
             reports,
             long_from=None if rope is None else rope.switch + 1,
             pace=pace,
+            choose=choose,
         )
         self._thread = threading.Thread(target=self._loop.run, name="loraplex-engine", daemon=True)
 
@@ -224,7 +239,7 @@ class Engine:
         if rope is not None:
             rope.select(((s.tokens, len(s.sequence.tokens)) for s in batch.shares), self.base.device)
         try:
-            return self._runner.run(batch.packed)
+            return self._runner.run(batch.packed) if self._gpu is None else self._gpu.forward(batch.packed)
         finally:
             self._active.affine = None
             self._part_hooks.clear()  # an unloaded adapter's tensors shall not live on here

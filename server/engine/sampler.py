@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +66,10 @@ class Choice:
     token_id: int | None
     logprobs: TokenLogprobs | None
     error: ServerError | None = None
+
+
+Choose = Callable[[Tensor, Sequence[SamplerState]], list[Choice]]
+"""Chooses the next token of every row, as `sample` does."""
 
 
 @torch.inference_mode()  # the runner's logits were made in it, and may be changed in place only in it

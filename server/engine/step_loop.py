@@ -18,7 +18,7 @@ from server.engine.kv_cache import PageTable
 from server.engine.observer import EngineObserver, EngineSnapshot, SchedulerReports
 from server.engine.pace import Pace
 from server.engine.request import Delta
-from server.engine.sampler import sample
+from server.engine.sampler import Choose, sample
 from server.engine.scheduler import Scheduler, Share
 from server.engine.sequence import Sequence
 from server.errors import Cancelled, Draining, EngineFailed
@@ -58,6 +58,7 @@ class StepLoop:
         reports: SchedulerReports,
         long_from: int | None,
         pace: Pace,
+        choose: Choose = sample,
     ) -> None:
         self.observer = observer
         self.snapshot = EngineSnapshot(kv_pages_total=pages.pages)
@@ -68,6 +69,7 @@ class StepLoop:
         self._reports = reports
         self._long_from = long_from
         self._pace = pace
+        self._choose = choose
 
     def run(self) -> None:
         """The engine's thread: until the door is closed; who is inside then ends with `Draining`."""
@@ -108,7 +110,7 @@ class StepLoop:
     def _postprocess(self, step: ComputedStep, logits: Tensor) -> None:
         for share in step.shares:
             share.sequence.computed += share.tokens
-        choices = sample(logits, [share.sequence.sampler for share in step.sampling])
+        choices = self._choose(logits, [share.sequence.sampler for share in step.sampling])
         for share, choice in zip(step.sampling, choices, strict=True):
             sequence, request = share.sequence, share.sequence.request
             if choice.token_id is None:

@@ -66,6 +66,17 @@ class StructureState:
         other._may_end = may_end
         return other
 
+    def allowed(self) -> Tensor | None:
+        """[vocabulary] bool, on the CPU: what may follow; None where nothing can."""
+        if self._allowed is None:
+            return None
+        ends = self._ends if self._may_end else []
+        if not ends:
+            return self._allowed
+        mask = self._allowed.clone()
+        mask[ends] = True
+        return mask
+
     def restrict(self, logits: Tensor) -> str | None:
         """Set the logits [vocabulary] of what cannot follow to -inf; returns why not, where nothing can."""
         if self._allowed is None:

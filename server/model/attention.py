@@ -7,9 +7,9 @@ is absent from transformers' mask interface, so no mask is ever built.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from server.errors import UnsupportedArchitecture
 from server.kernels import cpu, native
 from server.kernels.native.decoder import ListedRows
+
+if TYPE_CHECKING:
+    from server.model.gpu_attention import GpuAttention
 
 ATTENTION_NAME = "loraplex_paged"
 
@@ -62,6 +65,7 @@ class AttentionPlan:
     # Deterministic steps only, then there are neither decodes nor spans: each row as a plan of one decode, for it
     # attends by itself. Rows past the last one are padding.
     alone: Sequence[AttentionPlan] = ()
+    gpu: GpuAttention | None = None  # on a GPU, where nothing else than this and `write_slots` is filled
 
 
 class PagedKv:
@@ -76,6 +80,7 @@ class PagedKv:
         # Zeros, not empty: padding reads any page, and a NaN there would survive the mask.
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.check: Callable[[Sequence[int]], list[bool]] | None = None  # what `finite` asks on a GPU
 
     def scrub(self, pages: Sequence[int]) -> None:
         """Zero pages that may hold NaN before somebody else gets them: a weight of zero does not silence a NaN."""
@@ -84,6 +89,8 @@ class PagedKv:
 
     def finite(self, pages: Sequence[int]) -> list[bool]:
         """For each page, whether all its keys and values are finite numbers."""
+        if self.check is not None:
+            return self.check(pages)
         kernels = native.load(self.k[0].dtype) if self.k[0].device.type == "cpu" else None
         if kernels is not None:
             return kernels.finite_pages([*self.k, *self.v], pages, self.page_tokens)
@@ -130,6 +137,20 @@ def paged_attention(
         return _each_alone(q, k, v, key[0], value[0], plan, kv.page_tokens, scaling, sliding_window, softcap), None
     k.index_copy_(1, plan.write_slots, key[0])
     v.index_copy_(1, plan.write_slots, value[0])
+    if plan.gpu is not None:
+        from server.model.gpu_attention import attend
+
+        out = attend(
+            q.contiguous(),
+            k,
+            v,
+            plan.gpu,
+            page_tokens=kv.page_tokens,
+            scale=scaling,
+            window=sliding_window,
+            softcap=softcap,
+        )
+        return out[None], None
     if plan.listed is not None:
         return _listed(q, k, v, plan, plan.listed, kv.page_tokens, scaling, sliding_window, softcap)[None], None
     parts = []

@@ -9,37 +9,60 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_sections
+from benchmarks import gpu, gpu_checks, gpu_engine, gpu_sections
 from benchmarks.gpu_bench import Bench, Report
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
+@pytest.mark.timeout(400)  # a minute on a quiet core
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_every_section_runs_or_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--json", str(tmp_path / "gpu.json"), "--markdown", str(tmp_path / "gpu.md")]
     report = gpu.main(["--tiny", *files])
     status = {name: section["status"] for name, section in report["sections"].items()}
     assert list(status) == list(gpu_sections.SECTIONS)
-    lacking = [name for name, state in status.items() if state == "missing"]
-    assert "engine" in lacking
-    assert set(lacking) <= {"engine", "bitsandbytes"}
+    assert {name for name, state in status.items() if state == "missing"} <= {"continuous", "products"}
     assert all(state != "failed" for state in status.values()), report
+    assert all(section["rows"] for name, section in report["sections"].items() if status[name] == "done")
     assert json.loads((tmp_path / "gpu.json").read_text()) == report
     page = (tmp_path / "gpu.md").read_text()
     assert "the times mean nothing" in page
-    assert "## engine: missing (the engine does not run these kernels yet: mixed 32" in page
+    assert "## continuous: missing (transformers' continuous batching needs a GPU)" in page
     capsys.readouterr()
 
 
 def test_wrong_kernels_are_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_sections, "CHECKS", {"a kernel that writes nothing": lambda bench, dtype: float("nan")})
+    monkeypatch.setattr(gpu_checks, "CHECKS", {"a kernel that writes nothing": lambda bench, dtype: float("nan")})
     files = ["--json", str(tmp_path / "gpu.json"), "--markdown", str(tmp_path / "gpu.md")]
-    report = gpu.main(["--tiny", "--sections", "correct", "swap", *files])
+    report = gpu.main(["--tiny", "--sections", "correct", "nf4", *files])
     assert list(report["sections"]) == ["correct"]
     assert report["sections"]["correct"]["why"].startswith("AssertionError: a kernel that writes nothing in")
     assert "nothing is timed" in capsys.readouterr().out
+
+
+def test_an_engine_with_wrong_answers_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(bench: Bench) -> Report:
+        raise AssertionError("the engine's tokens are not PEFT's")
+
+    broken = gpu_sections.Section(wrong, 10)
+    monkeypatch.setitem(gpu_sections.SECTIONS, "answers", broken)
+    files = ["--json", str(tmp_path / "gpu.json"), "--markdown", str(tmp_path / "gpu.md")]
+    report = gpu.main(["--tiny", "--sections", "answers", "engine", "lora", *files])
+    sections = report["sections"]
+    assert sections["engine"] == {"status": "missing", "why": "the engine's answers were wrong"}
+    assert sections["lora"]["status"] == "done"
+    capsys.readouterr()
+
+
+def test_a_different_token_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_engine, "_generated", lambda *_: [1, 2, 3])
+    with pytest.raises(AssertionError, match="the engine's tokens are not PEFT's"):
+        gpu_engine.answers(Bench("cpu", tiny=True))
 
 
 def test_a_section_that_fails_is_named_and_the_time_is_bounded() -> None:
@@ -50,6 +73,13 @@ def test_a_section_that_fails_is_named_and_the_time_is_bounded() -> None:
     assert gpu.run("x", broken, 10, bench, float("inf"))["why"] == "RuntimeError: out of memory"
     late = gpu.run("x", broken, 10, bench, 0.0)
     assert (late["status"], late["why"]) == ("missing", "no time left")
+
+    def lacking(bench: Bench) -> Report:
+        import a_package_that_nobody_has  # noqa: F401
+
+        return {}
+
+    assert gpu.run("x", lacking, 10, bench, float("inf"))["why"] == "a_package_that_nobody_has is not installed"
 
 
 def test_it_refuses_to_time_a_machine_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

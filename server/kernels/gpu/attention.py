@@ -127,17 +127,24 @@ class PrefillPlan:
         spans: Sequence[tuple[int, int, int]], pages: Sequence[Sequence[int]], device: torch.device | str
     ) -> PrefillPlan:
         """spans: (t0, t1, length): rows t0…t1 are the last of a sequence of `length` tokens, which lie in `pages`."""
-        tiles = []
-        for number, (t0, t1, length) in enumerate(spans):
-            if not 0 <= t1 - t0 <= length:
-                raise ValueError(f"{t1 - t0} rows of a sequence of {length}")
-            tiles += [(number, t, t1, length - (t1 - t)) for t in range(t0, t1, _ROWS)]
         widest = max((len(own) for own in pages), default=0)
         rows = [[*own, *[0] * (widest - len(own))] for own in pages]
         return PrefillPlan(
-            torch.tensor(tiles, dtype=torch.int32).view(-1, 4).to(device, non_blocking=True),
+            torch.tensor(tiles(spans), dtype=torch.int32).view(-1, 4).to(device, non_blocking=True),
             torch.tensor(rows, dtype=torch.int32).view(len(rows), widest).to(device, non_blocking=True),
         )
+
+
+def tiles(spans: Sequence[tuple[int, int, int]]) -> list[int]:
+    """The rows of `PrefillPlan.tiles`, one after the other. spans: (t0, t1, length): rows t0…t1 are the last of a
+    sequence of `length` tokens."""
+    cut: list[int] = []
+    for number, (t0, t1, length) in enumerate(spans):
+        if not 0 <= t1 - t0 <= length:
+            raise ValueError(f"{t1 - t0} rows of a sequence of {length}")
+        for t in range(t0, t1, _ROWS):
+            cut += (number, t, t1, length - (t1 - t))
+    return cut
 
 
 def prefill(

@@ -12,9 +12,9 @@ from torch import Tensor
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of `device`; 2 where Triton's interpreter stands in for it."""
+    """Streaming multiprocessors of `device`; 1 where Triton's interpreter stands in for it."""
     if device.type != "cuda":
-        return 2
+        return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

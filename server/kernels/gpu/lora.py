@@ -72,6 +72,11 @@ def splits(tokens: int, width: int) -> int:
     return 1 if tokens > 16 else max(1, min(8, width // 512))
 
 
+def scratch_elements(plan: LoraPlan, sites: LoraSites) -> int:
+    """How many numbers `lora_add` needs for h."""
+    return plan.pieces * sites.count * splits(plan.tokens, sites.width) * plan.tokens * RANKS
+
+
 def scratch(plan: LoraPlan, sites: LoraSites) -> Tensor:
     """The memory `lora_add` needs for h: [pieces, sites, splits, tokens, RANKS] float32; may be shared by layers."""
     shape = (plan.pieces, sites.count, splits(plan.tokens, sites.width), plan.tokens, RANKS)
@@ -93,7 +98,7 @@ def lora_add(
     tokens, parts = plan.tokens, splits(plan.tokens, sites.width)
     if h is None:
         h = scratch(plan, sites)
-    elif h.numel() < plan.pieces * sites.count * parts * tokens * RANKS:
+    elif h.numel() < scratch_elements(plan, sites):
         raise ValueError("the scratch memory is too small for these sites")
     columns = _COLUMNS if tokens == 16 else _PROMPT_COLUMNS
     tiles = sites.tiles(columns)

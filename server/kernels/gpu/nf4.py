@@ -206,7 +206,7 @@ def _levels_of_four(codes, levels, ASM: tl.constexpr, DTYPE: tl.constexpr):
     return w0, w1, w2, w3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # batches of one tile size share a kernel
 def _matmul(
     x,
     codes,

@@ -164,6 +164,18 @@ def small() -> None:
     elementwise.row_norms(torch.zeros(4096, 4096, dtype=torch.bfloat16), rows, rows)
 
 
+def traffic() -> None:
+    """An adapter on its way to its rows; a page that is asked about."""
+    from server.kernels.gpu.pages import PageCheck
+    from server.kernels.gpu.scatter import scatter
+
+    staging = torch.zeros(65536, dtype=torch.bfloat16)
+    pieces = torch.zeros(2, 3, dtype=torch.int64)
+    scatter(staging, staging, pieces, 65536, aligned=True)
+    scatter(None, staging, pieces, 65536, aligned=False)
+    PageCheck([torch.zeros(8, 256, 128, dtype=torch.bfloat16)] * 4, 16)([1, 2])
+
+
 CASES: dict[str, Callable[[], None]] = {
     "lora-decode": lambda: lora(16),
     "lora-prompt": lambda: lora(64),
@@ -173,6 +185,7 @@ CASES: dict[str, Callable[[], None]] = {
     "decode-long": lambda: decode(8192, 30.0),
     "small": small,
     "prefill-capped": lambda: prefill(30.0),
+    "traffic": traffic,
 }
 
 

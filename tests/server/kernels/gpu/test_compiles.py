@@ -40,3 +40,7 @@ def test_for_compute_capability_9(tmp_path: Path) -> None:
         assert kernel["spills"] == 0, kernel
         assert kernel["shared"] <= 113 * 1024, f"fewer than two programs fit a processor: {kernel}"
         assert kernel["wide"] or kernel["kernel"] not in WIDE, kernel
+    scatter, zero, finite = (kernel for kernel in kernels if kernel["kernel"] in ("_scatter", "_finite"))
+    assert scatter["wide"]
+    assert finite["wide"]
+    assert not zero["wide"]  # it reads nothing

@@ -1,0 +1,80 @@
+"""What the card does at best, and whole decode steps of the kernels alone, without an engine around them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_bench import Bench, Report
+from benchmarks.gpu_model import LLAMA_1B, LLAMA_8B, TINY, Step
+
+BF16 = torch.bfloat16
+
+
+def ceilings(bench: Bench) -> Report:
+    """What the card does at best: a copy (bytes read plus written), a bf16 product, a copy from pinned memory."""
+    size = 1 << (12 if bench.tiny else 30)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    copy = bench.seconds([lambda: target.copy_(source)] * (1 if bench.tiny else 4))
+    bench.ceilings["bytes_per_second"] = 2 * size / copy
+    n = 32 if bench.tiny else 8192
+    a, b = (torch.randn(n, n, dtype=BF16, device=bench.device) for _ in range(2))
+    product = bench.seconds([lambda: a @ b] * (1 if bench.tiny else 4))
+    bench.ceilings["bf16_flops"] = 2 * n**3 / product
+    host = torch.empty(size // 4, dtype=torch.uint8, pin_memory=bench.device == "cuda")
+    upload = host_copy_seconds(bench, host, target[: size // 4])
+    bench.ceilings["host_bytes_per_second"] = size / 4 / upload
+    return {"rows": [{"ceiling": name, "per second": rate} for name, rate in bench.ceilings.items()]}
+
+
+def host_copy_seconds(bench: Bench, host: Tensor, target: Tensor) -> float:
+    """Median of copies host → device, which no graph holds."""
+    if bench.device == "cpu":
+        return bench.seconds([lambda: target.copy_(host)])
+    times = []
+    for _ in range(9):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(host, non_blocking=True)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return sorted(times)[4]
+
+
+def decode_steps(bench: Bench) -> Report:
+    """A whole decode step of the kernels in one captured graph, context 320, against the bytes it must read."""
+    if bench.tiny:
+        cases = [(TINY, 2, True, adapters) for adapters in (0, 2)]
+    else:
+        cases = [(LLAMA_8B, rows, True, 0) for rows in (1, 8, 32)]
+        cases += [(LLAMA_8B, 32, True, 32), (LLAMA_8B, 64, True, 0), (LLAMA_8B, 64, True, 64)]
+        cases += [(LLAMA_8B, 32, False, 0), (LLAMA_8B, 32, False, 32)]
+        cases += [(LLAMA_1B, 32, True, 0), (LLAMA_1B, 32, True, 32)]
+    rows: list[dict[str, object]] = []
+    alone: dict[tuple[str, int, bool], float] = {}
+    for shape, batch, packed, adapters in cases:
+        if bench.left() < 10:
+            return {"rows": rows, "cut": f"no time left before {shape.name} at {batch} rows"}
+        step = Step(shape, batch, 40 if bench.tiny else 320, bench.device, packed=packed, adapters=adapters)
+        taken = bench.seconds([step.run])
+        size = step.weight_bytes() + step.cache_bytes() + (step.adapter_bytes if adapters else 0)
+        share = bench.share_of_bandwidth(size, taken)
+        before = alone.setdefault((shape.name, batch, packed), taken)
+        rows.append(
+            {
+                "model": f"{shape.name} {'NF4' if packed else 'bf16'}",
+                "rows": batch,
+                "adapters": adapters,
+                "ms": taken * 1e3,
+                "GB": size / 1e9,
+                "of bandwidth": share,
+                "times the floor": 1 / share if share else None,
+                "kept share": before / taken if adapters else None,
+            }
+        )
+        del step
+        if bench.device == "cuda":
+            torch.cuda.empty_cache()
+    return {"rows": rows}

@@ -1,0 +1,112 @@
+"""Decode steps launched as one captured graph each, for batches of a few sizes and contexts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from server.adapters.gpu_active import GpuAdapters
+from server.adapters.gpu_decoder import GpuDecoder
+from server.engine.batch import extend_segments
+from server.engine.rows import StepOfRows
+from server.engine.scheduler import Share
+from server.engine.static_rows import StaticRows
+from server.kernels.gpu.graphs import Graphs
+from server.kernels.native.plans import Segment
+from server.model.attention import PagedKv
+
+log = logging.getLogger(__name__)
+
+_CONTEXTS = (1024, 4096, 16384)  # tokens; longer ones are launched piece by piece
+
+
+class CapturedSteps:
+    """Captures a step when it is first asked for, and launches it again whenever one of its size comes.
+
+    A step is known by its rows (rounded up to a bucket, the rest padding), by the context it has room for and by
+    whether it has adapters at all; which adapters, pages and lengths it has lies in buffers that it reads.
+    """
+
+    def __init__(
+        self,
+        graphs: Graphs,
+        decoder: GpuDecoder,
+        active: GpuAdapters,
+        kv: PagedKv,
+        max_sequences: int,
+        context_tokens: int,
+        heads: int,
+        width: int,
+        vocabulary: int,
+        device: str,
+    ) -> None:
+        self.buckets = buckets(max_sequences)
+        self.contexts = contexts(context_tokens)
+        self._graphs = graphs
+        self._decoder = decoder
+        self._active = active
+        self._kv = kv
+        self._rows = StaticRows(max_sequences, self.contexts[-1], kv.page_tokens, heads, width, device)
+        self._logits = torch.empty(max_sequences, vocabulary, dtype=torch.float32, device=device)
+        self._captured: dict[tuple[int, int, bool], Callable[[], Tensor]] = {}
+
+    def run(self, shares: Seq[Share]) -> tuple[StepOfRows, Tensor] | None:
+        """The step and the logits [S, vocabulary] of those that sample; None for what is not captured.
+
+        Nobody of these has parts beside rank rows.
+        """
+        longest = max(share.sequence.computed for share in shares) + 1
+        if any(share.tokens > 1 for share in shares) or longest > self.contexts[-1]:
+            return None
+        ordered = sorted(shares, key=lambda share: share.sequence.adapter_rows)
+        segments: list[Segment] = []
+        for row, share in enumerate(ordered):
+            extend_segments(segments, row, row + 1, share.sequence.adapter_rows)
+        self._active.use(tuple(segments), len(ordered))
+        if not self._active.captured:
+            return None
+        rows = self.buckets[bisect_left(self.buckets, len(ordered))]
+        context = self.contexts[bisect_left(self.contexts, longest)]
+        self._rows.fill(ordered, rows)
+        logits = self._captured_for(rows, context, bool(segments))()
+        sampling = [row for row, share in enumerate(ordered) if share.samples]
+        wanted = logits[: len(ordered)] if len(sampling) == len(ordered) else logits[sampling]
+        return StepOfRows(tuple(ordered), tuple(ordered[row] for row in sampling)), wanted
+
+    def capture_all(self, adapters: bool) -> None:
+        """Capture the steps of the shortest context now, before anybody waits for them."""
+        started = time.monotonic()
+        for some in (False, True) if adapters else (False,):
+            # Whose rows these are does not matter: nobody reads what comes out.
+            self._active.use(((0, 1, 0, 1, 1.0),) if some else (), 1)
+            self._rows.clear()
+            for rows in reversed(self.buckets):
+                self._captured_for(rows, self.contexts[0], some)
+        log.info("%d decode steps captured in %.1f s", len(self._captured), time.monotonic() - started)
+
+    def _captured_for(self, rows: int, context: int, adapters: bool) -> Callable[[], Tensor]:
+        """Captured now where it was not before; the inputs lie in the buffers, as they must for what is captured."""
+        key = (rows, context, adapters)
+        if key not in self._captured:
+            batch, out = self._rows.batch(rows, context), self._logits[:rows]
+            self._captured[key] = self._graphs.capture(lambda: self._decoder.run(batch, self._kv, out))
+        return self._captured[key]
+
+
+def buckets(most: int) -> list[int]:
+    """Batch sizes that steps are captured for: what is padded in vain stays below a third, or below four rows."""
+    sizes = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] + max(32, sizes[-1] // 4))
+    return [*(size for size in sizes if size < most), most]
+
+
+def contexts(most: int) -> list[int]:
+    """Lengths that steps are captured for, up to `most` tokens."""
+    return [*(length for length in _CONTEXTS if length < most), *([most] if most <= _CONTEXTS[-1] else [])]

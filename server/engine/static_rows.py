@@ -1,0 +1,106 @@
+"""The inputs of decode steps at addresses that never change, so that a captured step can be launched again with other
+sequences, adapters, pages and lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from server.engine.batch import slot
+from server.engine.scheduler import Share
+from server.kernels.gpu.attention import CHUNK, DecodeScratch
+from server.model.attention import AttentionPlan
+from server.model.gpu_attention import GpuAttention
+from server.model.runner import PackedBatch
+
+
+class StaticRows:
+    """Room for `rows` sequences with one new token each, of up to `longest` tokens.
+
+    A row that no sequence uses is padding: token 0 at position 0, length 0 (it attends to nothing) and slot -1 (it is
+    stored nowhere). Its results mean nothing and nobody reads them.
+    """
+
+    def __init__(self, rows: int, longest: int, page_tokens: int, heads: int, width: int, device: str) -> None:
+        self.rows = rows
+        self._page_tokens = page_tokens
+        self._shape = (heads, width)
+        self._host = torch.zeros(4, rows, dtype=torch.int32, pin_memory=device.startswith("cuda"))
+        self._image = self._host.numpy()
+        self._device = torch.zeros(4, rows, dtype=torch.int32, device=device)
+        self._pages = torch.zeros(rows, -(-longest // page_tokens), dtype=torch.int32, device=device)
+        # Of each row: the list of pages that was sent, and how many of it. A sequence's list only ever grows.
+        self._sent: list[tuple[list[int] | None, int]] = [(None, 0)] * rows
+        self._every = torch.arange(rows, device=device)
+        self._scratch: dict[int, DecodeScratch] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Make every row padding."""
+        self.fill([], self.rows)
+
+    def fill(self, shares: Seq[Share], rows: int) -> None:
+        """Put shares of one token into the first rows and padding into the others, up to `rows`.
+
+        Two copies to the device at most: what every step changes, and the pages that are new to their row.
+        """
+        ids, positions, slots, lengths = self._image
+        for row, share in enumerate(shares):
+            sequence = share.sequence
+            position = sequence.computed
+            ids[row] = sequence.tokens[position]
+            positions[row] = position
+            slots[row] = slot(sequence.pages, position, self._page_tokens)
+            lengths[row] = position + 1
+        count = len(shares)
+        ids[count:rows] = positions[count:rows] = lengths[count:rows] = 0
+        slots[count:rows] = -1
+        self._device.copy_(self._host, non_blocking=True)
+        self._send_pages([share.sequence.pages for share in shares])
+
+    def batch(self, rows: int, longest: int) -> PackedBatch:
+        """The first `rows` rows as a batch, whose sequences have up to `longest` tokens; always the same memory."""
+        ids, positions, slots, lengths = (line[:rows] for line in self._device)
+        none = self._every[:0]
+        attention = GpuAttention(
+            decodes=rows,
+            pages=self._pages[:rows],
+            lengths=lengths,
+            scratch=self._room(longest),
+            prompts=None,
+        )
+        return PackedBatch(
+            token_ids=ids,
+            positions=positions,
+            attention=AttentionPlan(slots, 0, none, none, 0, {}, (), gpu=attention),
+            sample_rows=self._every[:rows],
+        )
+
+    def _room(self, longest: int) -> DecodeScratch:
+        """Kept for ever: captured steps know its address."""
+        if longest not in self._scratch:
+            self._scratch[longest] = DecodeScratch(self.rows, *self._shape, longest, self._device.device)
+        return self._scratch[longest]
+
+    def _send_pages(self, pages: Seq[list[int]]) -> None:
+        places: list[int] = []
+        numbers: list[int] = []
+        wide = self._pages.shape[1]
+        for row, own in enumerate(pages):
+            known, count = self._sent[row]
+            start = count if known is own else 0
+            places += range(row * wide + start, row * wide + len(own))
+            numbers += own[start:]
+            self._sent[row] = (own, len(own))
+        if places:
+            host = torch.tensor([places, numbers], dtype=torch.int64)
+            if self._pages.is_cuda:
+                host = host.pin_memory()
+            changed, values = host.to(self._pages.device, non_blocking=True)
+            self._pages.view(-1).index_copy_(0, changed, values.int())
+
+
+def scratch_bytes(rows: int, longest: int, heads: int, width: int) -> int:
+    """Device memory of a `DecodeScratch`."""
+    return rows * heads * -(-longest // CHUNK) * (max(16, 1 << (width - 1).bit_length()) + 2) * 4

@@ -1,0 +1,223 @@
+"""The whole engine the GPU's way, in Triton's interpreter: its answers are those of generate() over PEFT in float32."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from server.engine.captured import CapturedSteps
+from server.engine.request import Sampling
+from tests.equivalence.reference import ask, assert_same, generated, load, write_moved_adapter
+from tests.equivalence.test_families import FAMILIES, LLAMA_LINEARS, write_family
+from tests.server.engine.gpu.pretend import build
+from tests.server.engine.gpu.tape import TapeGraphs
+
+# The interpreter computes in numpy, which warns of what padding holds.
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.timeout(180)]
+
+NEW_TOKENS = 3
+CAPTURE_ALL = CapturedSteps.capture_all
+MakeAdapter = Callable[..., Path]
+Fetch = Callable[[dict[str, Path]], Any]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.equivalence.reference.NEW_TOKENS", NEW_TOKENS)
+
+
+def random_prompt(*lengths: int) -> list[int]:
+    return [random.randrange(256) for _ in range(random.choice(lengths))]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2"])
+def test_a_family_equals_generate(
+    name: str, pretend_gpu: TapeGraphs, tmp_path: Path, make_adapter: MakeAdapter, directory_fetch: Fetch
+) -> None:
+    """Base rows and adapters of different rank in one batch, a prompt of several pages in chunks. Gemma 2 has layers
+    that are not Llama's: transformers' own, with our products and attention in them, and no captured steps."""
+    base = tmp_path / "base"
+    family = FAMILIES[name]
+    write_family(base, replace(family, settings={**family.settings, "num_hidden_layers": 2}))
+    adapters = {
+        kind: make_adapter(base, tmp_path / kind, seed=random.randrange(2**31), r=rank, target_modules=targets)
+        for kind, rank, targets in (("all", 12, list(LLAMA_LINEARS)), ("few", 4, ["q_proj", "v_proj"]))
+    }
+    models: dict[str | None, Any] = {None: load(base), **{kind: load(base, path) for kind, path in adapters.items()}}
+    # Llama's batch is mixed further; a prompt in chunks beside an answer is in all of them.
+    kinds = ["all", None, "few"] if name == "llama" else ["all", None]
+    prompts = [random_prompt(*lengths) for lengths in ((18,), (1, 3), (8, 9))[: len(kinds)]]
+    engine = build(base, directory_fetch(adapters))
+    try:
+        answers = engine.generate(
+            [ask(prompt, *([kind] if kind else [])) for kind, prompt in zip(kinds, prompts, strict=True)]
+        )
+        engine.check_integrity()
+    finally:
+        engine.close()
+    for kind, prompt, answer in zip(kinds, prompts, answers, strict=True):
+        assert_same(answer, models[kind], prompt, kind)
+    assert bool(pretend_gpu.replayed) is (name != "gemma2")
+
+
+def dequantized(base: Path, adapter: Path | None) -> Any:
+    """The float32 model whose linears hold what NF4 makes of their weights, with an adapter on top."""
+    from bitsandbytes import functional
+
+    model = load(base)
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            packed, state = functional.quantize_4bit(
+                module.weight.data, quant_type="nf4", blocksize=64, compress_statistics=True
+            )
+            module.weight.data = functional.dequantize_4bit(packed, state).float()
+    if adapter is None:
+        return model
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, adapter)
+
+
+def test_an_nf4_base_is_read_as_bitsandbytes_packed_it(
+    pretend_gpu: TapeGraphs, tiny_base: Path, tmp_path: Path, make_adapter: MakeAdapter, directory_fetch: Fetch
+) -> None:
+    adapters = {"a": make_adapter(tiny_base, tmp_path / "a", seed=random.randrange(2**31), r=8)}
+    prompts = [random_prompt(9), random_prompt(2, 3)]
+    engine = build(tiny_base, directory_fetch(adapters), quantization="nf4")
+    try:
+        answers = engine.generate([ask(prompts[0], "a"), ask(prompts[1])])
+    finally:
+        engine.close()
+    for kind, prompt, answer in zip(("a", None), prompts, answers, strict=True):
+        assert_same(answer, dequantized(tiny_base, adapters[kind] if kind else None), prompt, kind)
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning")
+def test_parts_run_through_the_single_modules(
+    pretend_gpu: TapeGraphs, tiny_base: Path, tmp_path: Path, directory_fetch: Fetch
+) -> None:
+    """DoRA within the layers, an adapted head, weighted adapters: what captured steps do not do."""
+    adapters = {
+        kind: write_moved_adapter(tiny_base, tmp_path / kind, **{"r": 4, "lora_alpha": 8, **settings})
+        for kind, settings in {
+            "dora": {"use_dora": True, "target_modules": list(LLAMA_LINEARS)},
+            "head": {"target_modules": ["o_proj", "lm_head"]},
+            "plain": {"target_modules": list(LLAMA_LINEARS)},
+        }.items()
+    }
+    prompts = {kind: random_prompt(3, 9) for kind in adapters}
+    engine = build(tiny_base, directory_fetch(adapters))
+    try:
+        answers = engine.generate([ask(prompt, kind) for kind, prompt in prompts.items()])
+    finally:
+        engine.close()
+    for (kind, prompt), answer in zip(prompts.items(), answers, strict=True):
+        assert_same(answer, load(tiny_base, adapters[kind]), prompt, kind)
+
+
+def test_adapters_change_between_replays_and_graphs_change_nothing(
+    pretend_gpu: TapeGraphs,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_base: Path,
+    tmp_path: Path,
+    make_adapter: MakeAdapter,
+    directory_fetch: Fetch,
+) -> None:
+    """An arena for one adapter of two, which must therefore take turns in the same rows under the same captured
+    steps; the answers are those of steps that are launched piece by piece."""
+    kinds = ["a", "b"]
+    adapters = {
+        kind: make_adapter(tiny_base, tmp_path / kind, seed=random.randrange(2**31), r=rank)
+        for kind, rank in zip(kinds, (16, 5), strict=True)
+    }
+    asked = [(kind, random_prompt(3, 8)) for kind in kinds]
+
+    def answers() -> list[tuple[int, ...]]:
+        engine = build(tiny_base, directory_fetch(adapters), adapter_memory_bytes=16 * 8192)
+        try:
+            assert engine.adapters.rows_total == 16
+            given = engine.generate([ask(prompt, kind) for kind, prompt in asked])
+            engine.check_integrity()
+        finally:
+            engine.close()
+        assert all(answer.error is None for answer in given)
+        return [answer.token_ids for answer in given]
+
+    captured = answers()  # one after the other: each takes three steps of one row
+    assert pretend_gpu.replayed > pretend_gpu.captured > 0
+    monkeypatch.setattr(pretend_gpu, "capture", lambda run: run)
+    assert answers() == captured
+    for (kind, prompt), tokens in zip(asked, captured, strict=True):
+        assert generated(load(tiny_base, adapters[kind]), prompt)[0] == list(tokens)
+
+
+def test_padding_and_other_peoples_pages_are_inert(
+    pretend_gpu: TapeGraphs, tmp_path: Path, make_adapter: MakeAdapter, directory_fetch: Fetch
+) -> None:
+    """Three rows in a step captured for four: the fourth computes NaN, every page nobody owns holds NaN, and what the
+    tape allocates begins as NaN; no answer changes."""
+    base = tmp_path / "base"
+    write_family(base, FAMILIES["llama"])
+    adapters = {"a": make_adapter(base, tmp_path / "a", seed=random.randrange(2**31), r=8)}
+    prompts = [[random.randrange(1, 256) for _ in range(count)] for count in (2, 7, 3)]
+    given = []
+    for poisoned in (False, True):
+        engine = build(base, directory_fetch(adapters))
+        if poisoned:
+            # Padding is token 0; nobody may choose it below.
+            engine.base.model.get_input_embeddings().weight.data[0] = float("nan")
+            for cache in (*engine._runner.kv.k, *engine._runner.kv.v):
+                cache.fill_(float("nan"))
+        requests = [
+            replace(ask(prompt, *uses), sampling=Sampling(logit_bias=((0, -100.0),)))
+            for prompt, uses in zip(prompts, ((), ("a",), ("a",)), strict=True)
+        ]
+        try:
+            answers = engine.generate(requests)
+            engine.check_integrity()
+        finally:
+            engine.close()
+        assert [answer.error for answer in answers] == [None] * 3
+        given.append([answer.token_ids for answer in answers])
+    assert given[0] == given[1]
+    assert pretend_gpu.replayed > 0
+
+
+def test_what_a_sequence_cannot_fit_is_launched_piece_by_piece(
+    pretend_gpu: TapeGraphs, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, directory_fetch: Fetch
+) -> None:
+    """Past the longest context that steps are captured for, and back below it, with the same answers."""
+    monkeypatch.setattr("server.engine.captured._CONTEXTS", (8, 12))
+    prompts = [random_prompt(6), random_prompt(10)]
+    engine = build(tiny_base, directory_fetch({}))
+    try:
+        answers = engine.generate([ask(prompt) for prompt in prompts])
+    finally:
+        engine.close()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert_same(answer, load(tiny_base), prompt)
+
+
+def test_the_commonest_steps_are_captured_before_anybody_waits(
+    pretend_gpu: TapeGraphs, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, directory_fetch: Fetch
+) -> None:
+    """With and without adapters; a request then finds them."""
+    monkeypatch.setattr(CapturedSteps, "capture_all", CAPTURE_ALL)
+    engine = build(tiny_base, directory_fetch({}), max_sequences=1)
+    assert pretend_gpu.captured == 2
+    prompt = random_prompt(3)
+    try:
+        answer = engine.generate([ask(prompt)])[0]
+    finally:
+        engine.close()
+    assert (pretend_gpu.captured, pretend_gpu.replayed) == (2, NEW_TOKENS - 1)
+    assert_same(answer, load(tiny_base), prompt)
