@@ -61,7 +61,7 @@ def push(
     print_pairs(
         {
             "digest": version.digest,
-            "lora": lora_text(version),
+            "weights": lora_text(version),
             "base": base_text(version.manifest.base),
             "size": size_text(sum(entry.bytes for entry in version.manifest.files.values())),
             "aliases": " ".join(f":{alias}" for alias in held),

@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Self
 
 from hub import catalog, fsck, location, pull, verify
-from hub.adapter_dir import ParsedAdapter, parse_adapter
 from hub.base import base_identity
 from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
@@ -30,6 +29,7 @@ from hub.fingerprint import known_shapes
 from hub.gate import Gate, Promotion
 from hub.lineage import Lineage, relation, trace
 from hub.manifest import Manifest
+from hub.parsing import Parsed, parse_directory
 from hub.progress import Progress
 from hub.refs import LATEST, AdapterRef, Alias, Digest
 from hub.search import Page, Query
@@ -102,7 +102,7 @@ class Hub:
         creator: str | None = None,
         progress: Progress | None = None,
     ) -> PushResult:
-        """Store the PEFT LoRA in `directory` as the next version of `ref`'s adapter.
+        """Store the PEFT LoRA (or the whole model) in `directory` as the next version of `ref`'s adapter.
 
         `ref` names an adapter, and with ":alias" one more alias to move; ":latest" moves to every new version. `base`
         (see `hub.base.locate_base`) is hashed and every tensor checked against it; without it the identity that
@@ -117,7 +117,7 @@ class Hub:
         pushed_aliases(target)  # refuses a number before anything is read
         parent_digests = [self.resolve(parent).digest for parent in parents]
         located, hashed = base_identity(base, progress=progress) if base is not None else (None, None)
-        adapter = parse_adapter(Path(directory), progress=progress)
+        adapter = parse_directory(Path(directory), progress=progress)
         return self.publish(
             adapter, target, located=located, shapes=hashed.shapes if hashed else None, aliases=wanted,
             parents=parent_digests, creator=creator, progress=progress,
@@ -125,7 +125,7 @@ class Hub:
 
     def publish(
         self,
-        adapter: ParsedAdapter,
+        adapter: Parsed,
         ref: AdapterRef,
         *,
         located: BaseIdentity | None,
@@ -362,7 +362,7 @@ class Hub:
             return None
 
     def _publish(
-        self, adapter: ParsedAdapter, manifest: Manifest, aliases: Sequence[str], progress: Progress | None
+        self, adapter: Parsed, manifest: Manifest, aliases: Sequence[str], progress: Progress | None
     ) -> tuple[catalog.Record, bool]:
         """Store the bytes and enter the version; once more where a sweep took some of them in between."""
         for attempt in range(_PUSH_ATTEMPTS):
@@ -388,7 +388,7 @@ class Hub:
         manifest = self._manifest(record)
         return Version(record.full_name, record.number, record.digest, manifest, manifest.created)
 
-    def _store_files(self, adapter: ParsedAdapter, progress: Progress | None) -> None:
+    def _store_files(self, adapter: Parsed, progress: Progress | None) -> None:
         done = 0
         for file in adapter.files.values():
             with (adapter.directory / file.name).open("rb") as source:
@@ -430,11 +430,11 @@ def pushed_aliases(ref: AdapterRef) -> list[str]:
     return [] if ref.selector.name == LATEST else [ref.selector.name]
 
 
-def identity_of(adapter: ParsedAdapter, located: BaseIdentity | None) -> BaseIdentity:
+def identity_of(adapter: Parsed, located: BaseIdentity | None) -> BaseIdentity:
     """The base as `--base` found it, else as loraplex.json says, else as PEFT's config names it."""
     recorded = adapter.facts.base
     if located is None:
-        return recorded or BaseIdentity(_portable(adapter.config.base_model_name_or_path), adapter.config.revision)
+        return recorded or BaseIdentity(_portable(adapter.recorded_base[0]), adapter.recorded_base[1])
     if recorded is None:
         return located
     if recorded.fingerprint is not None and recorded.fingerprint != located.fingerprint:
@@ -449,7 +449,7 @@ def _portable(name: str | None) -> str | None:
     return Path(name).name if name and name.startswith(("/", "~", ".")) else name or None
 
 
-def _warnings(adapter: ParsedAdapter, identity: BaseIdentity) -> tuple[str, ...]:
+def _warnings(adapter: Parsed, identity: BaseIdentity) -> tuple[str, ...]:
     warnings = []
     if adapter.changes_nothing:
         warnings.append("the adapter changes nothing: its delta is zero everywhere (untrained?)")

@@ -59,8 +59,8 @@ class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     "--base",
     default=_MODEL.base,
     show_default=True,
-    metavar="NAME|DIR|ORG/NAME[@REV]",
-    help="The one base model: a built-in name, a local directory, or a Hugging Face id.",
+    metavar="NAME|DIR|REF|ORG/NAME[@REV]",
+    help="The one base model: a built-in name, a local directory, a whole model of the hub, or a Hugging Face id.",
 )
 @click.option(
     "--hub",
@@ -186,12 +186,16 @@ def serve(hub: str | None, **options: Any) -> int:
 
 
 def _serve(config: ServerConfig) -> int:
+    from dataclasses import replace
+
     from hub.base import locate_base
+    from hub.model_base import find_base
     from hub.opening import open_hub
     from server.api.serving import Outcome, Parts
     from server.api.serving import serve as run
 
     # What a typing error breaks is found out before anything is bound or loaded.
+    config = replace(config, model=replace(config.model, base=find_base(config.model.base, config.hub)))
     locate_base(config.model.base)
     with open_hub(config.hub) as opened:
         parts = Parts(lambda: _directory(opened), lambda metrics: _engine(config, opened, metrics))

@@ -115,7 +115,7 @@ def weigh(base: Path, recipe: Recipe, data: Data, machine: Machine, price_per_ho
 
 
 # What a process on a CPU grows by once it trains, beside the tensors: kernels made for the shapes, tokenizer, loader.
-_GROWTH = 80_000_000
+GROWTH = 80_000_000
 
 
 def peak_in_process(base: Path, method: str, rehearsal: Rehearsal, device: str) -> int:
@@ -130,7 +130,7 @@ def peak_in_process(base: Path, method: str, rehearsal: Rehearsal, device: str) 
     if method == "qlora":
         file = sum(path.stat().st_size for path in base.glob("*.safetensors")) or 2 * rehearsal.parameters
         mapped = max(0, file - rehearsal.unpacked)
-    return rehearsal.peak + _GROWTH + mapped
+    return rehearsal.peak + GROWTH + mapped
 
 
 # Unpacking the weights for every product: article 002 gives +39 % time.

@@ -19,9 +19,9 @@ from typing import Any, Final, Protocol, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from hub.adapter_dir import FILE_LIMITS, parse_adapter
 from hub.errors import AdapterNotFound, Forbidden, HubError, QueryInvalid, RefInvalid, ServerBusy, UploadLost
 from hub.hub import Hub
+from hub.parsing import MAX_FILES, parse_directory
 from hub.refs import LATEST, AdapterRef, Alias, Digest
 from hub.registry.feed import Feed
 from hub.registry.grants import Caller, Grant, anyone
@@ -227,7 +227,7 @@ class RegistryService(registry_pb2_grpc.RegistryServicer):
                     with (directory / name).open("xb") as file:
                         copy_checked(self._hub.storage, digest, size, name, file.write)
             result = self._acting(caller, context).publish(
-                _without_paths(parse_adapter, directory), ref,
+                _without_paths(parse_directory, directory), ref,
                 located=messages.base_of(request.base) if request.HasField("base") else None,
                 aliases=aliases, parents=parents, creator=request.creator if request.HasField("creator") else None,
             )  # fmt: skip
@@ -460,7 +460,7 @@ def _files(sent: Iterable[pb.PushedFile]) -> list[tuple[str, Digest, int]]:
     for file in sent:
         check_file(file.name, file.bytes)
         files.append((file.name, Digest.parse(file.sha256), file.bytes))
-    if len({name for name, _, _ in files}) < len(files) or len(files) > len(FILE_LIMITS):
+    if len({name for name, _, _ in files}) < len(files) or len(files) > MAX_FILES:
         raise RefInvalid("a file is named twice")
     return files
 

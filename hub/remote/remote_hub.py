@@ -15,13 +15,13 @@ import grpc
 
 from hub import pull
 from hub.actor import current_user
-from hub.adapter_dir import parse_adapter
 from hub.base import base_identity
 from hub.errors import BlobCorrupt, HubError, HubUnavailable, RefInvalid, UploadLost
 from hub.fingerprint import known_shapes
 from hub.gate import Gate, Promotion
 from hub.hub import check_has, checked_holder, identity_of, pushed_aliases
 from hub.lineage import Ancestor, Lineage, relation
+from hub.parsing import parse_directory
 from hub.progress import Progress
 from hub.refs import AdapterRef, Alias, Digest
 from hub.remote import credentials, messages
@@ -119,7 +119,7 @@ class RemoteHub:
         pushed_aliases(target)  # refuses a number before anything is read
         made_from = [str(_exact(self._resolve_now(_parsed(parent)))) for parent in parents]
         located, hashed = base_identity(base, progress=progress) if base is not None else (None, None)
-        adapter = parse_adapter(Path(directory), progress=progress)
+        adapter = parse_directory(Path(directory), progress=progress)
         identity = identity_of(adapter, located)
         shapes = hashed.shapes if hashed else identity.fingerprint and known_shapes(identity.fingerprint)
         if shapes:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from hub.errors import AdapterNotFound, HubError
+from hub.kinds import check_adapter
 from hub.refs import AdapterRef, Alias
 
 if TYPE_CHECKING:
@@ -197,6 +198,7 @@ def hub_fetch(hub: HubFacade) -> AdapterFetch:
 
     def fetch(digest: str) -> AdapterFiles:
         version = hub.get(digest)
+        check_adapter(version)
         base = version.manifest.base
         return AdapterFiles(
             digest=digest,
