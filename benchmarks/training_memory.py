@@ -93,8 +93,13 @@ def run_one(base: str, case: Case, threads: int) -> dict[str, float]:
     torch.ones(256, 256).bfloat16() @ torch.ones(256, 256).bfloat16()
     directory = locate_base(base).directory
     recipe = named_recipe("demo").but(  # fmt: skip
-        method=case.method, gradient_checkpointing=case.checkpointing, hold_out=0.0, max_length=512, batch=8,
-        rank=case.rank, alpha=2 * case.rank,
+        method=case.method,
+        gradient_checkpointing=case.checkpointing,
+        hold_out=0.0,
+        max_length=512,
+        batch=8,
+        rank=case.rank,
+        alpha=2 * case.rank,
     )
     with tempfile.TemporaryDirectory() as scratch:
         make_data(Path(scratch) / "data.jsonl", case.words)

@@ -82,7 +82,9 @@ class Evaluations:
         kept = Evaluation(**{**vars(found), "at": stamp})
         directory = self._root / version.digest.hex
         # The file's name is its place in time, to the microsecond.
-        name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}-{uuid.uuid4().hex[:8]}.json"
+        name = (
+            f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}-{uuid.uuid4().hex[:8]}.json"
+        )
         data = json_text.canonical({"schema": SCHEMA, **asdict(kept)})
         try:
             directory.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,4 @@ from hub.versions import Version
 def check_adapter(version: Version) -> None:
     """Raise NotAnAdapter where the version is a whole model."""
     if version.manifest.kind != "adapter":
-        raise NotAnAdapter(
-            f"{version.text} is a whole model, no adapter: `hub serve --base {version.text}` serves it"
-        )
+        raise NotAnAdapter(f"{version.text} is a whole model, no adapter: `hub serve --base {version.text}` serves it")

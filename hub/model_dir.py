@@ -237,7 +237,7 @@ def _check_index(index: dict[str, Any] | None, found_in: Mapping[str, str]) -> N
         raise ConfigMalformed(f"{INDEX_FILE} has no weight_map")
     if listed != found_in:
         wrong = next(name for name in [*listed, *found_in] if listed.get(name) != found_in.get(name))
-        raise TensorMissing(f"{INDEX_FILE} and the weights disagree about {ascii(wrong[:160])}")
+        raise TensorMissing(f"{INDEX_FILE} and the weights disagree about {wrong[:160]!a}")
 
 
 def _is_head(name: str) -> bool:

@@ -107,7 +107,10 @@ def generate(
     if system is not None and not chat:
         raise click.UsageError("--system needs a chat; it does not go with --raw")
     text = sys.stdin.read() if prompt == "-" else prompt
-    messages = [*([{"role": "system", "content": system}] if system is not None else []), {"role": "user", "content": text}]
+    messages = [
+        *([{"role": "system", "content": system}] if system is not None else []),
+        {"role": "user", "content": text},
+    ]
     options: Options = {"temperature": temperature}
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens

@@ -34,9 +34,7 @@ hub extract team/support@2 --base smollm2-135m --rank 64 --out out/support-r64
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads.  [default: all cores]")
 @hub_option
 @json_option
-def extract(
-    model: str, base: str, rank: int, out: Path, threads: int, hub_url: str | None, as_json: bool
-) -> None:
+def extract(model: str, base: str, rank: int, out: Path, threads: int, hub_url: str | None, as_json: bool) -> None:
     """Turn what MODEL, a full fine-tune of --base, changed into a LoRA, by SVD; OUT becomes a PEFT directory.
 
     MODEL is a directory or a whole model in the hub. Printed is the part of the change that the rank leaves out, by

@@ -20,7 +20,7 @@ from server.cli import bound_openmp
 
 if TYPE_CHECKING:
     from training.sweep.plan import Cell, SweepPlan
-    from training.sweep.records import Records, TaskData
+    from training.sweep.records import TaskData
 
 
 @click.command(

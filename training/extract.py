@@ -89,7 +89,9 @@ def extract(base: Path, full: Path, rank: int, report: Report = lambda done, tot
                 raise ExtractionImpossible(f"{name} is in one of the two models only")
             was, now = before.read(name), after.read(name)
             if was.shape != now.shape:
-                raise ExtractionImpossible(f"{name} is {list(was.shape)} in the base and {list(now.shape)} in the model")
+                raise ExtractionImpossible(
+                    f"{name} is {list(was.shape)} in the base and {list(now.shape)} in the model"
+                )
             delta = now - was
             if not _is_linear(name, delta):
                 left_out += float(delta.double().square().sum())

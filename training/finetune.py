@@ -106,7 +106,11 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     measured = Validation(held)
     one_pass = math.ceil(math.ceil(len(encoded.examples) / plan.recipe.batch) / plan.recipe.accumulation)
     watch = Watch(
-        console, measured, plan.validation_steps or one_pass, plan.early_stop, checkpoints.directory / "best.safetensors"
+        console,
+        measured,
+        plan.validation_steps or one_pass,
+        plan.early_stop,
+        checkpoints.directory / "best.safetensors",
     )
     trainer = _trainer(plan, trainable, tokenizer, encoded, checkpoints, [line, watch], device)
     for looks in (line, watch, measured):

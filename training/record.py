@@ -118,7 +118,6 @@ def _task_facts(data: Path, digest: str) -> dict[str, Any]:
     return {key: told.get(key) for key in ("task", "provenance", "licence")}
 
 
-
 def shown(loss: float | None) -> str:
     """A loss for people."""
     return "–" if loss is None else f"{loss:.3f}"

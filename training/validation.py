@@ -40,4 +40,3 @@ def _batches(trainer: LabelTrainer, examples: tuple[Encoded, ...]) -> list[dict[
     size = trainer.args.per_device_train_batch_size
     batches = [trainer.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
     return [{name: tensor.to(trainer.args.device) for name, tensor in batch.items()} for batch in batches]
-

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import ExportableState, TrainerCallback
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 if TYPE_CHECKING:
     from training.trainer import LabelTrainer

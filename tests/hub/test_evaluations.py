@@ -63,7 +63,12 @@ def test_damaged_and_foreign_records_are_seen(tmp_path: Path, versions: tuple[Ve
     (other / file.name).write_bytes(file.read_bytes())
     with pytest.raises(BlobCorrupt, match="another version"):
         kept.all_of(second)
-    for text in ("", "{}", file.read_text().replace("evaluation/1", "evaluation/2"), '{"schema": "loraplex.evaluation/1"}'):
+    for text in (
+        "",
+        "{}",
+        file.read_text().replace("evaluation/1", "evaluation/2"),
+        '{"schema": "loraplex.evaluation/1"}',
+    ):
         file.write_text(text)
         with pytest.raises(BlobCorrupt):
             kept.all_of(first)
@@ -92,7 +97,9 @@ def test_show_shows_them(tmp_path: Path, versions: tuple[Version, Version]) -> N
     assert "evaluation: sentiment" in shown and "accuracy" in shown
     told = json.loads(CliRunner().invoke(group, ["show", "team/x@1", "--hub", hub, "--json"]).output)
     assert told["evaluations"][0]["metrics"] == {"accuracy": 0.5}
-    assert json.loads(CliRunner().invoke(group, ["show", "team/x@2", "--hub", hub, "--json"]).output)["evaluations"] == []
+    assert (
+        json.loads(CliRunner().invoke(group, ["show", "team/x@2", "--hub", hub, "--json"]).output)["evaluations"] == []
+    )
     # A sweep of the hub, and its check, take no notice.
     with Hub.open(hub) as opened:
         assert opened.fsck() == [] and opened.verify() == []

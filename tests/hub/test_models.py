@@ -101,7 +101,9 @@ def spoil(model: Path, how: str) -> None:
         case "twice":
             (model / "model-00001-of-00002.safetensors").write_bytes(whole.read_bytes())
         case "index that lies":
-            (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"gone": "model.safetensors"}}))
+            (model / "model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": {"gone": "model.safetensors"}})
+            )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,10 @@ def test_a_model_must_have_its_bases_shapes(tmp_path: Path, change: str) -> None
         tensors["model.extra.weight"] = f32(np.ones((2, 2)))
     (model / "model.safetensors").write_bytes(safetensors(tensors))
     wanted = {"shape": ShapeMismatch, "missing": TensorMissing, "unknown": TensorUnknown}[change]
-    with Hub.open(str(tmp_path / "hub")) as hub, pytest.raises(wanted, match="extra" if change == "unknown" else "o_proj"):
+    with (
+        Hub.open(str(tmp_path / "hub")) as hub,
+        pytest.raises(wanted, match="extra" if change == "unknown" else "o_proj"),
+    ):
         hub.push(model, "team/whole", base=str(base))
 
 
@@ -220,7 +225,9 @@ def test_a_cached_model_that_was_changed_is_fetched_anew(tmp_path: Path) -> None
     (found / "modeling.py").write_text("raise SystemExit")
     assert Path(find_base("team/whole", url)) == found
     assert (found / "model.safetensors").read_bytes() == whole and not (found / "modeling.py").exists()
-    blobs = [path for path in (tmp_path / "hub" / "blobs").rglob("*") if path.is_file() and path.stat().st_size == len(whole)]
+    blobs = [
+        path for path in (tmp_path / "hub" / "blobs").rglob("*") if path.is_file() and path.stat().st_size == len(whole)
+    ]
     for blob in blobs:
         blob.chmod(0o644)
         blob.write_bytes(whole[:-4] + b"abcd")

@@ -223,7 +223,10 @@ def test_a_full_fine_tune_becomes_a_version_a_base_and_a_lora(tiny_base: Path, l
     assert extracted["out"] == str(tmp_path / "out-r8") and 0 < extracted["relative_error"] < 1
     shown = json.loads(run("show", "team/whole", "--hub", hub, "--json").stdout)["manifest"]
     assert shown["schema"] == "loraplex.model/1" and shown["recipe"]["method"] == "full"
-    assert shown["base"]["fingerprint"] == json.loads((tmp_path / "out-r8" / "loraplex.json").read_text())["base"]["fingerprint"]
+    assert (
+        shown["base"]["fingerprint"]
+        == json.loads((tmp_path / "out-r8" / "loraplex.json").read_text())["base"]["fingerprint"]
+    )
 
     # The fine-tune is a base: it is scored by its reference, and adapters are trained on it.
     scores = ("--task", "own-label", "--data", labelled, "--limit", "4")
@@ -232,7 +235,20 @@ def test_a_full_fine_tune_becomes_a_version_a_base_and_a_lora(tiny_base: Path, l
     by_directory = json.loads(run("eval", "base", *scores, "--base", out, *common).stdout)
     assert by_ref["models"] == by_directory["models"] and by_ref["base"]["name"] == "team/whole:prod"
     on_it = tmp_path / "on-it"
-    run("train", labelled, "--base", "team/whole@1", "--out", on_it, "--push", "team/on-it", "--max-steps", "1", *settings, *common)
+    run(
+        "train",
+        labelled,
+        "--base",
+        "team/whole@1",
+        "--out",
+        on_it,
+        "--push",
+        "team/on-it",
+        "--max-steps",
+        "1",
+        *settings,
+        *common,
+    )
     facts = json.loads((on_it / "loraplex.json").read_text())
     from hub.fingerprint import fingerprint_directory
 
@@ -241,7 +257,9 @@ def test_a_full_fine_tune_becomes_a_version_a_base_and_a_lora(tiny_base: Path, l
     assert getattr(refused.exception, "reason", "") == "BASE_NOT_FOUND"
 
 
-def test_scores_are_recorded_beside_the_version_that_was_scored(tiny_base: Path, labelled: Path, tmp_path: Path) -> None:
+def test_scores_are_recorded_beside_the_version_that_was_scored(
+    tiny_base: Path, labelled: Path, tmp_path: Path
+) -> None:
     from training.errors import NothingToRecord
 
     hub = tmp_path / "hub"
@@ -253,7 +271,9 @@ def test_scores_are_recorded_beside_the_version_that_was_scored(tiny_base: Path,
     [kept] = json.loads(run("show", "team/tiny@1", "--hub", hub, "--json").stdout)["evaluations"]
     assert kept["metrics"] == told["models"]["team/tiny:prod"] and kept["task"] == "sentiment"
     assert kept["data"] == {"digest": told["data"]["digest"], "examples": 4} and kept["version"] == "team/tiny@1"
-    assert {name: list(each) for name, each in kept["intervals"].items()} == told["intervals"]["models"]["team/tiny:prod"]
+    assert {name: list(each) for name, each in kept["intervals"].items()} == told["intervals"]["models"][
+        "team/tiny:prod"
+    ]
     run("eval", "base", str(tmp_path / "out"), *scores, "--record", *common, fails=NothingToRecord)
 
 

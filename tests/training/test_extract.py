@@ -110,7 +110,16 @@ def test_peft_loads_the_adapter_and_it_answers_as_the_full_model(tiny_base: Path
     from transformers import AutoModelForCausalLM
 
     fine_tune(tiny_base, tmp_path / "full", 3, seed=11)
-    command = ["extract", str(tmp_path / "full"), "--base", str(tiny_base), "--rank", "3", "--out", str(tmp_path / "lora")]
+    command = [
+        "extract",
+        str(tmp_path / "full"),
+        "--base",
+        str(tiny_base),
+        "--rank",
+        "3",
+        "--out",
+        str(tmp_path / "lora"),
+    ]
     result = CliRunner().invoke(group, [*command, "--threads", "1"], catch_exceptions=False)
     assert result.exit_code == 0 and "rank 3: 0.0 %" in result.stderr
     parsed = parse_adapter(tmp_path / "lora")

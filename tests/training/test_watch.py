@@ -41,9 +41,7 @@ def plan(tiny_base: Path, tmp_path: Path) -> Plan:
     """A run that learns sixteen examples by heart: what is held out gets worse soon."""
     file = tmp_path / "chat.jsonl"
     colours = ["red", "green", "blue", "teal"]
-    write_jsonl(
-        file, [Example.of(user=f"Number {n * 7919 % 1000}?", answer=colours[n * n % 7 % 4]) for n in range(20)]
-    )
+    write_jsonl(file, [Example.of(user=f"Number {n * 7919 % 1000}?", answer=colours[n * n % 7 % 4]) for n in range(20)])
     base = BaseIdentity("tiny-base", None, "sha256:" + "0" * 64)
     return Plan(file, base, tiny_base, TINY, tmp_path / "out", threads=1, checkpoint_steps=3, validation_steps=1)
 
@@ -219,7 +217,9 @@ def test_curves_are_drawn_and_written(plan: Plan, tmp_path: Path) -> None:
     assert [tuple(point) for point in told["training"]] == list(done.curves.training)
     assert [tuple(point) for point in told["validation"]] == list(done.curves.validation)
     again = train(replace(plan, out=tmp_path / "again", max_steps=4, curves=(tmp_path / "d.svg",)), quiet())
-    assert (tmp_path / "d.svg").read_bytes() == svg.replace(b"out: lora", b"again: lora") and again.curves == done.curves
+    assert (tmp_path / "d.svg").read_bytes() == svg.replace(
+        b"out: lora", b"again: lora"
+    ) and again.curves == done.curves
 
 
 def test_what_cannot_be_drawn_is_refused_before_training(

@@ -151,7 +151,9 @@ def test_own_scores_are_scikit_learns(tmp_path: Path) -> None:
     found = task_named("own-label").score(examples, worded)
     assert found["accuracy"] == pytest.approx(accuracy_score(wanted, given))
     present = sorted(set(wanted))
-    assert found["macro_f1"] == pytest.approx(f1_score(wanted, given, labels=present, average="macro", zero_division=0.0))
+    assert found["macro_f1"] == pytest.approx(
+        f1_score(wanted, given, labels=present, average="macro", zero_division=0.0)
+    )
     assert found["label_rate"] == pytest.approx(sum(answer in labels for answer in given) / 60)
 
     records = [Example.of(user="q", answer='{"a": 1, "b": "x"}')] * 2

@@ -1,18 +1,18 @@
 """A sweep's plan, from YAML to cells.
 
-    title: …                        what the page is called
-    question: …                     what it is to answer
-    base: smollm2-135m
-    recipe: demo                    a named recipe; everything below overrides it
-    set: {epochs: 1}                fields of every cell
-    tasks: {sentiment: {}, iam-policy: {max_length: 512}}       tasks, with fields of their own
-    variants: {full: {method: full, learning_rate: 1.0e-4}, lora-r16: {rank: 16, alpha: 32}}
-    grid: {learning_rate: [1.0e-4, 1.0e-3]}                     optional: every variant with every combination
-    reference: full                 optional: the variant that the others are compared with
-    sizes:
-      small: {seeds: [0], data: {sentiment: {train: 240, eval: 100}, …}}
-      whole: {seeds: [0, 1, 2], data: {…}}
-    plot: {x: learning_rate}        optional: scores over this field, one line a variant
+title: …                        what the page is called
+question: …                     what it is to answer
+base: smollm2-135m
+recipe: demo                    a named recipe; everything below overrides it
+set: {epochs: 1}                fields of every cell
+tasks: {sentiment: {}, iam-policy: {max_length: 512}}       tasks, with fields of their own
+variants: {full: {method: full, learning_rate: 1.0e-4}, lora-r16: {rank: 16, alpha: 32}}
+grid: {learning_rate: [1.0e-4, 1.0e-3]}                     optional: every variant with every combination
+reference: full                 optional: the variant that the others are compared with
+sizes:
+  small: {seeds: [0], data: {sentiment: {train: 240, eval: 100}, …}}
+  whole: {seeds: [0, 1, 2], data: {…}}
+plot: {x: learning_rate}        optional: scores over this field, one line a variant
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class SweepPlan:
         value = _mapping(value, "the plan")
         if strange := [key for key in value if key not in _KEYS]:
             raise PlanInvalid(f"the plan has the unknown key {strange[0]!r}; known: {', '.join(_KEYS)}")
-        tasks = {task: _overrides(given, f"tasks: {task}") for task, given in _mapping(value.get("tasks"), "tasks").items()}
+        tasks = {
+            task: _overrides(given, f"tasks: {task}") for task, given in _mapping(value.get("tasks"), "tasks").items()
+        }
         for task in tasks:
             if task not in MODULES:
                 raise PlanInvalid(f"tasks: there is no task {task!r}; there are: {', '.join(MODULES)}")

@@ -1,8 +1,8 @@
 """What a sweep knows of its cells, on disk: a finished cell is one JSON file named by what it is made of.
 
-    OUT/cells/<key>.json       finished cells: recipe, data, measurements, scores; shared by all plans with this OUT
-    OUT/work/…                 data, weights, half-done cells; not for keeping
-    key = SHA-256 of (resolved recipe, base, data sets, task), its first 20 digits
+OUT/cells/<key>.json       finished cells: recipe, data, measurements, scores; shared by all plans with this OUT
+OUT/work/…                 data, weights, half-done cells; not for keeping
+key = SHA-256 of (resolved recipe, base, data sets, task), its first 20 digits
 """
 
 from __future__ import annotations

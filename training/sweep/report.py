@@ -66,7 +66,9 @@ class Summary:
         return tuple(record["recipe"]["seed"] for record in self.records)
 
 
-def summaries(plan: SweepPlan, data: Mapping[str, TaskData], fingerprint: str, records: Records) -> dict[str, list[Summary]]:
+def summaries(
+    plan: SweepPlan, data: Mapping[str, TaskData], fingerprint: str, records: Records
+) -> dict[str, list[Summary]]:
     """What is finished, by task, in the plan's order."""
     found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     about: dict[str, Any] = {}
@@ -142,7 +144,9 @@ def _section(
     versus = [f"{headline.replace('_', ' ')} minus {reference.variant}"] if reference else []
     lines += [
         "",
-        _row(["", *versus, "learning rate", "trained", "held-out loss", "peak MB", "CPU s", "tokens/s of CPU", "seeds"]),
+        _row(
+            ["", *versus, "learning rate", "trained", "held-out loss", "peak MB", "CPU s", "tokens/s of CPU", "seeds"]
+        ),
         _row(["---"] * (8 + len(versus))),
     ]
     for summary in each:
@@ -154,7 +158,9 @@ def _section(
             compared = (
                 ["–"]
                 if summary is reference
-                else [f"{value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{'' if same_seeds else ' (other seeds)'}"]
+                else [
+                    f"{value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{'' if same_seeds else ' (other seeds)'}"
+                ]
             )
         tokens = summary.mean_of("seconds") * summary.mean_of("tokens_per_second")
         cpu = summary.mean_of("cpu_seconds")
@@ -186,7 +192,9 @@ def _pictures(plan: SweepPlan, task: str, each: Sequence[Summary], out: Path) ->
     if plan.x is not None and all(summary.x is not None for summary in each):
         for line in dict.fromkeys(summary.line for summary in each):
             own = sorted((summary for summary in each if summary.line == line), key=lambda summary: summary.x or 0)
-            axes.errorbar([s.x for s in own], [s.score(headline) for s in own], _bars(own, headline), marker="o", label=line)
+            axes.errorbar(
+                [s.x for s in own], [s.score(headline) for s in own], _bars(own, headline), marker="o", label=line
+            )
         axes.set_xlabel(plan.x.replace("_", " "))
         axes.set_xscale("log")
         axes.legend()

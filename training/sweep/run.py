@@ -158,7 +158,9 @@ def _score(
     _in_process(spec, result.with_suffix(".spec"), f"scoring {cells[0].task}", watcher.said)
     told = json.loads(result.read_text("utf-8"))
     if with_base:
-        records.finish(base_key, {"task": cells[0].task, "quantization": quantization, "scores": told["scores"]["base"]})
+        records.finish(
+            base_key, {"task": cells[0].task, "quantization": quantization, "scores": told["scores"]["base"]}
+        )
     for cell in cells:
         key = keys[cell]
         trained = records.trained(key)

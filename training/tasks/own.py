@@ -58,7 +58,9 @@ class OwnJson(_Own):
             except (ValueError, RecursionError):
                 sound = False
             if not sound:
-                raise DataInvalid(f"the answer of example {number} is no JSON object: `hub data check` finds such lines")
+                raise DataInvalid(
+                    f"the answer of example {number} is no JSON object: `hub data check` finds such lines"
+                )
         return measure_records(examples, answers)
 
 

@@ -183,7 +183,9 @@ def test_a_cell_runs_in_a_process_of_its_own(tiny_base: Path, tmp_path: Path, da
     plan = SweepPlan.parse({**one, "sizes": {"small": {**PLAN["sizes"]["small"], "seeds": [0]}}}, "one", "small")
     key = Records(tmp_path).key(plan.cells[0], "b", data["sentiment"])
     heard = Heard()
-    running._train(plan.cells[0], key, data["sentiment"], Setting(str(tiny_base), "b", 1), Records(tmp_path), heard.said)
+    running._train(
+        plan.cells[0], key, data["sentiment"], Setting(str(tiny_base), "b", 1), Records(tmp_path), heard.said
+    )
     told = Records(tmp_path).trained(key)
     assert told is not None and told["metrics"]["steps"] == 3 and told["peak_bytes"] > 100_000_000
     assert any("step 3/3" in line for line in heard.lines)
