@@ -92,7 +92,7 @@ def run_one(base: str, case: Case, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     torch.ones(256, 256).bfloat16() @ torch.ones(256, 256).bfloat16()
     directory = locate_base(base).directory
-    recipe = named_recipe("demo").but(  # fmt: skip
+    recipe = named_recipe("demo").but(
         method=case.method,
         gradient_checkpointing=case.checkpointing,
         hold_out=0.0,
@@ -208,12 +208,13 @@ def page(base: str, threads: int, rows: list[dict[str, float]]) -> str:
         f"# Training memory, predicted and measured: {base}, {threads} thread{'s' if threads > 1 else ''}",
         "",
         "`python -m benchmarks.training_memory --write`. Measured: VmHWM of a process of its own less its resident set",
-        "before the base was loaded, three optimizer steps. Predicted: the rehearsed tensors (`training.rehearsal`), for",
-        "NF4 the mapped weights file, and what a process on a CPU grows by besides. In MB, above the process's own",
+        "before the base was loaded, three optimizer steps. Predicted: the rehearsed tensors (`training.rehearsal`),",
+        "for NF4 the mapped weights file, and what a process on a CPU grows by besides. In MB, above the process's own",
         f"{rows[0]['process_bytes'] / 1e6:,.0f}.",
         "",
-        f"**That growth is the only fitted number**: {growth / 1e6:.0f} MB, the mean excess of the {sum(r['fit'] for r in rows)} "
-        f"runs marked `fit`; the planner uses {rows[0]['predicted_growth'] / 1e6:.0f} MB. The {len(errors)} runs marked `check`",
+        f"**That growth is the only fitted number**: {growth / 1e6:.0f} MB, the mean excess of the "
+        f"{sum(row['fit'] for row in rows)} runs marked `fit`; the planner uses "
+        f"{rows[0]['predicted_growth'] / 1e6:.0f} MB. The {len(errors)} runs marked `check`",
         f"had no part in it: there the worst error is {worst:+.1%}, the mean absolute one "
         f"{sum(map(abs, errors)) / len(errors):.1%}.",
         "One base, on a CPU; nothing on a GPU.",

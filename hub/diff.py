@@ -65,7 +65,7 @@ class Diff:
 
 
 def compare(blobs: BlobStore, a: Version, b: Version, relation: str) -> Diff:
-    """The differences of two versions; raises BlobCorrupt where bytes of either are damaged, NotAnAdapter for models."""
+    """The differences of two versions; raises BlobCorrupt where bytes are damaged, NotAnAdapter for models."""
     for version in (a, b):
         check_adapter(version)
     configs = [read_checked(blobs, version, CONFIG_FILE) for version in (a, b)]

@@ -1,4 +1,4 @@
-"""A base that is a whole model in the hub: `--base team/support@3` next to built-in names, directories and Hugging Face.
+"""A base that is a whole model in the hub: `--base team/support@3`, beside built-in names and directories.
 
 The version is pulled once into this user's cache, under its digest, and hashed again every time it is used.
 """

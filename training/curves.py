@@ -67,9 +67,7 @@ def event_log(directory: Path, resumed_at: int | None) -> tuple[Listener, Any]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise LogUnavailable(f"--tensorboard needs the package tensorboard: {_INSTALL}") from error
-    writer: Any = SummaryWriter(  # type: ignore[no-untyped-call]
-        str(directory), purge_step=None if resumed_at is None else resumed_at + 1
-    )
+    writer: Any = SummaryWriter(str(directory), purge_step=None if resumed_at is None else resumed_at + 1)
     return lambda what, step, value: writer.add_scalar(what, value, step), writer
 
 

@@ -149,8 +149,9 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]  # transfor
         if self.warned_at is None and mean < LOW_TRAINING_LOSS and last > lowest:
             self.warned_at = step
             self._say(
-                f"warning: the training loss is {mean:.3f} while the validation loss rises ({lowest:.3f} → {last:.3f}): "
-                "the run begins to learn by heart; fewer epochs, a lower rate, --early-stop or more data"
+                f"warning: the training loss is {mean:.3f} while the validation loss rises "
+                f"({lowest:.3f} → {last:.3f}): the run begins to learn by heart; fewer epochs, a lower rate, "
+                "--early-stop or more data"
             )
 
     def _tell(self, what: str, step: int, value: float) -> None:

@@ -28,7 +28,7 @@ def versions(tmp_path: Path) -> tuple[Version, Version]:
 
 def scored(version: Version, task: str = "sentiment", accuracy: float = 0.5) -> Evaluation:
     return Evaluation(
-        version.text, version.digest, task, {"digest": "sha256:1", "examples": 9}, {"name": "tiny", "quantization": "nf4"},
+        version.text, version.digest, task, {"digest": "sha256:1", "examples": 9}, {"name": "t", "quantization": "nf4"},
         {"accuracy": accuracy}, {"accuracy": (accuracy - 0.1, accuracy + 0.1)}, by="somebody",
     )  # fmt: skip
 

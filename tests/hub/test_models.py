@@ -54,7 +54,7 @@ def test_a_model_is_pushed_found_pulled_and_verified(hub: HubFacade, tmp_path: P
     assert manifest.model.architecture == "TinyForCausalLM" and manifest.model.dtypes == ("F32",)
     assert manifest.model.tensors == 9 and manifest.model.parameters == 2 * 16 * 16 * 2 + 2 * 8 * 16 * 2 + 32 * 16
     assert manifest.base.fingerprint == fingerprint_directory(base).fingerprint
-    assert not hub.push(model, "team/whole").created
+    assert not hub.push(model, "team/whole", base=str(base)).created
     hub.pull("team/whole", tmp_path / "pulled")
     assert fingerprint_directory(tmp_path / "pulled").fingerprint == fingerprint_directory(model).fingerprint
     assert hub.verify("team/whole") == [] and hub.fsck() == []

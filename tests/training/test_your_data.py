@@ -70,8 +70,10 @@ def test_the_guide_works(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.Mo
             if name == "serve":
                 assert words[-1] == "&"
                 served = subprocess.Popen(
-                    [sys.executable, "-c", "from hub.cli import main; main()", *words[:-1], "--listen", address]
-                    + ["--metrics-port", "-1", "--quantize", "none", "--threads", "1", "--kv-memory", "32MiB"],
+                    [
+                        sys.executable, "-c", "from hub.cli import main; main()", *words[:-1], "--listen", address,
+                        "--metrics-port", "-1", "--quantize", "none", "--threads", "1", "--kv-memory", "32MiB",
+                    ],
                     stdout=subprocess.PIPE, text=True,
                 )  # fmt: skip
                 assert served.stdout is not None and served.stdout.readline().startswith("ready ")

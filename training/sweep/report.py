@@ -16,6 +16,7 @@ import numpy as np
 
 from training.bootstrap import Interval, middle
 from training.curves import new_figure, save_figure
+from training.metrics import Floats
 from training.sweep.plan import SweepPlan
 from training.sweep.records import Records, TaskData
 from training.tasks import task_named
@@ -39,9 +40,10 @@ class Summary:
         values = [record["scores"][metric]["value"] for record in self.records]
         return min(values), max(values)
 
-    def resampled(self, metric: str) -> np.ndarray[Any, Any]:
+    def resampled(self, metric: str) -> Floats:
         """The mean over the seeds on every draw of questions."""
-        return np.mean([record["scores"][metric]["resampled"] for record in self.records], axis=0)
+        each = [record["scores"][metric]["resampled"] for record in self.records]
+        return np.asarray(np.mean(each, axis=0), np.float64)
 
     def interval(self, metric: str) -> Interval:
         """Where the mean lies on other draws of the questions."""
@@ -79,7 +81,9 @@ def summaries(
             x = getattr(cell.recipe, plan.x) if plan.x else None
             about[cell.variant] = (cell.line, float(x) if isinstance(x, int | float) else None)
     return {
-        task: [Summary(variant, *about[variant], tuple(each)) for variant, each in variants.items()]
+        task: [
+            Summary(variant, about[variant][0], about[variant][1], tuple(each)) for variant, each in variants.items()
+        ]
         for task, variants in found.items()
     }
 
@@ -96,11 +100,11 @@ def write_page(
         *([plan.question, ""] if plan.question else []),
         f"`{command}`, size `{plan.size}`: {finished} of {len(plan.cells)} cells finished. {machine}",
         "",
-        "Scores are means over the seeds; in brackets the middle 95 % over draws of the questions (bootstrap), and the",
-        "lowest and highest seed where there are several. Losses are nats a trained token on held-out training examples,",
+        "Scores are means over the seeds; in brackets the middle 95 % over draws of the questions (bootstrap), and",
+        "the lowest and highest seed where there are several. Losses are nats a trained token on held-out examples,",
         "before → after. Peak memory is the whole process's (VmHWM), interpreter, libraries and loading included.",
-        "CPU time is the optimizer loop's, validations included; unlike the clock it does not count what other processes",
-        "on the machine took. The raw cells, with every loss, are in [cells/](cells).",
+        "CPU time is the optimizer loop's, validations included; unlike the clock it does not count what other",
+        "processes on the machine took. The raw cells, with every loss, are in [cells/](cells).",
     ]
     for task, each in found.items():
         lines += ["", *_section(plan, task, each, data[task], fingerprint, records)]
@@ -220,10 +224,10 @@ def _pictures(plan: SweepPlan, task: str, each: Sequence[Summary], out: Path) ->
     return [f"![{what}, {task}]({plan.name}-{task}-{what}.png)" for what in ("quality", "losses")]
 
 
-def _bars(each: Sequence[Summary], metric: str) -> np.ndarray[Any, Any]:
+def _bars(each: Sequence[Summary], metric: str) -> Floats:
     """[2, variants]: how far the interval reaches below and above."""
     reach = [(s.score(metric) - s.interval(metric).low, s.interval(metric).high - s.score(metric)) for s in each]
-    return np.maximum(np.array(reach).T, 0)
+    return np.asarray(np.maximum(np.array(reach).T, 0), np.float64)
 
 
 def _smoothed(points: Sequence[Sequence[float]], over: int = 10) -> tuple[list[float], list[float]]:

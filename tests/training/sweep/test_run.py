@@ -136,9 +136,9 @@ def test_a_sweep_trains_scores_together_and_goes_on_where_it_was(
 
     # What is recorded is what a run and an evaluation say.
     record = records.finished(keys["r2"])
-    assert record is not None and record["metrics"]["steps"] == 3 and record["evaluation"]["in_one_batch_with"] == 2
+    assert record is not None and record["metrics"]["steps"] == 4 and record["evaluation"]["in_one_batch_with"] == 2
     assert record["peak_bytes"] > record["process_bytes"] > 50_000_000
-    assert len(record["curves"]["training"]) == 3 and len(record["scores"]["accuracy"]["resampled"]) == 400
+    assert len(record["curves"]["training"]) == 4 and len(record["scores"]["accuracy"]["resampled"]) == 400
 
     [each] = summaries(plan, data, "sha256:base", records).values()
     assert [summary.variant for summary in each] == ["full", "r2", "r4", "q4"]
@@ -187,8 +187,8 @@ def test_a_cell_runs_in_a_process_of_its_own(tiny_base: Path, tmp_path: Path, da
         plan.cells[0], key, data["sentiment"], Setting(str(tiny_base), "b", 1), Records(tmp_path), heard.said
     )
     told = Records(tmp_path).trained(key)
-    assert told is not None and told["metrics"]["steps"] == 3 and told["peak_bytes"] > 100_000_000
-    assert any("step 3/3" in line for line in heard.lines)
+    assert told is not None and told["metrics"]["steps"] == 4 and told["peak_bytes"] > 100_000_000
+    assert any("step 4/4" in line for line in heard.lines)
 
 
 def test_a_process_that_fails_says_why(tmp_path: Path, data: dict[str, TaskData]) -> None:
