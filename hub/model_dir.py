@@ -7,6 +7,7 @@ configs that name code of their own are refused, the weights are mapped and look
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -217,9 +218,14 @@ def _read_small(path: Path) -> bytes:
 
 def _parse_json(name: str, data: bytes) -> dict[str, Any]:
     try:
-        value = json_text.parse_object(data, max_bytes=_SMALL[name])
-    except ValueError as error:
+        if name == CONFIG_FILE:
+            value = json_text.parse_object(data, max_bytes=_SMALL[name])
+        else:  # as transformers reads it: tokenizers write a length of 10^30 for "no limit"
+            value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ConfigMalformed(f"{name} {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigMalformed(f"{name} is no JSON object")
     for key in _RUNS_CODE:
         if value.get(key):
             raise ConfigKeyRefused(f"{name} has {key}, by which a model brings code of its own; the hub takes none")

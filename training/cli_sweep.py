@@ -17,6 +17,7 @@ import click
 from hub.cli_options import examples, json_option
 from hub.cli_output import print_json, print_table
 from server.cli import bound_openmp
+from training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from training.sweep.plan import Cell, SweepPlan
@@ -53,6 +54,7 @@ def sweep(
     changed plan runs only what changed. Plans that share OUT share their cells. The page is written after every cell.
     """
     bound_openmp(threads)
+    quiet_libraries()
     from hub.base import base_identity
     from training.sweep.plan import SweepPlan
     from training.sweep.records import Records
