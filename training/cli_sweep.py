@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +38,16 @@ hub sweep training/experiments/1-methods.yaml --out results/methods --report-onl
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Results; taken up again.")
 @click.option("--size", default="small", show_default=True, help="Which of the plan's sizes.")
 @click.option("--task", "tasks", multiple=True, help="Only this task of the plan; repeatable.")
+@click.option("--variant", "variants", multiple=True, metavar="GLOB", help="Only variants like this; repeatable.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads of a cell.  [default: all cores]")
 @click.option("--dry-run", is_flag=True, help="Print the cells and what the planner expects of them; train nothing.")
 @click.option("--report-only", is_flag=True, help="Write the page from what is finished; train nothing.")
+@click.option("--note", default="", metavar="TEXT", help="A sentence for the page, such as what else the machine did.")
 @click.option("--keep", is_flag=True, help="Keep every cell's weights in OUT/work; they are removed once scored.")
 @json_option
 def sweep(
-    plan: Path, out: Path, size: str, tasks: tuple[str, ...], threads: int, dry_run: bool, report_only: bool,
-    keep: bool, as_json: bool,
+    plan: Path, out: Path, size: str, tasks: tuple[str, ...], variants: tuple[str, ...], threads: int, dry_run: bool,
+    report_only: bool, note: str, keep: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train and score every cell of PLAN.yaml (a task, a variant, a seed), and write OUT/PLAN.md with plots.
 
@@ -61,19 +64,20 @@ def sweep(
     from training.sweep.report import write_page
     from training.sweep.run import Setting, prepare_data, run
 
-    read = _only(SweepPlan.read(plan, size), tasks)
+    whole = SweepPlan.read(plan, size)
+    read = _only(whole, tasks, variants)
     records = Records(out)
-    data = prepare_data(read, records)
+    data = prepare_data(whole, records)
     identity, _ = base_identity(read.base)
     fingerprint = identity.fingerprint or ""
     finished = {cell: records.finished(records.key(cell, fingerprint, data[cell.task])) for cell in read.cells}
     if dry_run:
         _dry_run(read, data, finished, threads, as_json)
         return
-    command = shlex.join(["hub", "sweep", str(plan), "--out", str(out), "--size", size])
+    command = shlex.join(["hub", "sweep", str(plan), "--size", size])
 
     def page() -> Path:
-        return write_page(read, data, fingerprint, records, _machine(threads), command)
+        return write_page(whole, data, fingerprint, records, " ".join(filter(None, (_machine(threads), note))), command)
 
     if not report_only:
         run(read, data, Setting(read.base, fingerprint, threads, keep), records, _Line(page))
@@ -84,16 +88,18 @@ def sweep(
         click.secho(f"written: {written}", bold=True, err=True)
 
 
-def _only(plan: SweepPlan, tasks: tuple[str, ...]) -> SweepPlan:
+def _only(plan: SweepPlan, tasks: tuple[str, ...], variants: tuple[str, ...]) -> SweepPlan:
     if unknown := set(tasks) - plan.data.keys():
         raise click.UsageError(f"the plan has no task {min(unknown)}; it has: {', '.join(plan.data)}")
-    if not tasks:
-        return plan
-    return replace(
-        plan,
-        data={task: size for task, size in plan.data.items() if task in tasks},
-        cells=tuple(cell for cell in plan.cells if cell.task in tasks),
+    cells = tuple(
+        cell
+        for cell in plan.cells
+        if (not tasks or cell.task in tasks)
+        and (not variants or any(fnmatchcase(cell.variant, variant) for variant in variants))
     )
+    if not cells:
+        raise click.UsageError("the plan has no variant like this")
+    return replace(plan, data={task: plan.data[task] for task in {cell.task: None for cell in cells}}, cells=cells)
 
 
 def _dry_run(

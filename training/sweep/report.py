@@ -93,12 +93,15 @@ def write_page(
 ) -> Path:
     """Write OUT/<plan>.md and its pictures from the finished cells; the page's path."""
     found = summaries(plan, data, fingerprint, records)
-    finished = sum(len(summary.records) for each in found.values() for summary in each)
+    records_of_all = [record for each in found.values() for summary in each for record in summary.records]
+    finished = len(records_of_all)
+    days = sorted({record["finished"][:10] for record in records_of_all})
+    when = f" Run {days[0]}{f' to {days[-1]}' if len(days) > 1 else ''}." if days else ""
     lines = [
         f"# {plan.title}",
         "",
         *([plan.question, ""] if plan.question else []),
-        f"`{command}`, size `{plan.size}`: {finished} of {len(plan.cells)} cells finished. {machine}",
+        f"`{command}`, size `{plan.size}`: {finished} of {len(plan.cells)} cells finished.{when} {machine}",
         "",
         "Scores are means over the seeds; in brackets the middle 95 % over draws of the questions (bootstrap), and",
         "the lowest and highest seed where there are several. Losses are nats a trained token on held-out examples,",

@@ -199,3 +199,47 @@ def test_a_process_that_fails_says_why(tmp_path: Path, data: dict[str, TaskData]
             Records(tmp_path), print,
         )  # fmt: skip
     assert read_jsonl(data["sentiment"].train)
+
+
+@pytest.mark.timeout(120)
+def test_the_verb_lists_filters_runs_and_reports(
+    tiny_base: Path, tmp_path: Path, data: dict[str, TaskData], in_this_process: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import yaml
+    from click.testing import CliRunner
+
+    from hub.cli import group
+
+    monkeypatch.setattr(running, "prepare_data", lambda plan, records: data)
+    file, out = tmp_path / "tiny.yaml", tmp_path / "results"
+    file.write_text(yaml.safe_dump({**PLAN, "base": str(tiny_base)}))
+
+    def sweep(*more: str) -> str:
+        command = ["sweep", str(file), "--out", str(out), "--threads", "1", *more]
+        result = CliRunner().invoke(group, command, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    listed = json.loads(sweep("--dry-run", "--variant", "r*", "--json"))
+    assert [(cell["variant"], cell["recipe"]["seed"], cell["finished"]) for cell in listed["cells"]] == [
+        ("r2", 0, False), ("r4", 0, False), ("r2", 1, False), ("r4", 1, False),
+    ]  # fmt: skip
+    assert all(cell["seconds"] > 0 and cell["memory_bytes"] > 10_000_000 for cell in listed["cells"])
+    assert not in_this_process
+    said = sweep("--variant", "r2", "--note", "On a quiet evening.")
+    assert "2 cells, 0 of them finished before" in said and "[2/2]" in said
+    page = (out / "tiny.md").read_text()
+    assert "2 of 8 cells finished" in page and "On a quiet evening." in page and str(tmp_path / "results") not in page
+    assert "finished" in sweep("--dry-run", "--variant", "r2")
+    in_this_process.clear()
+    (out / "tiny.md").unlink()
+    sweep("--report-only")
+    assert "2 of 8 cells finished" in (out / "tiny.md").read_text() and not in_this_process
+    for wrong, words in (
+        (("--variant", "x*"), "no variant like this"),
+        (("--task", "poetry"), "no task poetry"),
+        (("--size", "huge"), ""),
+    ):
+        result = CliRunner().invoke(group, ["sweep", str(file), "--out", str(out), *wrong])
+        assert result.exit_code != 0 and words in result.output
