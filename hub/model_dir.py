@@ -56,6 +56,7 @@ _SMALL: Final[Mapping[str, int]] = {
     "merges.txt": 64 * _MIB,
     "tokenizer.model": 64 * _MIB,
     "chat_template.jinja": _MIB,
+    "merge-report.json": _MIB,  # of `hub merge`
     README_FILE: _MIB,
     FACTS_FILE: MAX_FACTS_BYTES,
 }

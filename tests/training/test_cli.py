@@ -290,3 +290,24 @@ def test_wrong_use_of_the_newer_options_is_refused(labelled: Path, tmp_path: Pat
     table = tmp_path / "t.csv"
     table.write_text("a,b\n1,2\n")
     assert "needs --question" in refused("data", "import", table, "--out", tmp_path / "o")
+
+
+def test_watching_and_mixing_are_options_of_train(tiny_base: Path, labelled: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    skills = tmp_path / "skills.jsonl"
+    write_jsonl(skills, [Example.of(user=f"Say {n}", answer=str(n)) for n in range(12)])
+    told = json.loads(
+        run(
+            "train", labelled, "--base", tiny_base, "--out", tmp_path / "out", "--recipe", "demo", "--rank", "2",
+            "--epochs", "2", "--batch", "4", "--max-length", "100", "--threads", "1", "--variant", "rslora",
+            "--skill-data", skills, "--skill-share", "0.2", "--validation-steps", "2", "--early-stop", "50",
+            "--curves", tmp_path / "c.json", "--curves", tmp_path / "c.png", "--tensorboard", tmp_path / "tb", "--json",
+        ).stdout
+    )  # fmt: skip
+    mixed = told["datasets"]["skills"]["examples"]
+    assert mixed == round((told["datasets"]["train_examples"] - mixed) * 0.25)
+    curves = json.loads((tmp_path / "c.json").read_text())
+    assert len(curves["training"]) == told["metrics"]["steps"]
+    assert [step for step, _ in curves["validation"]] == [*range(0, told["metrics"]["steps"] + 1, 2)]
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG") and list((tmp_path / "tb").iterdir())
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["use_rslora"] is True
