@@ -209,6 +209,7 @@ def test_a_recipe_brings_its_method(tiny_base: Path, labelled: Path, tmp_path: P
     ]
 
 
+@pytest.mark.timeout(180)
 def test_a_full_fine_tune_becomes_a_version_a_base_and_a_lora(tiny_base: Path, labelled: Path, tmp_path: Path) -> None:
     out, hub = tmp_path / "out", tmp_path / "hub"
     common = ("--hub", hub, "--threads", "1", "--json")
@@ -258,6 +259,7 @@ def test_a_full_fine_tune_becomes_a_version_a_base_and_a_lora(tiny_base: Path, l
     assert getattr(refused.exception, "reason", "") == "BASE_NOT_FOUND"
 
 
+@pytest.mark.timeout(180)
 def test_scores_are_recorded_beside_the_version_that_was_scored(
     tiny_base: Path, labelled: Path, tmp_path: Path
 ) -> None:
@@ -292,6 +294,7 @@ def test_wrong_use_of_the_newer_options_is_refused(labelled: Path, tmp_path: Pat
     assert "needs --question" in refused("data", "import", table, "--out", tmp_path / "o")
 
 
+@pytest.mark.timeout(180)
 def test_watching_and_mixing_are_options_of_train(tiny_base: Path, labelled: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     skills = tmp_path / "skills.jsonl"

@@ -28,7 +28,10 @@ TINY = Recipe(
     accumulation=2, max_length=200, hold_out=0.2, dropout=0.1, seed=1, schedule="constant_with_warmup",
 )  # fmt: skip
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.timeout(180),
+]
 
 
 @pytest.fixture(autouse=True)
