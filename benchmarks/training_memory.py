@@ -84,7 +84,7 @@ def run_one(base: str, case: Case, threads: int) -> dict[str, float]:
     from hub.base_identity import BaseIdentity
     from training import finetune
     from training.finetune import Plan
-    from training.planner import GROWTH, flops_of, peak_in_process, read_data
+    from training.planner import GROWTH, flops_of, peak_returned, read_data
     from training.presets import named_recipe
     from training.rehearsal import rehearse
     from training.trainable import bfloat16_is_fast
@@ -135,7 +135,7 @@ def run_one(base: str, case: Case, threads: int) -> dict[str, float]:
             "process_bytes": before,
             "measured_bytes": measured,
             "loading_bytes": loading[0],
-            "predicted_bytes": peak_in_process(directory, case.method, rehearsal, "cpu"),
+            "predicted_bytes": peak_returned(directory, case.method, rehearsal),
             "predicted_growth": GROWTH,
             "predicted_tensors": rehearsal.peak,
             "predicted_weights": rehearsal.weights,

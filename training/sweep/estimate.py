@@ -34,22 +34,29 @@ class Estimator:
 
     def of(self, cell: Cell, data: Mapping[str, TaskData]) -> Estimate:
         """One cell's."""
-        recipe = cell.recipe
-        sizing = (cell.task, recipe.batch, recipe.max_length, recipe.hold_out, recipe.seed)
-        if sizing not in self._data:
-            self._data[sizing] = read_data(data[cell.task].train, self._base, recipe)
-        sizes = self._data[sizing]
+        recipe, rehearsal = cell.recipe, self.rehearsal(cell, data)
+        seconds = flops_of(rehearsal, self._sizes(cell, data), recipe) / self._machine.flops
+        return Estimate(
+            seconds * (_QLORA_SLOWER if recipe.method == "qlora" else 1.0),
+            peak_in_process(self._base, recipe.method, rehearsal, self._machine.device) + self._machine.overhead,
+        )
+
+    def rehearsal(self, cell: Cell, data: Mapping[str, TaskData]) -> Rehearsal:
+        """One step of the cell, on its largest batch."""
+        recipe, sizes = cell.recipe, self._sizes(cell, data)
         shaping = (
-            recipe.method, recipe.rank, recipe.targets, recipe.dropout > 0, recipe.gradient_checkpointing,
-            recipe.accumulation > 1, recipe.max_length <= 512, sizes.longest,
+            recipe.method, recipe.rank, recipe.targets, recipe.variant, recipe.dropout > 0,
+            recipe.gradient_checkpointing, recipe.accumulation > 1, recipe.max_length <= 512, sizes.longest,
         )  # fmt: skip
         if shaping not in self._rehearsed:
             self._rehearsed[shaping] = rehearse(
                 self._base, recipe.method, recipe, sizes.longest, self._machine.device, self._machine.dtype
             )
-        rehearsal = self._rehearsed[shaping]
-        seconds = flops_of(rehearsal, sizes, recipe) / self._machine.flops
-        return Estimate(
-            seconds * (_QLORA_SLOWER if recipe.method == "qlora" else 1.0),
-            peak_in_process(self._base, recipe.method, rehearsal, self._machine.device) + self._machine.overhead,
-        )
+        return self._rehearsed[shaping]
+
+    def _sizes(self, cell: Cell, data: Mapping[str, TaskData]) -> Data:
+        recipe = cell.recipe
+        sizing = (cell.task, recipe.batch, recipe.max_length, recipe.hold_out, recipe.seed)
+        if sizing not in self._data:
+            self._data[sizing] = read_data(data[cell.task].train, self._base, recipe)
+        return self._data[sizing]
