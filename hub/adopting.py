@@ -93,7 +93,7 @@ class AdoptedVersions:
 
 
 def check(arrivals: Sequence[Arrival], aliases: Sequence[AliasArrival]) -> None:
-    """Raise BundleRefused, FactsMalformed, RefInvalid, QueryInvalid or SignatureInvalid, with nothing read or stored."""
+    """Raise BundleRefused, FactsMalformed, RefInvalid, QueryInvalid or SignatureInvalid; nothing is stored by then."""
     if len(arrivals) > MAX_ARRIVALS:
         raise BundleRefused(f"{len(arrivals)} versions at once; at most {MAX_ARRIVALS} are taken")
     if len({arrival.text for arrival in arrivals}) < len(arrivals) or len({a.digest for a in arrivals}) < len(arrivals):

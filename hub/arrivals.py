@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from hub.adapter_dir import ParsedAdapter, parse_adapter
 from hub.errors import BaseMismatch, BundleRefused, HubError
 from hub.manifest import Manifest
+from hub.parsing import Parsed, parse_directory
 from hub.refs import AdapterRef, Digest
 from hub.signing.envelope import check_signature
 from hub.versions import Held, Version
@@ -71,13 +71,13 @@ class Adopted:
 LayOut = Callable[[Arrival], AbstractContextManager[Path]]
 
 
-def read_as_told(arrival: Arrival, directory: Path) -> ParsedAdapter:
+def read_as_told(arrival: Arrival, directory: Path) -> Parsed:
     """Read the files as any adapter is read, and check that the manifest tells nothing of them that is not so.
 
     Raises a subclass of AdapterRejected, without the directory in its message, or BundleRefused.
     """
     try:
-        adapter = parse_adapter(directory)
+        adapter = parse_directory(directory)
     except HubError as error:
         text = str(error).replace(f"{directory}/", "").replace(str(directory), arrival.text)
         raise type(error)(f"{arrival.text}: {text}") from error

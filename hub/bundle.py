@@ -25,10 +25,10 @@ from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
 from hub import json_text
-from hub.adapter_dir import FILE_LIMITS
 from hub.arrivals import MAX_ARRIVALS, AliasArrival, Arrival
 from hub.errors import BlobCorrupt, BundleRefused, HubUnavailable, RefInvalid, TargetNotEmpty
 from hub.manifest import MAX_MANIFEST_BYTES, Manifest
+from hub.parsing import MAX_FILE_BYTES, file_limit
 from hub.progress import Progress
 from hub.refs import Digest
 from hub.signing.envelope import MAX_SIGNATURE_BYTES
@@ -253,7 +253,7 @@ class Bundle:
                 needed |= {digest, *signatures}
                 manifest = Manifest.parse(self._small(digest, MAX_MANIFEST_BYTES))
                 for name, entry in manifest.files.items():
-                    if entry.bytes > FILE_LIMITS.get(name, -1) or sizes.get(entry.sha256) != entry.bytes:
+                    if entry.bytes > (file_limit(name) or -1) or sizes.get(entry.sha256) != entry.bytes:
                         raise BundleRefused(
                             f"{told['name']}: {name[:80]!a} is no file of an adapter, or not in the bundle"
                         )
@@ -313,7 +313,7 @@ def _sizes(index: Mapping[str, Any]) -> dict[Digest, int]:
     try:
         for told in index["blobs"]:
             digest, size = Digest.parse(told["sha256"]), told["bytes"]
-            if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= max(FILE_LIMITS.values()):
+            if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MAX_FILE_BYTES:
                 raise ValueError
             if digest in sizes:
                 raise BundleRefused(f"the bundle's index lists {digest} twice")

@@ -78,6 +78,8 @@ def version_json(version: Version, aliases: Sequence[str] = ()) -> dict[str, Any
 
 def lora_text(version: Version) -> str:
     """What the weights are, in one line: "rank 8, alpha 16, 12 modules (q_proj, v_proj), 460,800 parameters"."""
+    if (model := version.manifest.model) is not None:
+        return f"whole model, {model.architecture}, {model.parameters:,} parameters, {', '.join(model.dtypes)}"
     lora = version.manifest.lora
     features = f", {', '.join(lora.features)}" if lora.features else ""
     targets = ", ".join(lora.targets[:8]) + (", …" if len(lora.targets) > 8 else "")
@@ -90,6 +92,8 @@ def lora_text(version: Version) -> str:
 
 def rank_text(version: Version) -> str:
     """The rank, or the span of ranks: "8", "4-64"."""
+    if version.manifest.kind == "model":
+        return "model"
     ranks = sorted(map(int, version.manifest.lora.ranks))
     if not ranks:
         return "-"
@@ -131,3 +135,9 @@ def size_text(count: int) -> str:
 def printable(text: str) -> str:
     """`text` with control and direction characters escaped: facts are written by strangers."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def parameter_count(version: Version) -> int:
+    """How many numbers the weights hold."""
+    model = version.manifest.model
+    return version.manifest.lora.parameters if model is None else model.parameters

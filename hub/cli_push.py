@@ -49,12 +49,15 @@ def push(
     hub_url: str | None,
     as_json: bool,
 ) -> None:
-    """Store the LoRA in DIRECTORY, as PEFT saved it, as the next version of REF.
+    """Store the LoRA in DIRECTORY, as PEFT saved it, or a whole model as the next version of REF.
 
     REF is [namespace/]name. The version gets the next number, :latest and every --alias. Pushing what is there already
     creates nothing. The directory may hold adapter_config.json, adapter_model.safetensors, README.md and loraplex.json
     (what `hub train` recorded); anything else is refused by name, and so are weights that are damaged, not finite or
     do not fit the base.
+
+    A whole model is a directory with config.json and model.safetensors, as `hub train --method full` and `hub merge`
+    write it; `hub serve --base REF` serves it.
 
     Without --base the base is what loraplex.json or the config says, "unverified" where nobody has hashed it.
     """
@@ -84,7 +87,7 @@ def push(
     print_pairs(
         {
             "digest": version.digest,
-            "lora": lora_text(version),
+            "weights": lora_text(version),
             "base": base_text(version.manifest.base),
             "size": size_text(sum(entry.bytes for entry in version.manifest.files.values())),
             "aliases": " ".join(f":{alias}" for alias in held),

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from hub import model_dir
 from hub.adapter_dir import CONFIG_FILE, README_FILE
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import (
@@ -20,6 +21,8 @@ from hub.cli_output import (
     size_text,
     version_json,
 )
+from hub.errors import EvaluationsUnsupported
+from hub.evaluations import Evaluation, Evaluations
 from hub.facade import HubFacade
 from hub.hub import Version
 from hub.lineage import Lineage
@@ -39,7 +42,7 @@ hub show team/sentiment@3 --card --config
 @click.argument("ref")
 @click.option("--card", is_flag=True, help="Its README.md.")
 @click.option("--lineage", is_flag=True, help="What it was made from, back to the first, and what was made from it.")
-@click.option("--config", is_flag=True, help="Its adapter_config.json.")
+@click.option("--config", is_flag=True, help="Its adapter_config.json; a model's config.json.")
 @hub_option
 @json_option
 def show(ref: str, card: bool, lineage: bool, config: bool, hub_url: str | None, as_json: bool) -> None:
@@ -54,10 +57,13 @@ def show(ref: str, card: bool, lineage: bool, config: bool, hub_url: str | None,
         family = hub.lineage(f"{version.full_name}@{version.digest}") if lineage else None
         files = version.manifest.files
         text = hub.read_file(version, README_FILE).decode("utf-8", "replace") if card and README_FILE in files else None
-        settings = json.loads(hub.read_file(version, CONFIG_FILE)) if config else None
+        named = CONFIG_FILE if version.manifest.kind == "adapter" else model_dir.CONFIG_FILE
+        settings = json.loads(hub.read_file(version, named)) if config else None
+    scored = _evaluations(version, hub_url)
     held = {alias: state for alias, state in states.items() if state.holds(version.number)}
     if as_json:
         value = version_json(version, list(held))
+        value |= {"evaluations": [vars(each) for each in scored]}
         value |= {"card": text} if card else {}
         value |= {"lineage": _lineage_json(family)} if family is not None else {}
         value |= {"config": settings} if config else {}
@@ -74,6 +80,16 @@ def show(ref: str, card: bool, lineage: bool, config: bool, hub_url: str | None,
     if not (card or config or lineage):
         aliases = " ".join(f":{alias}{share_text(state, version.number)}" for alias, state in held.items())
         _print_all(version, aliases, parents)
+        for each in scored:
+            click.secho(f"evaluation: {each.task}, {each.at}", bold=True)
+            print_pairs(_flat(each.metrics))
+
+
+def _evaluations(version: Version, hub_url: str | None) -> list[Evaluation]:
+    try:
+        return Evaluations.of(hub_url).all_of(version)
+    except EvaluationsUnsupported:
+        return []
 
 
 def _print_all(version: Version, aliases: str, parents: list[str]) -> None:
@@ -85,7 +101,7 @@ def _print_all(version: Version, aliases: str, parents: list[str]) -> None:
             "created": f"{version.created}{f' by {manifest.creator}' if manifest.creator else ''}",
             "aliases": aliases,
             "base": base_text(manifest.base),
-            "lora": lora_text(version),
+            "weights": lora_text(version),
             "note": "its delta is zero everywhere: base output, always" if manifest.lora.changes_nothing else "",
             "parents": ", ".join(parents),
         }

@@ -15,6 +15,7 @@ import numpy as np
 from hub import json_text
 from hub.adapter_dir import CONFIG_FILE, WEIGHTS_FILE
 from hub.blobs import BlobStore
+from hub.kinds import check_adapter
 from hub.lora_config import MAX_CONFIG_BYTES, LoraConfig
 from hub.safetensors_file import MappedTensors, mapped
 from hub.tensor_names import parse_tensor_name
@@ -64,7 +65,9 @@ class Diff:
 
 
 def compare(blobs: BlobStore, a: Version, b: Version, relation: str) -> Diff:
-    """The differences of two versions; raises BlobCorrupt where bytes of either are damaged."""
+    """The differences of two versions; raises BlobCorrupt where bytes are damaged, NotAnAdapter for models."""
+    for version in (a, b):
+        check_adapter(version)
     configs = [read_checked(blobs, version, CONFIG_FILE) for version in (a, b)]
     values = [json_text.parse_object(data, max_bytes=MAX_CONFIG_BYTES) for data in configs]
     with _weights(blobs, a) as weights_a, _weights(blobs, b) as weights_b:

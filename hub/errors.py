@@ -366,6 +366,18 @@ class BaseMismatch(AdapterRejected):
     reason = "BASE_MISMATCH"
 
 
+class NotAnAdapter(AdapterRejected):
+    """The version is a whole model where an adapter is needed; `hub serve --base` takes it."""
+
+    reason = "NOT_AN_ADAPTER"
+
+
+class EvaluationsUnsupported(HubError):
+    """The hub has no directory on this machine in which evaluations could be kept."""
+
+    reason = "EVALUATIONS_UNSUPPORTED"
+
+
 class Unauthenticated(HubError):
     """The shared server does not know the caller: no token, or one that is wrong, expired or revoked."""
 

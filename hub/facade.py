@@ -51,7 +51,7 @@ class HubFacade(Protocol):
         creator: str | None = None,
         progress: Progress | None = None,
     ) -> PushResult:
-        """Store the PEFT LoRA in `directory` as the next version of `ref`'s adapter."""
+        """Store the PEFT LoRA or the whole model in `directory` as the next version of `ref`."""
 
     def resolve(self, ref: AdapterRef | str, key: str | None = None) -> Version:
         """The version `ref` names now; raises AdapterNotFound, VersionNotFound or AliasNotFound."""

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Final, Self
 
 from hub import adopting, catalog, fsck, location, publishing, pull, signature_store, verify
-from hub.adapter_dir import ParsedAdapter, parse_adapter
 from hub.base import base_identity
 from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
@@ -29,6 +28,7 @@ from hub.gate import Gate, Promotion
 from hub.gate_evaluation import Scores
 from hub.lineage import Lineage, relation, trace
 from hub.manifest import Manifest
+from hub.parsing import Parsed, parse_directory
 from hub.progress import Progress
 from hub.publishing import identity_of, pushed_aliases, warnings_of
 from hub.refs import AdapterRef, Alias, Digest
@@ -102,7 +102,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         creator: str | None = None,
         progress: Progress | None = None,
     ) -> PushResult:
-        """Store the PEFT LoRA in `directory` as the next version of `ref`'s adapter.
+        """Store the PEFT LoRA (or the whole model) in `directory` as the next version of `ref`'s adapter.
 
         `ref` names an adapter, and with ":alias" one more alias to move; ":latest" moves to every new version. `base`
         (see `hub.base.locate_base`) is hashed and every tensor checked against it; without it the identity that
@@ -117,7 +117,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         pushed_aliases(target)  # refuses a number before anything is read
         parent_digests = [self.resolve(parent).digest for parent in parents]
         located, hashed = base_identity(base, progress=progress) if base is not None else (None, None)
-        adapter = parse_adapter(Path(directory), progress=progress)
+        adapter = parse_directory(Path(directory), progress=progress)
         return self.publish(
             adapter, target, located=located, shapes=hashed.shapes if hashed else None, aliases=wanted,
             parents=parent_digests, creator=creator, progress=progress,
@@ -125,7 +125,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
 
     def publish(
         self,
-        adapter: ParsedAdapter,
+        adapter: Parsed,
         ref: AdapterRef,
         *,
         located: BaseIdentity | None,

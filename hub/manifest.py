@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from hub import json_text
 from hub.base_identity import BaseIdentity
 from hub.errors import BlobCorrupt
+from hub.model_dir import ParsedModel
 from hub.refs import Digest
 
 if TYPE_CHECKING:
     from hub.adapter_dir import ParsedAdapter
+    from hub.parsing import Parsed
 
 SCHEMA: Final = "loraplex.manifest/1"
+MODEL_SCHEMA: Final = "loraplex.model/1"  # of a version that is a whole model
 MAX_MANIFEST_BYTES: Final = 4 * 1024 * 1024
 
 
@@ -49,8 +52,21 @@ class LoraFacts:
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """What a whole model's weights are."""
+
+    architecture: str  # "LlamaForCausalLM"
+    parameters: int
+    tensors: int
+    dtypes: tuple[str, ...]
+
+
+NO_LORA: Final = LoraFacts({}, 0.0, (), 0, 0, (), ())
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """One version of one adapter."""
+    """One version of one adapter, or of one whole model."""
 
     name: str  # "team/sentiment"
     files: Mapping[str, FileEntry]
@@ -64,19 +80,27 @@ class Manifest:
     parents: tuple[Digest, ...] = ()  # digests of the versions it was made from
     creator: str | None = None
     created: str = ""  # RFC 3339, UTC, "2026-01-31T12:00:00Z"
+    model: ModelFacts | None = None  # of kind "model"; then `lora` is NO_LORA
+
+    @property
+    def kind(self) -> Literal["adapter", "model"]:
+        """What the version is."""
+        return "adapter" if self.model is None else "model"
 
     @classmethod
     def of(
-        cls, adapter: ParsedAdapter, *, name: str, base: BaseIdentity, parents: Sequence[Digest], creator: str | None,
+        cls, adapter: Parsed, *, name: str, base: BaseIdentity, parents: Sequence[Digest], creator: str | None,
         created: str,
     ) -> Self:  # fmt: skip
-        """The manifest of a parsed adapter published as `name`."""
+        """The manifest of a parsed adapter or model published as `name`."""
+        lora, model = _weights_facts(adapter)
         return cls(
             name=name,
             files={file.name: FileEntry(file.sha256, file.bytes) for file in adapter.files.values()},
             tensors=adapter.tensors_digest,
             base=base,
-            lora=_lora_facts(adapter),
+            lora=lora,
+            model=model,
             recipe=adapter.facts.recipe,
             datasets=adapter.facts.datasets,
             metrics=adapter.facts.metrics,
@@ -91,14 +115,16 @@ class Manifest:
         """The manifest in `data`, canonical JSON of this schema; raises BlobCorrupt on anything else."""
         try:
             value = json_text.parse_object(data, max_bytes=MAX_MANIFEST_BYTES)
-            if value.pop("schema") != SCHEMA:
+            schema = value.pop("schema")
+            if schema not in (SCHEMA, MODEL_SCHEMA):
                 raise ValueError("has a schema this release does not read")
             files = value.pop("files")
             manifest = cls(
                 files={name: FileEntry(Digest.parse(e["sha256"]), int(e["bytes"])) for name, e in files.items()},
                 tensors=Digest.parse(value.pop("tensors")),
                 base=BaseIdentity(**value.pop("base")),
-                lora=_parse_lora(value.pop("lora")),
+                lora=_parse_lora(value.pop("lora")) if schema == SCHEMA else NO_LORA,
+                model=_parse_model(value.pop("model")) if schema == MODEL_SCHEMA else None,
                 parents=tuple(map(Digest.parse, value.pop("parents"))),
                 **value,
             )
@@ -114,7 +140,10 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, `schema` included."""
-        return {"schema": SCHEMA, **asdict(self)}
+        value = asdict(self)
+        # Adapters' manifests are byte for byte what they were before there were models.
+        del value["lora" if self.model is not None else "model"]
+        return {"schema": SCHEMA if self.model is None else MODEL_SCHEMA, **value}
 
     @property
     def digest(self) -> Digest:
@@ -128,6 +157,17 @@ class Manifest:
         for key in ("parents", "creator", "created"):
             del value[key]
         return json_text.digest_of(value)
+
+
+def _weights_facts(adapter: Parsed) -> tuple[LoraFacts, ModelFacts | None]:
+    if not isinstance(adapter, ParsedModel):
+        return _lora_facts(adapter), None
+    dtypes = tuple(sorted({tensor.dtype for tensor in adapter.tensors.values()}))
+    return NO_LORA, ModelFacts(adapter.architecture, adapter.parameters, len(adapter.tensors), dtypes)
+
+
+def _parse_model(value: dict[str, Any]) -> ModelFacts:
+    return ModelFacts(dtypes=tuple(value.pop("dtypes")), **value)
 
 
 def _lora_facts(adapter: ParsedAdapter) -> LoraFacts:

@@ -47,8 +47,9 @@ class Place:
         if scheme.partition("+")[0] in ("postgresql", "postgres"):
             return cls._with_postgres(text)
         directory, bucket = _directory(text)
+        marked = (directory / "FORMAT").exists()  # asked first: whoever makes a hub writes BLOBS before FORMAT
         recorded = _recorded_bucket(directory)
-        if bucket is not None and bucket != recorded and (recorded or (directory / "FORMAT").exists()):
+        if bucket is not None and bucket != recorded and (recorded or marked):
             raise HubUnavailable(
                 f"the hub in {directory} keeps its blobs {f'at {recorded}' if recorded else 'in its directory'}; "
                 "open it by the directory alone"

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from hub.adapter_dir import ParsedAdapter
 from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
 from hub.catalog import Catalog, Publication, Record
 from hub.errors import AdapterChanged, BaseMismatch, BlobsSwept, FactsMalformed, RefInvalid
 from hub.manifest import MAX_MANIFEST_BYTES, Manifest
+from hub.parsing import Parsed
 from hub.progress import Progress
 from hub.refs import LATEST, AdapterRef, Alias, Digest
 
@@ -22,7 +22,7 @@ _ATTEMPTS: Final = 5
 
 
 def publish(
-    blobs: BlobStore, entries: Catalog, adapter: ParsedAdapter, manifest: Manifest, aliases: Sequence[str],
+    blobs: BlobStore, entries: Catalog, adapter: Parsed, manifest: Manifest, aliases: Sequence[str],
     progress: Progress | None,
 ) -> tuple[Record, bool]:  # fmt: skip
     """Store the bytes and enter the version; once more where a sweep took some of them in between."""
@@ -75,11 +75,11 @@ def pushed_aliases(ref: AdapterRef) -> list[str]:
     return [] if ref.selector.name == LATEST else [ref.selector.name]
 
 
-def identity_of(adapter: ParsedAdapter, located: BaseIdentity | None) -> BaseIdentity:
+def identity_of(adapter: Parsed, located: BaseIdentity | None) -> BaseIdentity:
     """The base as `--base` found it, else as loraplex.json says, else as PEFT's config names it."""
     recorded = adapter.facts.base
     if located is None:
-        return recorded or BaseIdentity(_portable(adapter.config.base_model_name_or_path), adapter.config.revision)
+        return recorded or BaseIdentity(_portable(adapter.recorded_base[0]), adapter.recorded_base[1])
     if recorded is None:
         return located
     if recorded.fingerprint is not None and recorded.fingerprint != located.fingerprint:
@@ -94,7 +94,7 @@ def _portable(name: str | None) -> str | None:
     return Path(name).name if name and name.startswith(("/", "~", ".")) else name or None
 
 
-def warnings_of(adapter: ParsedAdapter, identity: BaseIdentity) -> tuple[str, ...]:
+def warnings_of(adapter: Parsed, identity: BaseIdentity) -> tuple[str, ...]:
     """What is sound, but perhaps not what was meant."""
     warnings = []
     if adapter.changes_nothing:
@@ -105,7 +105,7 @@ def warnings_of(adapter: ParsedAdapter, identity: BaseIdentity) -> tuple[str, ..
     return tuple(warnings)
 
 
-def store_files(blobs: BlobStore, adapter: ParsedAdapter, progress: Progress | None) -> None:
+def store_files(blobs: BlobStore, adapter: Parsed, progress: Progress | None) -> None:
     """Store an adapter's files; raises AdapterChanged where one is not what was read before."""
     done = 0
     for file in adapter.files.values():

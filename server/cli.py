@@ -62,8 +62,8 @@ class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     "--base",
     default=_MODEL.base,
     show_default=True,
-    metavar="NAME|DIR|ORG/NAME[@REV]",
-    help="The one base model: a built-in name, a local directory, or a Hugging Face id.",
+    metavar="NAME|DIR|REF|ORG/NAME[@REV]",
+    help="The one base model: a built-in name, a local directory, a whole model of the hub, or a Hugging Face id.",
 )
 @click.option(
     "--hub",
@@ -209,7 +209,10 @@ def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> in
 
 
 def _serve(config: ServerConfig) -> int:
+    from dataclasses import replace
+
     from hub.base import locate_base
+    from hub.model_base import find_base
     from hub.opening import open_hub
     from hub.signing.requiring import requiring
     from server.adapters.hub_leases import HubLeases
@@ -217,7 +220,10 @@ def _serve(config: ServerConfig) -> int:
     from server.api.serving import serve as run
 
     # What a typing error breaks is found out before anything is bound or loaded.
-    locate_base(config.model.base)
+    config = replace(
+        config, model=replace(config.model, base=find_base(config.model.base, config.hub, config.trusted_keys))
+    )
+    locate_base(base)
     with requiring(open_hub(config.hub), config.trusted_keys) as opened:
         leases = HubLeases(opened, config.lease_seconds) if config.lease_seconds else None
         parts = Parts(lambda: _directory(opened), lambda metrics: _engine(config, opened, leases, metrics))

@@ -60,6 +60,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
     help="An adapter that answers, with its weight; may be given several times. None: the base.",
 )
 @_server_option
+@click.option("--system", metavar="TEXT", help="An instruction before PROMPT, as a system message; not with --raw.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens. Default: the server's.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 always takes the likeliest token.")
 @click.option("--seed", type=click.IntRange(min=0), help="Same seed, same answer. Default: drawn by the server.")
@@ -93,6 +94,7 @@ def generate(
     prompt: str,
     asked: tuple[tuple[str, float], ...],
     server: str,
+    system: str | None,
     max_new_tokens: int | None,
     temperature: float,
     seed: int | None,
@@ -108,7 +110,13 @@ def generate(
     """Ask a running server; the answer appears as it comes. PROMPT may be - for standard input."""
     from server.client import Client
 
+    if system is not None and not chat:
+        raise click.UsageError("--system needs a chat; it does not go with --raw")
     text = sys.stdin.read() if prompt == "-" else prompt
+    messages = [
+        *([{"role": "system", "content": system}] if system is not None else []),
+        {"role": "user", "content": text},
+    ]
     options: Options = {"temperature": temperature}
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
@@ -120,7 +128,7 @@ def generate(
         options["n"] = samples
     _add_structure(options, json_schema, regex, grammar, choice)
     with Client(server) as client:
-        with client.stream([{"role": "user", "content": text}] if chat else text, list(asked), **options) as stream:
+        with client.stream(messages if chat else text, list(asked), **options) as stream:
             for chunk in stream:
                 # Several answers come side by side: they are shown one after the other, at the end.
                 if not as_json and samples == 1:

@@ -31,16 +31,17 @@ class Interval:
 
 def interval(measured: Measured, seed: int, resamples: int = RESAMPLES) -> Interval:
     """The interval of one score. Equal seeds draw equal questions, whatever is measured on them."""
-    return _middle(_resampled(measured, seed, resamples))
+    return middle(resampled(measured, seed, resamples))
 
 
 def interval_of_difference(measured: Measured, other: Measured, seed: int, resamples: int = RESAMPLES) -> Interval:
     """The interval of `measured` minus `other`, paired: both on the same questions, drawn again and again."""
     assert len(measured.counts) == len(other.counts)
-    return _middle(_resampled(measured, seed, resamples) - _resampled(other, seed, resamples))
+    return middle(resampled(measured, seed, resamples) - resampled(other, seed, resamples))
 
 
-def _resampled(measured: Measured, seed: int, resamples: int) -> Floats:
+def resampled(measured: Measured, seed: int, resamples: int) -> Floats:
+    """The score on `resamples` draws of the examples; equal seeds draw equal examples, whatever is measured."""
     generator = np.random.default_rng(seed)
     count = len(measured.counts)
     scores = []
@@ -51,6 +52,7 @@ def _resampled(measured: Measured, seed: int, resamples: int) -> Floats:
     return np.concatenate(scores)
 
 
-def _middle(scores: Floats) -> Interval:
+def middle(scores: Floats) -> Interval:
+    """The interval that holds the middle 95 % of resampled scores."""
     low, high = np.quantile(scores, [(1 - _SHARE) / 2, (1 + _SHARE) / 2])
     return Interval(float(low), float(high))

@@ -13,6 +13,7 @@ from hub.cli_options import examples, json_option
 from hub.cli_output import print_json, print_table
 from training.build import BuiltFiles, build_task
 from training.cli_data_check import check
+from training.cli_data_import import import_table
 from training.data import Dataset, read_jsonl
 from training.tasks import MODULES
 
@@ -53,6 +54,7 @@ def build(task: str, out: Path, train_count: int, eval_count: int, seed: int, as
 
 
 data.add_command(check)
+data.add_command(import_table)
 
 
 @data.command()

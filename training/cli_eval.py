@@ -16,7 +16,7 @@ from server.config import ModelConfig, Quantization
 from training.comparing import BASE, compare_models
 from training.data import Dataset, digest_of, read_jsonl
 from training.quiet import quiet_libraries
-from training.tasks import MODULES, Task, task_named
+from training.tasks import MODULES, OWN, Task, task_named
 
 if TYPE_CHECKING:
     from training.bootstrap import Interval
@@ -34,11 +34,12 @@ TEXT_LOSS = "text_nats_per_token"  # lower is better, unlike every metric of a t
 hub eval base team/sentiment:prod --task sentiment --data data/sentiment/eval.jsonl
 hub eval base out/sentiment team/sentiment@1 --task sentiment --data data/sentiment/eval.jsonl --limit 100
 hub eval team/sentiment:prod --task sentiment --data data/sentiment/eval.jsonl --compare base --text README.md
+hub eval team/sentiment:canary --task sentiment --data data/sentiment/eval.jsonl --record
 """
     ),
 )
 @click.argument("models", nargs=-1, required=True, metavar="base|REF|DIR…")
-@click.option("--task", type=click.Choice(list(MODULES)), required=True, help="Which scores.")
+@click.option("--task", type=click.Choice([*MODULES, *OWN]), required=True, help="Which scores.")
 @click.option("--data", type=click.Path(path_type=Path, exists=True, dir_okay=False), required=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first examples.")
 @click.option(
@@ -53,7 +54,7 @@ hub eval team/sentiment:prod --task sentiment --data data/sentiment/eval.jsonl -
     help="Held-out text, UTF-8: also each model's cross-entropy on it, in float32 (lower is better).",
 )
 @click.option("--text-windows", type=click.IntRange(min=1), default=64, show_default=True, help="Of 256 tokens, most.")
-@click.option("--base", default="smollm2-135m", show_default=True, metavar="NAME|DIR|ORG/NAME[@REV]")
+@click.option("--base", default="smollm2-135m", show_default=True, metavar="NAME|DIR|REF|ORG/NAME[@REV]")
 @click.option(
     "--quantize",
     type=click.Choice(get_args(Quantization)),
@@ -63,6 +64,7 @@ hub eval team/sentiment:prod --task sentiment --data data/sentiment/eval.jsonl -
 )
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads.  [default: all cores]")
 @click.option("--answers", type=click.Path(path_type=Path, dir_okay=False), help="Write every answer here, JSONL.")
+@click.option("--record", is_flag=True, help="Keep the scores beside the versions in the hub; `hub show` shows them.")
 @hub_option
 @json_option
 def evaluate(
@@ -78,6 +80,7 @@ def evaluate(
     quantize: Any,
     threads: int,
     answers: Path | None,
+    record: bool,
     hub_url: str | None,
     as_json: bool,
 ) -> None:
@@ -92,11 +95,20 @@ def evaluate(
         models = (compare, *models)
     if compare is not None and len(models) == 1:
         raise click.UsageError(f"there is nothing to compare {compare} with")
+    if record:
+        from hub.evaluations import Evaluations
+        from training.recording import versions_among
+
+        in_hub = versions_among(models, BASE)
+        Evaluations.of(hub_url)  # refuses now what it would refuse after all the work
     chosen, dataset = task_named(task), read_jsonl(data)
     if limit is not None:
         dataset = Dataset(dataset.examples[:limit], dataset.digest)
     bound_openmp(threads)
     quiet_libraries()
+    from hub.model_base import find_base
+
+    named, base = base, find_base(base, hub_url)
     config = ModelConfig(base=base, quantization=quantize, threads=threads)
     comparison, adapters = compare_models(chosen, dataset, models, config, hub_url)
     texts = _text_losses(base, models, adapters, text, text_windows) if text is not None else {}
@@ -104,12 +116,20 @@ def evaluate(
     differences = _differences(comparison, texts, compare, seed) if compare is not None else {}
     if answers is not None:
         _write_answers(answers, dataset, comparison)
+    if record:
+        from training import recording
+
+        recorded = recording.record(
+            in_hub, {model: adapters.uses[model].digest for model in in_hub}, results, hub_url, task=task,
+            data={"digest": dataset.digest, "examples": len(dataset)}, base={"name": named, "quantization": quantize},
+        )  # fmt: skip
+        click.echo(f"recorded: {', '.join(recorded)}", err=True)
     if as_json:
         print_json(
             {
                 "task": task,
                 "data": {"file": str(data), "digest": dataset.digest, "examples": len(dataset)},
-                "base": {"name": base, "quantization": quantize},
+                "base": {"name": named, "quantization": quantize},
                 "seconds": round(comparison.seconds, 1),
                 "models": {
                     model: {name: value for name, (value, _) in scores.items()} for model, scores in results.items()

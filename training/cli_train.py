@@ -13,9 +13,11 @@ from hub.cli_output import print_json
 from server.cli import bound_openmp
 from training.presets import RECIPES, named_recipe
 from training.quiet import quiet_libraries
-from training.recipe import SCHEDULES
+from training.recipe import SCHEDULES, VARIANTS
 
 _METHODS = ("lora", "qlora", "full")
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_TARGET = click.Path(path_type=Path, dir_okay=False)
 
 
 def _recipes() -> str:
@@ -40,11 +42,12 @@ def _targets(context: click.Context, parameter: click.Parameter, value: str | No
 hub train data/sentiment/train.jsonl --out out/sentiment --recipe demo
 hub train mine.jsonl --base org/name@rev --method qlora --rank 32 --out out/mine --push team/mine
 hub train mine.jsonl --out out/mine --resume
+hub train mine.jsonl --method full --out out/whole --extract-rank 64 --push team/mine-whole
 """
     )
 )
 @click.argument("data", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--base", default="smollm2-135m", show_default=True, metavar="NAME|DIR|ORG/NAME[@REV]")
+@click.option("--base", default="smollm2-135m", show_default=True, metavar="NAME|DIR|REF|ORG/NAME[@REV]")
 @click.option(
     "--method",
     type=click.Choice(_METHODS),
@@ -52,12 +55,13 @@ hub train mine.jsonl --out out/mine --resume
 )
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="recommended", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write; must not exist.")
-@click.option("--push", "ref", metavar="REF", help="Push the adapter to the hub when done.")
+@click.option("--push", "ref", metavar="REF", help="Push what was made to the hub when done.")
 @click.option("--rank", type=int, help="Override the recipe; so do the options below.")
 @click.option("--alpha", type=int, help="Scale of the adapter is alpha / rank.")
 @click.option("--dropout", type=float)
 @click.option("--learning-rate", type=float, help="Recipes give adapters' rates; --method full takes a tenth of them.")
 @click.option("--targets", callback=_targets, help="Modules to adapt: q_proj,v_proj or all (every linear).")
+@click.option("--variant", type=click.Choice(VARIANTS), help="rslora scales by alpha / sqrt(rank); dora is slower.")
 @click.option("--schedule", type=click.Choice(SCHEDULES), help="How the rate falls.")
 @click.option("--warmup", type=float, help="Fraction of all steps in which the rate rises.")
 @click.option("--weight-decay", type=float)
@@ -75,6 +79,30 @@ hub train mine.jsonl --out out/mine --resume
 @click.option("--seed", type=int)
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after this many steps.")
 @click.option("--checkpoint-steps", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option("--validation-steps", type=click.IntRange(min=1), help="Between validation losses.  [default: one pass]")
+@click.option(
+    "--early-stop",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Stop after N validation losses in a row without a new lowest, and keep the weights of the lowest.",
+)
+@click.option("--skill-data", type=_FILE, help="Chat JSONL of what the model should stay able to do, mixed in.")
+@click.option(
+    "--skill-share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.05,
+    show_default=True,
+    help="Of all training examples, how many are from --skill-data.",
+)
+@click.option(
+    "--extract-rank",
+    type=click.IntRange(min=1, max=4096),
+    metavar="R",
+    help="With --method full: also write OUT-rR, the LoRA of rank R nearest to what changed, and how near that is.",
+)
+@click.option("--curves", type=_TARGET, multiple=True, metavar="FILE", help="Draw the losses: .png, .svg or .json.")
+@click.option("--tensorboard", type=click.Path(path_type=Path, file_okay=False), help="Directory for event files.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoints in OUT.checkpoints.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads.  [default: all cores]")
 @hub_option
@@ -89,6 +117,13 @@ def train(
     max_steps: int | None,
     checkpoint_steps: int,
     resume: bool,
+    validation_steps: int | None,
+    early_stop: int,
+    skill_data: Path | None,
+    skill_share: float,
+    extract_rank: int | None,
+    curves: tuple[Path, ...],
+    tensorboard: Path | None,
     threads: int,
     hub_url: str | None,
     as_json: bool,
@@ -101,15 +136,22 @@ def train(
     """
     named = named_recipe(recipe)
     method = method or named.method
-    if ref is not None and method == "full":
-        raise click.UsageError("--push takes adapters; --method full writes a whole model")
+    if extract_rank is not None and method != "full":
+        raise click.UsageError("--extract-rank needs --method full")
+    extracted = out.with_name(f"{out.name}-r{extract_rank}") if extract_rank is not None else None
     chosen = (named.for_every_weight() if method == "full" else named.but(method=method)).but(**overrides)
     bound_openmp(threads)
     quiet_libraries()
     from hub.base import base_identity, locate_base
+    from hub.model_base import find_base
+    from training import output
     from training.finetune import Plan
     from training.finetune import train as run
+    from training.skills import SkillData
 
+    if extracted is not None:
+        output.check_free(extracted)
+    base = find_base(base, hub_url)
     located = locate_base(base)
     identity, _ = base_identity(base)
     outcome = run(
@@ -124,12 +166,24 @@ def train(
             resume=resume,
             threads=threads or len(os.sched_getaffinity(0)),
             checkpoint_steps=checkpoint_steps,
+            validation_steps=validation_steps,
+            early_stop=early_stop,
+            skills=SkillData(skill_data, skill_share) if skill_data is not None else None,
+            tensorboard=tensorboard,
+            curves=curves,
         )
     )
+    made = None
+    if extracted is not None and extract_rank is not None:
+        from training.cli_extract import show, write_extracted
+
+        made = write_extracted(located.directory, out, identity, extract_rank, extracted)
+        show(made, extracted)
     pushed = _push(out, ref, base, hub_url) if ref is not None else None
     if as_json:
         facts = outcome.facts
-        print_json({"out": str(out), "pushed": pushed, "metrics": facts.metrics, "datasets": facts.datasets})
+        told = {"out": str(out), "pushed": pushed, "metrics": facts.metrics, "datasets": facts.datasets}
+        print_json(told | ({"extracted": {"out": str(extracted), **made.as_dict()}} if made is not None else {}))
 
 
 def _push(out: Path, ref: str, base: str, hub_url: str | None) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from hub.errors import HubError
 from hub.facade import HubFacade
 from hub.facts import FACTS_FILE, Facts
+from hub.kinds import check_adapter
 from hub.refs import AdapterRef
 from server.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from server.engine.engine import Engine
@@ -52,6 +53,7 @@ def find_adapters(names: Sequence[str], hub: HubFacade | None) -> Adapters:
             if hub is None:
                 raise HubError(f"{name} is no adapter directory, and no hub was given")
             version = hub.resolve(AdapterRef.parse(name))
+            check_adapter(version)
             base = version.manifest.base
             found = AdapterFiles(
                 digest=version.digest,

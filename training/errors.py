@@ -103,3 +103,33 @@ class DemoFailed(TrainingError):
     """A step of `hub demo` did not show what it is there to show; the message says which."""
 
     reason = "DEMO_FAILED"
+
+
+class ExtractionImpossible(TrainingError):
+    """Two models from which no LoRA can be made: of different shapes, equal, or too small for the rank."""
+
+    reason = "EXTRACTION_IMPOSSIBLE"
+
+
+class PlanInvalid(TrainingError):
+    """A sweep's plan is not YAML, or asks for something that is not there; the message names the place."""
+
+    reason = "PLAN_INVALID"
+
+
+class CellFailed(TrainingError):
+    """One cell of a sweep could not be run; the message ends with what its process said last."""
+
+    reason = "CELL_FAILED"
+
+
+class LogUnavailable(TrainingError):
+    """A plot or a TensorBoard log was asked for, and the package that writes it is not installed."""
+
+    reason = "LOG_UNAVAILABLE"
+
+
+class NothingToRecord(TrainingError):
+    """Scores were to be kept beside versions, and none of the models scored is a version in a hub."""
+
+    reason = "NOTHING_TO_RECORD"

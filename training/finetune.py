@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import json
-import platform
+import math
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from hub.base import BaseIdentity
 from hub.facts import Facts
-from training import output
-from training.build import CARD
+from training import output, skills
 from training.checkpoints import Checkpoints
+from training.curves import check_curves, event_log, write_curves
 from training.data import Dataset, hold_out, read_jsonl
-from training.encode import Encoded, EncodedSet, encode_all
-from training.loss import mean_loss
+from training.encode import EncodedSet, encode_all
 from training.progress import ProgressLine
 from training.quiet import quiet_libraries
 from training.recipe import Recipe
+from training.record import Spent, announce, facts_of, shown
+from training.skills import SkillData
 from training.template import check_rendering, training_template
 from training.trainable import Method, Trainable, float32_adapters, make_trainable
+from training.validation import Validation
+from training.watch import Curves, Watch
 
 if TYPE_CHECKING:
     from training.trainer import LabelTrainer
 
 _RENDERING_SAMPLES = 64  # examples on which the two templates are compared
-_LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Plan:
     resume: bool = False
     threads: int = 0  # CPU threads; 0 leaves torch's setting
     checkpoint_steps: int = 50  # optimizer steps between checkpoints
+    validation_steps: int | None = None  # optimizer steps between validation losses; None: one pass
+    early_stop: int = 0  # stop after so many validations without a lower loss, and keep the best weights; 0: never
+    skills: SkillData | None = None  # mixed into the training examples
+    tensorboard: Path | None = None  # directory for event files
+    curves: tuple[Path, ...] = ()  # files to draw the losses into, see `training.curves`
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Outcome:
     out: Path
     facts: Facts
     losses: tuple[float, ...] = field(repr=False)  # mean of every forward, in order; after a resume those since
+    curves: Curves = field(repr=False)  # of the whole run, before a resume too
 
 
 def train(plan: Plan, console: Console | None = None) -> Outcome:
@@ -67,10 +73,15 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     """
     console = console or Console(stderr=True)
     output.check_free(plan.out)
+    check_curves(plan.curves)
     dataset = read_jsonl(plan.data)
     # First of all, before anything looks at the examples.
     training, validation = hold_out(dataset.examples, plan.recipe.hold_out, plan.recipe.seed)
-    checkpoints = Checkpoints.beside(plan.out, _identity(plan, dataset))
+    mixed_in = read_jsonl(plan.skills.file) if plan.skills is not None else None
+    own = len(training)
+    if plan.skills is not None and mixed_in is not None:
+        training = skills.mix_in(training, mixed_in.examples, plan.skills.share, plan.recipe.seed, validation)
+    checkpoints = Checkpoints.beside(plan.out, _identity(plan, dataset, mixed_in))
     checkpoints.open(resume=plan.resume)
     if plan.threads:
         torch.set_num_threads(plan.threads)
@@ -92,15 +103,30 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     torch.manual_seed(plan.recipe.seed)
     trainable = make_trainable(plan.base_directory, plan.base.name or "", plan.method, plan.recipe, device)
     line = ProgressLine(console, f"train {plan.out.name}")
-    trainer = _trainer(plan, trainable, tokenizer, encoded, checkpoints, line, device)
-    line.watch(trainer)
-    _announce(console, plan, trainable, encoded, held, device)
+    measured = Validation(held)
+    one_pass = math.ceil(math.ceil(len(encoded.examples) / plan.recipe.batch) / plan.recipe.accumulation)
+    watch = Watch(
+        console,
+        measured,
+        plan.validation_steps or one_pass,
+        plan.early_stop,
+        checkpoints.directory / "best.safetensors",
+    )
+    trainer = _trainer(plan, trainable, tokenizer, encoded, checkpoints, [line, watch], device)
+    for looks in (line, watch, measured):
+        looks.watch(trainer)
+    announce(console, plan, trainable, encoded, held, device)
 
-    before = _validation_loss(trainer, held)
     resumed = checkpoints.latest() if plan.resume else None
-    loop_started = time.monotonic()
+    events = _open_events(plan, watch, resumed)
+    if resumed is None:
+        watch.begin()
+    else:
+        watch.restore(resumed)
+    loop_started, loop_cpu = time.monotonic(), time.process_time()
     try:
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        if not watch.stopped:
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     except KeyboardInterrupt:
         if checkpoints.latest() is not None:
             line.stop()
@@ -108,26 +134,33 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
         raise
     finally:
         line.stop()
-    seconds = time.monotonic() - loop_started
-    after = _validation_loss(trainer, held)
-    facts = _facts(plan, dataset, encoded, held, trainable, trainer, device, seconds, before, after)
+        if events is not None:
+            events.close()
+    spent = Spent(time.monotonic() - loop_started, time.process_time() - loop_cpu)
+    watch.load_best()
+    after = measured()
+    mixed = _skill_facts(plan.skills, mixed_in, len(training) - own)
+    facts = facts_of(plan, dataset, encoded, held, trainable, trainer, watch, device, spent, after, mixed)
+    for path in plan.curves:
+        write_curves(watch.curves, f"{plan.out.name}: {plan.method}, recipe {plan.recipe.name}", path)
     if plan.method == "full":
         save = output.save_model(trainable.model, tokenizer, plan.base.name or "", facts)
     else:
         save = output.save_adapter(trainable.model, plan.base.name or "", facts)
     output.write_directory(plan.out, save)
     checkpoints.discard()
+    told = facts.metrics
     console.print(
         f"done in {time.monotonic() - started:.0f} s: loss on {len(held.examples) if held else 0} held-out examples "
-        f"{_shown(before)} → {_shown(after)}, {trainer.tokens / max(seconds, 1e-9):.0f} tokens/s, "
+        f"{shown(told['validation_loss_before'])} → {shown(after)}, {told['tokens_per_second']} tokens/s, "
         f"{100 * trainer.padding_share:.1f} % padding → {plan.out}",
         highlight=False,
         soft_wrap=True,
     )
-    return Outcome(plan.out, facts, tuple(trainer.losses))
+    return Outcome(plan.out, facts, tuple(trainer.losses), watch.curves)
 
 
-def _identity(plan: Plan, dataset: Dataset) -> dict[str, Any]:
+def _identity(plan: Plan, dataset: Dataset, mixed_in: Dataset | None) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's."""
     return {
         "data": dataset.digest,
@@ -135,6 +168,9 @@ def _identity(plan: Plan, dataset: Dataset) -> dict[str, Any]:
         "method": plan.method,
         "recipe": plan.recipe.as_dict(),
         "max_steps": plan.max_steps,
+        "validation_steps": plan.validation_steps,
+        "early_stop": plan.early_stop,
+        "skills": [mixed_in.digest, plan.skills.share] if mixed_in is not None and plan.skills is not None else None,
     }
 
 
@@ -154,7 +190,7 @@ def _trainer(
     tokenizer: Any,
     encoded: EncodedSet,
     checkpoints: Checkpoints,
-    line: ProgressLine,
+    callbacks: list[Any],
     device: str,
 ) -> LabelTrainer:
     from datasets import Dataset as Rows
@@ -193,100 +229,23 @@ def _trainer(
     )
     rows = Rows.from_list([example.as_row() for example in encoded.examples])
     trainer = LabelTrainer(
-        model=trainable.model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[line]
+        model=trainable.model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
     )
     trainer.remove_callback(PrinterCallback)
     float32_adapters(trainer.model)
     return trainer
 
 
-def _validation_loss(trainer: LabelTrainer, held: EncodedSet | None) -> float | None:
-    if held is None:
+def _open_events(plan: Plan, watch: Watch, resumed: Path | None) -> Any:
+    """The TensorBoard writer that listens to `watch`, where one is asked for."""
+    if plan.tensorboard is None:
         return None
-    batches = _batches(trainer, held.examples)
-    model = trainer.model
-    with trainer.accelerator.autocast():
-        return mean_loss(model.get_base_model() if hasattr(model, "get_base_model") else model, batches)
+    listener, writer = event_log(plan.tensorboard, int(resumed.name.rpartition("-")[2]) if resumed else None)
+    watch.listeners.append(listener)
+    return writer
 
 
-def _batches(trainer: LabelTrainer, examples: tuple[Encoded, ...]) -> list[dict[str, Tensor]]:
-    rows = [example.as_row() for example in sorted(examples, key=lambda example: len(example.input_ids))]
-    size = trainer.args.per_device_train_batch_size
-    batches = [trainer.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
-    return [{name: tensor.to(trainer.args.device) for name, tensor in batch.items()} for batch in batches]
-
-
-def _announce(
-    console: Console, plan: Plan, trainable: Trainable, encoded: EncodedSet, held: EncodedSet | None, device: str
-) -> None:
-    left_out = f", {encoded.too_long} over {plan.recipe.max_length} tokens left out" if encoded.too_long else ""
-    console.print(
-        f"{plan.method} on {plan.base.name}: {len(encoded.examples)} examples ({encoded.tokens} tokens, "
-        f"{encoded.label_tokens} of them trained{left_out}), {len(held.examples) if held else 0} held out; "
-        f"recipe {plan.recipe.name}; {trainable.trained:,} of {trainable.parameters:,} parameters; "
-        f"{device}, {trainable.precision}",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _facts(
-    plan: Plan,
-    dataset: Dataset,
-    encoded: EncodedSet,
-    held: EncodedSet | None,
-    trainable: Trainable,
-    trainer: LabelTrainer,
-    device: str,
-    seconds: float,
-    before: float | None,
-    after: float | None,
-) -> Facts:
-    quantization = "nf4" if plan.method == "qlora" else "none"
-    return Facts(
-        recipe={
-            **plan.recipe.as_dict(),
-            "method": plan.method,
-            "libraries": {name: version(name) for name in _LIBRARIES},
-        },
-        datasets={
-            "file": plan.data.name,
-            "digest": dataset.digest,
-            "train_examples": len(encoded.examples),
-            "validation_examples": len(held.examples) if held else 0,
-            "left_out_too_long": encoded.too_long + (held.too_long if held else 0),
-            "tokens": encoded.tokens,
-            "label_tokens": encoded.label_tokens,
-            **_task_facts(plan.data, dataset.digest),
-        },
-        metrics={
-            "validation_loss_before": before,
-            "validation_loss": after,
-            "train_loss_last": sum(trainer.losses[-10:]) / max(1, len(trainer.losses[-10:])),
-            "steps": trainer.state.global_step,
-            "seconds": round(seconds, 1),
-            "tokens_per_second": round(trainer.tokens / max(seconds, 1e-9)),
-            "padding_share": round(trainer.padding_share, 4),
-            "trained_parameters": trainable.trained,
-            "all_parameters": trainable.parameters,
-            "precision": trainable.precision,
-            "device": f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)",
-        },
-        seeds={"training": plan.recipe.seed, "hold_out": plan.recipe.seed},
-        base=BaseIdentity(plan.base.name, plan.base.revision, plan.base.fingerprint, quantization),
-    )
-
-
-def _task_facts(data: Path, digest: str) -> dict[str, Any]:
-    """What `hub data build` wrote beside the file, if it is that file still."""
-    card = data.with_name(CARD)
-    if not card.is_file():
-        return {}
-    told = json.loads(card.read_text("utf-8"))
-    if told.get("files", {}).get(data.name, {}).get("digest") != digest:
-        return {}
-    return {key: told.get(key) for key in ("task", "provenance", "licence")}
-
-
-def _shown(loss: float | None) -> str:
-    return "–" if loss is None else f"{loss:.3f}"
+def _skill_facts(asked: SkillData | None, found: Dataset | None, count: int) -> dict[str, Any] | None:
+    if asked is None or found is None:
+        return None
+    return {"file": asked.file.name, "digest": found.digest, "share": asked.share, "examples": count}

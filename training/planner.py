@@ -115,22 +115,36 @@ def weigh(base: Path, recipe: Recipe, data: Data, machine: Machine, price_per_ho
 
 
 # What a process on a CPU grows by once it trains, beside the tensors: kernels made for the shapes, tokenizer, loader.
-_GROWTH = 80_000_000
+GROWTH = 80_000_000
+# What it holds more where the allocator keeps freed blocks, as glibc's does by itself: a constant and a share of the
+# activations. Fitted on the cells of one task, checked on another's (benchmarks/results/training_processes.md).
+ALLOCATOR = 682_000_000
+ALLOCATOR_SHARE = 0.27
 
 
 def peak_in_process(base: Path, method: str, rehearsal: Rehearsal, device: str) -> int:
-    """Bytes by which a run's resident set grows above that of the process before it; on a GPU, bytes of tensors.
-
-    On a CPU the embedding of an NF4 base stays a view of the mapped weights file, whose other pages, once read, count
-    as resident although the kernel may drop them.
-    """
+    """Bytes by which a run's resident set grows above that of the process before it; on a GPU, bytes of tensors."""
     if device != "cpu":
         return rehearsal.peak
-    mapped = 0
-    if method == "qlora":
-        file = sum(path.stat().st_size for path in base.glob("*.safetensors")) or 2 * rehearsal.parameters
-        mapped = max(0, file - rehearsal.unpacked)
-    return rehearsal.peak + _GROWTH + mapped
+    kept = ALLOCATOR + ALLOCATOR_SHARE * rehearsal.activations
+    return round(rehearsal.peak + mapped_bytes(base, method, rehearsal) + kept)
+
+
+def peak_returned(base: Path, method: str, rehearsal: Rehearsal) -> int:
+    """The same where every freed block goes back to the system at once (MALLOC_MMAP_THRESHOLD_=65536): less, slower."""
+    return rehearsal.peak + mapped_bytes(base, method, rehearsal) + GROWTH
+
+
+def mapped_bytes(base: Path, method: str, rehearsal: Rehearsal) -> int:
+    """What of an NF4 base's file stays mapped on a CPU.
+
+    Its embedding stays a view of the mapped weights file, whose other pages, once read, count as resident although the
+    kernel may drop them.
+    """
+    if method != "qlora":
+        return 0
+    file = sum(path.stat().st_size for path in base.glob("*.safetensors")) or 2 * rehearsal.parameters
+    return max(0, file - rehearsal.unpacked)
 
 
 # Unpacking the weights for every product: article 002 gives +39 % time.

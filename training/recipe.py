@@ -21,6 +21,7 @@ class Recipe:
     alpha: int = 32  # the delta is scaled by alpha / rank
     dropout: float = 0.05  # on the adapter's input
     targets: tuple[str, ...] = ()  # module names; empty = every linear of the decoder but the output head
+    variant: str = "plain"  # "plain"; "rslora": scaled by alpha / sqrt(rank); "dora": magnitudes trained apart
     learning_rate: float = 2e-4
     schedule: str = "cosine"  # "cosine", "linear" or "constant_with_warmup"
     warmup: float = 0.03  # fraction of all steps
@@ -41,6 +42,8 @@ class Recipe:
                 raise RecipeInvalid(f"{field.replace('_', ' ')} must lie between {low:g} and {high:g}, not {value:g}")
         if self.method not in _METHODS:
             raise RecipeInvalid(f"method must be one of {', '.join(_METHODS)}, not {self.method}")
+        if self.variant not in VARIANTS:
+            raise RecipeInvalid(f"variant must be one of {', '.join(VARIANTS)}, not {self.variant}")
         if self.schedule not in SCHEDULES:
             raise RecipeInvalid(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule}")
 
@@ -69,6 +72,7 @@ class Recipe:
 
 _METHODS = ("lora", "qlora", "full")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+VARIANTS = ("plain", "rslora", "dora")
 _BOUNDS: dict[str, tuple[float, float]] = {
     "rank": (1, 1024),
     "alpha": (1, 8192),

@@ -130,6 +130,8 @@ def with_adapter(model: PreTrainedModel, base: str, recipe: Recipe, device: str)
         target_modules=list(recipe.targets) or "all-linear",
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
+        use_rslora=recipe.variant == "rslora",
+        use_dora=recipe.variant == "dora",
     )
     try:
         adapted = get_peft_model(model, config)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from hub.adapter_dir import FILE_LIMITS, parse_adapter
 from hub.errors import BlobCorrupt, HubError, RefInvalid, UploadLost
+from hub.parsing import MAX_FILES, parse_directory
 from hub.refs import LATEST, AdapterRef, Alias, Digest
 from hub.registry.access import Access, Context, one_of
 from hub.registry.grants import Caller
@@ -72,7 +72,7 @@ class PushingCalls(Access):
         with one_of(self._transfers, "transfers"), self._uploads.directory() as directory:
             for name, digest, size in files:
                 self._lay_out(owner, ref, name, digest, size, directory)
-            adapter = _without_paths(parse_adapter, directory)
+            adapter = _without_paths(parse_directory, directory)
             for name, digest, _ in files:
                 if adapter.files[name].sha256 != digest:  # damaged between its upload and now, by a crash perhaps
                     self._uploads.drop(owner, digest)
@@ -113,7 +113,7 @@ def _files(sent: Iterable[pb.PushedFile]) -> list[tuple[str, Digest, int]]:
     for file in sent:
         check_file(file.name, file.bytes)
         files.append((file.name, Digest.parse(file.sha256), file.bytes))
-    if len({name for name, _, _ in files}) < len(files) or len(files) > len(FILE_LIMITS):
+    if len({name for name, _, _ in files}) < len(files) or len(files) > MAX_FILES:
         raise RefInvalid("a file is named twice")
     return files
 

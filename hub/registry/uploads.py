@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from hub.adapter_dir import FILE_LIMITS
 from hub.errors import HubUnavailable, ServerBusy, UploadLost, UploadRefused
 from hub.full_write import write_all
+from hub.parsing import file_limit
 from hub.refs import Digest
 
 KEEP_SECONDS: Final = 24 * 3600.0
@@ -227,9 +227,9 @@ class _Turn:
 
 def check_file(name: str, size: int) -> None:
     """Raise UploadRefused where an adapter has no file of this name, or none so large."""
-    limit = FILE_LIMITS.get(name)
+    limit = file_limit(name)
     if limit is None:
-        raise UploadRefused(f"{name[:80]!a} is no file of an adapter; one has {', '.join(FILE_LIMITS)}")
+        raise UploadRefused(f"{name[:80]!a} is no file of an adapter or a model")
     if size > limit:
         raise UploadRefused(f"{name} has {size} bytes; at most {limit} are taken")
 

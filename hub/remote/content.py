@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hub import pull
-from hub.adapter_dir import parse_adapter
 from hub.base import base_identity
 from hub.errors import BlobCorrupt, UploadLost
 from hub.fingerprint import known_shapes
 from hub.hub import check_has
 from hub.lineage import relation
+from hub.parsing import parse_directory
 from hub.progress import Progress
 from hub.publishing import identity_of, pushed_aliases
 from hub.refs import AdapterRef, Alias, Digest
@@ -53,7 +53,7 @@ class RemoteContent(RemoteReading):
         pushed_aliases(target)  # refuses a number before anything is read
         made_from = [str(exact(self._resolve_now(parsed(parent)))) for parent in parents]
         located, hashed = base_identity(base, progress=progress) if base is not None else (None, None)
-        adapter = parse_adapter(Path(directory), progress=progress)
+        adapter = parse_directory(Path(directory), progress=progress)
         identity = identity_of(adapter, located)
         shapes = hashed.shapes if hashed else identity.fingerprint and known_shapes(identity.fingerprint)
         if shapes:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from hub.canary import pick, primary
 from hub.errors import AdapterNotFound, HubError
+from hub.kinds import check_adapter
 from hub.refs import AdapterRef, Alias
 from hub.versions import Target
 
@@ -273,6 +274,7 @@ def hub_fetch(hub: HubFacade, fetched: Callable[[str, str], None] = lambda full_
 
     def fetch(digest: str) -> AdapterFiles:
         version = hub.get(digest)
+        check_adapter(version)
         fetched(version.full_name, version.digest)
         base = version.manifest.base
         return AdapterFiles(

@@ -36,7 +36,7 @@ def fenced(text: str, language: str) -> list[str]:
 def hub_calls(text: str) -> Iterator[list[str]]:
     """The `hub …` command lines of a page's shell blocks, as words."""
     for block in fenced(text, "sh"):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             if line.startswith("hub "):
                 yield shlex.split(line.replace(" &", " "), comments=True)[1:]
 

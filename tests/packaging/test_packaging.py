@@ -24,7 +24,9 @@ def canonical(name: str) -> str:
 
 def requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"]
-    return [Requirement(text) for text in [*PROJECT["dependencies"], *extras["train"], *extras["dev"]]]
+    return [
+        Requirement(text) for text in [*PROJECT["dependencies"], *extras["train"], *extras["plots"], *extras["dev"]]
+    ]
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=lambda requirement: requirement.name)

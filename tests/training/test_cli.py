@@ -107,8 +107,6 @@ def test_train_push_and_eval(tiny_base: Path, labelled: Path, tmp_path: Path) ->
 
 def test_wrong_use_is_refused_before_anything_is_loaded(labelled: Path, tmp_path: Path) -> None:
     run("train", labelled, "--out", tmp_path / "o", "--rank", "0", fails=RecipeInvalid)
-    full = CliRunner().invoke(group, ["train", str(labelled), "--out", "o", "--method", "full", "--push", "a/b"])
-    assert full.exit_code == 2 and "whole model" in full.output
     twice = CliRunner().invoke(group, ["eval", "base", "base", "--task", "sentiment", "--data", str(labelled)])
     assert twice.exit_code == 2 and "twice" in twice.output
     alone = CliRunner().invoke(
@@ -182,8 +180,9 @@ def test_every_number_of_a_recipe_can_be_overridden_and_is_recorded(
 ) -> None:
     out = tmp_path / "out"
     given: dict[str, object] = {
-        "rank": 3, "alpha": 5, "dropout": 0.25, "targets": ["q_proj", "v_proj"], "learning_rate": 3e-3,
-        "schedule": "linear", "warmup": 0.2, "epochs": 0.5, "batch": 2, "accumulation": 3, "max_length": 90,
+        "rank": 3, "alpha": 5, "dropout": 0.25, "targets": ["q_proj", "v_proj"], "variant": "rslora",
+        "learning_rate": 3e-3, "schedule": "linear", "warmup": 0.2, "epochs": 0.5, "batch": 2, "accumulation": 3,
+        "max_length": 90,
         "weight_decay": 0.2, "clip": 0.5, "hold_out": 0.2, "gradient_checkpointing": True, "seed": 9, "method": "lora",
     }  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(Recipe)} - {"name", "source", "when"}
@@ -208,3 +207,110 @@ def test_a_recipe_brings_its_method(tiny_base: Path, labelled: Path, tmp_path: P
         ("qlora", "nf4"),
         ("lora", "none"),
     ]
+
+
+@pytest.mark.timeout(180)
+def test_a_full_fine_tune_becomes_a_version_a_base_and_a_lora(tiny_base: Path, labelled: Path, tmp_path: Path) -> None:
+    out, hub = tmp_path / "out", tmp_path / "hub"
+    common = ("--hub", hub, "--threads", "1", "--json")
+    settings = ("--batch", "4", "--epochs", "1", "--max-length", "100", "--recipe", "demo", "--learning-rate", "1e-3")
+    told = json.loads(
+        run(
+            "train", labelled, "--base", tiny_base, "--method", "full", "--out", out, "--push", "team/whole:prod",
+            "--extract-rank", "8", *settings, *common,
+        ).stdout
+    )  # fmt: skip
+    assert told["pushed"] == "team/whole@1"
+    extracted = told["extracted"]
+    assert extracted["out"] == str(tmp_path / "out-r8") and 0 < extracted["relative_error"] < 1
+    shown = json.loads(run("show", "team/whole", "--hub", hub, "--json").stdout)["manifest"]
+    assert shown["schema"] == "loraplex.model/1" and shown["recipe"]["method"] == "full"
+    assert (
+        shown["base"]["fingerprint"]
+        == json.loads((tmp_path / "out-r8" / "loraplex.json").read_text())["base"]["fingerprint"]
+    )
+
+    # The fine-tune is a base: it is scored by its reference, and adapters are trained on it.
+    scores = ("--task", "own-label", "--data", labelled, "--limit", "4")
+    answers = tmp_path / "answers.jsonl"
+    by_ref = json.loads(run("eval", "base", *scores, "--base", "team/whole:prod", "--answers", answers, *common).stdout)
+    by_directory = json.loads(run("eval", "base", *scores, "--base", out, *common).stdout)
+    assert by_ref["models"] == by_directory["models"] and by_ref["base"]["name"] == "team/whole:prod"
+    on_it = tmp_path / "on-it"
+    run(
+        "train",
+        labelled,
+        "--base",
+        "team/whole@1",
+        "--out",
+        on_it,
+        "--push",
+        "team/on-it",
+        "--max-steps",
+        "1",
+        *settings,
+        *common,
+    )
+    facts = json.loads((on_it / "loraplex.json").read_text())
+    from hub.fingerprint import fingerprint_directory
+
+    assert facts["base"]["fingerprint"] == fingerprint_directory(out).fingerprint
+    refused = CliRunner().invoke(group, ["eval", "base", *map(str, scores), "--base", "team/on-it", "--hub", str(hub)])
+    assert getattr(refused.exception, "reason", "") == "BASE_NOT_FOUND"
+
+
+@pytest.mark.timeout(180)
+def test_scores_are_recorded_beside_the_version_that_was_scored(
+    tiny_base: Path, labelled: Path, tmp_path: Path
+) -> None:
+    from training.errors import NothingToRecord
+
+    hub = tmp_path / "hub"
+    common = ("--base", tiny_base, "--hub", hub, "--threads", "1")
+    settings = ("--rank", "2", "--batch", "4", "--max-steps", "1", "--max-length", "100", "--recipe", "demo")
+    run("train", labelled, "--out", tmp_path / "out", "--push", "team/tiny:prod", *settings, *common)
+    scores = ("--task", "sentiment", "--data", labelled, "--limit", "4")
+    told = json.loads(run("eval", "base", "team/tiny:prod", *scores, "--record", *common, "--json").stdout)
+    [kept] = json.loads(run("show", "team/tiny@1", "--hub", hub, "--json").stdout)["evaluations"]
+    assert kept["metrics"] == told["models"]["team/tiny:prod"] and kept["task"] == "sentiment"
+    assert kept["data"] == {"digest": told["data"]["digest"], "examples": 4} and kept["version"] == "team/tiny@1"
+    assert {name: list(each) for name, each in kept["intervals"].items()} == told["intervals"]["models"][
+        "team/tiny:prod"
+    ]
+    run("eval", "base", str(tmp_path / "out"), *scores, "--record", *common, fails=NothingToRecord)
+
+
+def test_wrong_use_of_the_newer_options_is_refused(labelled: Path, tmp_path: Path) -> None:
+    def refused(*args: str | Path) -> str:
+        result = CliRunner().invoke(group, [str(arg) for arg in args])
+        assert result.exit_code == 2
+        return result.output
+
+    assert "--method full" in refused("train", labelled, "--out", tmp_path / "o", "--extract-rank", "4")
+    assert "skill-share" in refused("train", labelled, "--out", tmp_path / "o", "--skill-share", "1")
+    assert "--question" in refused("data", "import", labelled, "--question", "q", "--out", tmp_path / "o")
+    table = tmp_path / "t.csv"
+    table.write_text("a,b\n1,2\n")
+    assert "needs --question" in refused("data", "import", table, "--out", tmp_path / "o")
+
+
+@pytest.mark.timeout(180)
+def test_watching_and_mixing_are_options_of_train(tiny_base: Path, labelled: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    skills = tmp_path / "skills.jsonl"
+    write_jsonl(skills, [Example.of(user=f"Say {n}", answer=str(n)) for n in range(12)])
+    told = json.loads(
+        run(
+            "train", labelled, "--base", tiny_base, "--out", tmp_path / "out", "--recipe", "demo", "--rank", "2",
+            "--epochs", "2", "--batch", "4", "--max-length", "100", "--threads", "1", "--variant", "rslora",
+            "--skill-data", skills, "--skill-share", "0.2", "--validation-steps", "2", "--early-stop", "50",
+            "--curves", tmp_path / "c.json", "--curves", tmp_path / "c.png", "--tensorboard", tmp_path / "tb", "--json",
+        ).stdout
+    )  # fmt: skip
+    mixed = told["datasets"]["skills"]["examples"]
+    assert mixed == round((told["datasets"]["train_examples"] - mixed) * 0.25)
+    curves = json.loads((tmp_path / "c.json").read_text())
+    assert len(curves["training"]) == told["metrics"]["steps"]
+    assert [step for step, _ in curves["validation"]] == [*range(0, told["metrics"]["steps"] + 1, 2)]
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG") and list((tmp_path / "tb").iterdir())
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["use_rslora"] is True

@@ -221,3 +221,15 @@ def test_unreadable_data_is_refused_before_a_model_is_loaded(plan: Plan, tmp_pat
     with pytest.raises(DataInvalid, match="line 1"):
         train(replace(plan, base_directory=tmp_path / "no model here"), quiet())
     assert not plan.out.with_name("out.checkpoints").exists()
+
+
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_variants_of_lora_train_and_are_what_peft_calls_them(plan: Plan, variant: str, method: Any) -> None:
+    done = train(replace(plan, method=method, recipe=TINY.but(variant=variant)), quiet())
+    parsed = parse_adapter(plan.out)
+    assert parsed.config.features == (variant,) and not parsed.changes_nothing
+    assert done.facts.metrics["validation_loss"] < done.facts.metrics["validation_loss_before"]
+    if variant == "rslora":
+        config = json.loads((plan.out / "adapter_config.json").read_text())
+        assert config["use_rslora"] is True and parsed.config.scaling("model.layers.0.mlp.up_proj", 4) == 8 / 2

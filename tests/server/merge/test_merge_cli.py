@@ -63,6 +63,8 @@ def test_a_merge_reports_and_can_be_loaded(hub: Hub, biased_base: Path, trained:
     report = json.loads((tmp_path / "merged" / "merge-report.json").read_text(encoding="utf-8"))
     assert report["adapters"] == [{"version": "team/x@1", "digest": pushed.digest, "weight": 1.0}]
     assert report["base"]["fingerprint"].startswith("sha256:")
+    whole = hub.push(tmp_path / "merged", "team/merged", base=str(biased_base), parents=["team/x@1"]).version
+    assert whole.manifest.kind == "model" and whole.manifest.parents == (pushed.digest,)
 
 
 def test_json_is_the_report(hub: Hub, biased_base: Path, trained: Trained, tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""Scores found after a version was pushed: records beside it, since the version itself never changes.
+
+    <hub's directory>/evaluations/<64 digits of the version's digest>/<time>-<random>.json
+
+    {"schema": "loraplex.evaluation/1", "version": "team/x@3", "digest": …, "task": …, "data": {"digest", "examples"},
+     "base": {"name", "quantization"}, "metrics": {name: number}, "intervals": {name: [low, high]}, "at": …, "by": …}
+
+Records are added, never changed; of several for a task the newest counts. They lie with the hub's catalog and are for
+hubs that have a directory on this machine: not for those behind a server, nor for PostgreSQL with S3.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from hub import json_text
+from hub.errors import BlobCorrupt, EvaluationsUnsupported, HubUnavailable
+from hub.opening import named
+from hub.place import Place
+from hub.refs import Digest
+from hub.versions import Version
+
+SCHEMA: Final = "loraplex.evaluation/1"
+MAX_RECORD_BYTES: Final = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One version's scores on one task."""
+
+    version: str  # "team/x@3"
+    digest: Digest  # the version's
+    task: str
+    data: Mapping[str, Any]  # "digest" of the questions' file, and how many "examples" were asked
+    base: Mapping[str, Any]  # "name" and "quantization" of what the adapter ran on
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]  # 95 %, over the questions
+    at: str = ""  # RFC 3339, UTC; given by `add`
+    by: str | None = None
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """A record's bytes; raises BlobCorrupt."""
+        try:
+            value = json_text.parse_object(data, max_bytes=MAX_RECORD_BYTES)
+            if value.pop("schema") != SCHEMA:
+                raise ValueError("has a schema this release does not read")
+            intervals = {name: (float(low), float(high)) for name, (low, high) in value.pop("intervals").items()}
+            metrics = {name: float(number) for name, number in value.pop("metrics").items()}
+            return cls(digest=Digest.parse(value.pop("digest")), intervals=intervals, metrics=metrics, **value)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BlobCorrupt(f"an evaluation's record {error}") from error
+
+
+class Evaluations:
+    """The records of one hub; safe to use from several processes."""
+
+    def __init__(self, directory: Path) -> None:
+        self._root = directory / "evaluations"
+
+    @classmethod
+    def of(cls, hub_url: str | None) -> Self:
+        """Those of the hub at `hub_url` (see `hub.place`); raises EvaluationsUnsupported, HubUnavailable."""
+        if "://" in named(hub_url) and named(hub_url).startswith(("grpc://", "grpcs://")):
+            raise EvaluationsUnsupported("a shared hub keeps no evaluations yet: record them where its directory is")
+        place = Place.parse(hub_url)
+        if place.directory is None:
+            raise EvaluationsUnsupported("a hub in PostgreSQL and S3 has no directory to keep evaluations in")
+        return cls(place.directory)
+
+    def add(self, version: Version, found: Evaluation) -> Evaluation:
+        """Keep a record of `version`, whole or not at all, with the time; raises HubUnavailable."""
+        assert found.digest == version.digest
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+        kept = Evaluation(**{**vars(found), "at": stamp})
+        directory = self._root / version.digest.hex
+        # The file's name is its place in time, to the microsecond.
+        name = (
+            f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}-{uuid.uuid4().hex[:8]}.json"
+        )
+        data = json_text.canonical({"schema": SCHEMA, **asdict(kept)})
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            aside = directory / f".{name}"
+            with aside.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.rename(directory / name)
+        except OSError as error:
+            raise HubUnavailable(f"the evaluation cannot be kept: {os.strerror(error.errno or 0)}") from error
+        return kept
+
+    def all_of(self, version: Version) -> list[Evaluation]:
+        """Every record of a version, oldest first; raises BlobCorrupt, HubUnavailable."""
+        try:
+            files = sorted((self._root / version.digest.hex).glob("[0-9]*.json"))
+            found = [Evaluation.parse(file.read_bytes()) for file in files]
+        except OSError as error:
+            raise HubUnavailable(f"the evaluations cannot be read: {os.strerror(error.errno or 0)}") from error
+        for each in found:
+            if each.digest != version.digest:
+                raise BlobCorrupt(f"an evaluation's record of {version.text} is about another version")
+        return found
+
+    def metrics(self, version: Version) -> dict[str, dict[str, float]]:
+        """The newest scores of each task, {task: {metric: number}}: what a gate may ask for as "task.metric"."""
+        return {each.task: dict(each.metrics) for each in self.all_of(version)}

@@ -1,0 +1,37 @@
+"""What a pushed directory holds: an adapter, or a whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hub.adapter_dir import FILE_LIMITS, ParsedAdapter, parse_adapter
+from hub.model_dir import (
+    MAX_FILES,
+    MAX_WEIGHTS_FILE_BYTES,
+    ParsedModel,
+    is_model_directory,
+    model_file_limit,
+    parse_model,
+)
+from hub.progress import Progress
+
+__all__ = ["MAX_FILES", "MAX_FILE_BYTES", "Parsed", "file_limit", "parse_directory"]
+
+Parsed = ParsedAdapter | ParsedModel
+MAX_FILE_BYTES = max(MAX_WEIGHTS_FILE_BYTES, *FILE_LIMITS.values())  # of any one file
+
+
+def parse_directory(directory: Path, *, progress: Progress | None = None) -> Parsed:
+    """The adapter or the model in `directory`; raises a subclass of AdapterRejected.
+
+    A model has config.json and no adapter_config.json; everything else is read as an adapter.
+    """
+    if is_model_directory(directory):
+        return parse_model(directory, progress=progress)
+    return parse_adapter(directory, progress=progress)
+
+
+def file_limit(name: str) -> int | None:
+    """The most bytes a version's file of this name may have; None: neither adapters nor models have one."""
+    limits = [limit for limit in (FILE_LIMITS.get(name), model_file_limit(name)) if limit is not None]
+    return max(limits, default=None)

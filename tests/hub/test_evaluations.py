@@ -1,0 +1,105 @@
+"""Records of scores beside versions: kept, found again, about one version only, and no way round the hub's limits."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hub.cli import group
+from hub.errors import BlobCorrupt, EvaluationsUnsupported
+from hub.evaluations import Evaluation, Evaluations
+from hub.hub import Hub
+from hub.versions import Version
+from tests.hub.making import lora_tensors, write_adapter
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> tuple[Version, Version]:
+    with Hub.open(str(tmp_path / "hub")) as hub:
+        first = hub.push(write_adapter(tmp_path / "a"), "team/x").version
+        second = hub.push(write_adapter(tmp_path / "b", tensors=lora_tensors(seed=1)), "team/x").version
+    return first, second
+
+
+def scored(version: Version, task: str = "sentiment", accuracy: float = 0.5) -> Evaluation:
+    return Evaluation(
+        version.text, version.digest, task, {"digest": "sha256:1", "examples": 9}, {"name": "t", "quantization": "nf4"},
+        {"accuracy": accuracy}, {"accuracy": (accuracy - 0.1, accuracy + 0.1)}, by="somebody",
+    )  # fmt: skip
+
+
+def test_records_are_kept_in_order_and_the_newest_of_a_task_counts(
+    tmp_path: Path, versions: tuple[Version, Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = versions
+    kept = Evaluations.of(str(tmp_path / "hub"))
+    assert kept.all_of(first) == [] and kept.metrics(first) == {}
+    now = [1_800_000_000.25]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    for accuracy in (0.5, 0.7, 0.6):
+        written = kept.add(first, scored(first, accuracy=accuracy))
+        assert written.at == "2027-01-15T08:00:00Z" and replace(written, at="") == scored(first, accuracy=accuracy)
+        now[0] += 0.000002
+    now[0] += 1
+    kept.add(first, scored(first, "own-label", 0.9))
+    again = Evaluations.of(f"file://{tmp_path / 'hub'}")
+    assert [each.metrics["accuracy"] for each in again.all_of(first)] == [0.5, 0.7, 0.6, 0.9]
+    assert again.metrics(first) == {"sentiment": {"accuracy": 0.6}, "own-label": {"accuracy": 0.9}}
+    assert again.all_of(second) == []
+
+
+def test_damaged_and_foreign_records_are_seen(tmp_path: Path, versions: tuple[Version, Version]) -> None:
+    first, second = versions
+    kept = Evaluations.of(str(tmp_path / "hub"))
+    kept.add(first, scored(first))
+    [file] = (tmp_path / "hub" / "evaluations" / first.digest.hex).iterdir()
+    other = tmp_path / "hub" / "evaluations" / second.digest.hex
+    other.mkdir()
+    (other / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(BlobCorrupt, match="another version"):
+        kept.all_of(second)
+    for text in (
+        "",
+        "{}",
+        file.read_text().replace("evaluation/1", "evaluation/2"),
+        '{"schema": "loraplex.evaluation/1"}',
+    ):
+        file.write_text(text)
+        with pytest.raises(BlobCorrupt):
+            kept.all_of(first)
+
+
+def test_a_half_written_record_is_not_read(tmp_path: Path, versions: tuple[Version, Version]) -> None:
+    first, _ = versions
+    kept = Evaluations.of(str(tmp_path / "hub"))
+    kept.add(first, scored(first))
+    directory = tmp_path / "hub" / "evaluations" / first.digest.hex
+    (directory / ".20270115T080000.000000-00000000.json").write_text("{")
+    assert len(kept.all_of(first)) == 1
+
+
+@pytest.mark.parametrize("url", ["grpc://127.0.0.1:1", "grpcs://hub.example:443"])
+def test_a_shared_hub_keeps_none_and_says_so(url: str) -> None:
+    with pytest.raises(EvaluationsUnsupported):
+        Evaluations.of(url)
+
+
+def test_show_shows_them(tmp_path: Path, versions: tuple[Version, Version]) -> None:
+    first, _ = versions
+    hub = str(tmp_path / "hub")
+    Evaluations.of(hub).add(first, scored(first))
+    shown = CliRunner().invoke(group, ["show", "team/x@1", "--hub", hub], catch_exceptions=False).output
+    assert "evaluation: sentiment" in shown and "accuracy" in shown
+    told = json.loads(CliRunner().invoke(group, ["show", "team/x@1", "--hub", hub, "--json"]).output)
+    assert told["evaluations"][0]["metrics"] == {"accuracy": 0.5}
+    assert (
+        json.loads(CliRunner().invoke(group, ["show", "team/x@2", "--hub", hub, "--json"]).output)["evaluations"] == []
+    )
+    # A sweep of the hub, and its check, take no notice.
+    with Hub.open(hub) as opened:
+        assert opened.fsck() == [] and opened.verify() == []
