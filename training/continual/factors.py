@@ -58,7 +58,9 @@ def read_factors(directory: Path) -> dict[str, Pair]:
     """
     parsed = parse_adapter(directory)
     if strange := sorted(set(parsed.config.features) - _HARMLESS):
-        raise FactorsUnsupported(f"{directory.name} has {', '.join(strange)}; only plain low-rank deltas can be combined")
+        raise FactorsUnsupported(
+            f"{directory.name} has {', '.join(strange)}; only plain low-rank deltas can be combined"
+        )
     tensors = load_file(directory / _WEIGHTS)
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

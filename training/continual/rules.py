@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from training.continual.factors import Pair
+
 
 @dataclass(frozen=True)
 class SiteRule:
@@ -71,6 +73,18 @@ def govern(a: nn.Parameter, b: nn.Parameter, rule: SiteRule, steps: int = 1) -> 
     a.register_hook(on_a)  # type: ignore[no-untyped-call]
     b.register_hook(on_b)  # type: ignore[no-untyped-call]
     return settle
+
+
+def held(pair: Pair, start: Pair | None, rule: SiteRule) -> Pair:
+    """Trained factors with `rule` kept exactly: `start`'s frozen rows bit for bit, the new ones projected."""
+    a, b = pair.a.clone(), pair.b.clone()
+    if start is not None and rule.frozen:
+        a[: rule.frozen], b[:, : rule.frozen] = start.a[: rule.frozen], start.b[:, : rule.frozen]
+    if rule.right is not None:
+        a[rule.frozen :] = _out_of(a[rule.frozen :].T, rule.right).T
+    if rule.left is not None:
+        b[:, rule.frozen :] = _out_of(b[:, rule.frozen :], rule.left)
+    return Pair(a, b)
 
 
 def _out_of(columns: Tensor, basis: Tensor) -> Tensor:

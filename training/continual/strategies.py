@@ -74,11 +74,12 @@ class Strategy(Protocol):
     the strategies that declare it only: `earlier` by none but `joint`, which is a bound and no method.
 
     `evolving`: one adapter, the newest, answers every task. Otherwise each task is answered by its own stage's, and
-    tasks yet to come by the base.
+    tasks yet to come by the base. `inherits`: a stage is made from the one before, its parent in the hub.
     """
 
     name: str
     evolving: bool
+    inherits: bool
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """What to train."""
@@ -95,6 +96,7 @@ class Isolated:
 
     name: str = "isolated"
     evolving: bool = False
+    inherits: bool = False
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The task, from nothing."""
@@ -111,6 +113,7 @@ class Joint:
 
     name: str = "joint"
     evolving: bool = True
+    inherits: bool = False
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """Every example there ever was."""
@@ -127,6 +130,7 @@ class Sequential:
 
     name: str = "sequential"
     evolving: bool = True
+    inherits: bool = True
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task, from the adapter so far."""
@@ -146,6 +150,7 @@ class Replay:
     own_answers: bool = False  # the earlier adapter's answers to those prompts instead of the data's
     name: str = "replay"
     evolving: bool = True
+    inherits: bool = True
 
     def __post_init__(self) -> None:
         _between(self.name, "share", self.share, 0, 0.5)
@@ -184,6 +189,7 @@ class OLora:
     weight: float = 0.5
     name: str = "o-lora"
     evolving: bool = True
+    inherits: bool = True
 
     def __post_init__(self) -> None:
         _between(self.name, "weight", self.weight, 0, 1e9)
@@ -211,6 +217,7 @@ class Slao:
 
     name: str = "slao"
     evolving: bool = True
+    inherits: bool = True
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task, from the last trained factors with a made orthonormal."""
@@ -241,6 +248,7 @@ class Osf:
     keep: float = 0.5  # of the smaller side's singular directions
     name: str = "osf"
     evolving: bool = True
+    inherits: bool = True
 
     def __post_init__(self) -> None:
         _between(self.name, "keep", self.keep, 0.01, 0.99)
@@ -274,6 +282,7 @@ class Merge:
     rank_factor: float = 2.0  # the merged rank, as a multiple of a task adapter's
     name: str = "merge"
     evolving: bool = True
+    inherits: bool = True
 
     def __post_init__(self) -> None:
         _between(self.name, "density", self.density, 1e-4, 1)
@@ -307,11 +316,13 @@ class Reducing:
     share: float = 0.25  # of every intruder, taken out; see `intruders.reduce`
     name: str = field(init=False)
     evolving: bool = field(init=False)
+    inherits: bool = field(init=False)
 
     def __post_init__(self) -> None:
         _between("reduce_intruders", "share", self.share, 0, 1)
         object.__setattr__(self, "name", f"{self.inner.name}+reduced")
         object.__setattr__(self, "evolving", self.inner.evolving)
+        object.__setattr__(self, "inherits", self.inner.inherits)
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The inner strategy's."""
@@ -353,11 +364,13 @@ def strategy_named(name: str, options: Mapping[str, Any], reduce_share: float | 
     known = _OPTIONS.get(name, ())
     for option, value in options.items():
         if option not in known:
-            raise ContinualPlanInvalid(f"strategy {name} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+            raise ContinualPlanInvalid(
+                f"strategy {name} has no option {option!r}; it has: {', '.join(known) or 'none'}"
+            )
         if option != "how" and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ContinualPlanInvalid(f"strategy {name}: {option} is a number, not {value!r}")
-    if name == "replay" and isinstance(options.get("capacity"), float):
-        raise ContinualPlanInvalid("strategy replay: capacity is a whole number")
+    if not isinstance(options.get("capacity", 0), int):
+        raise ContinualPlanInvalid(f"strategy {name}: capacity is a whole number, not {options['capacity']!r}")
     made = KINDS[name](**options)
     return made if reduce_share is None else Reducing(made, reduce_share)
 
@@ -371,4 +384,6 @@ def orthonormal(a: torch.Tensor) -> torch.Tensor:
 
 def _between(strategy: str, option: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise ContinualPlanInvalid(f"strategy {strategy}: {option} must lie between {low:g} and {high:g}, not {value:g}")
+        raise ContinualPlanInvalid(
+            f"strategy {strategy}: {option} must lie between {low:g} and {high:g}, not {value:g}"
+        )

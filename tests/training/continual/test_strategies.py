@@ -91,9 +91,7 @@ def test_the_first_task_is_learned(model: Any, apart: list[Any], strategy: Strat
 
 
 @pytest.mark.parametrize("strategy", every(), ids=names)
-def test_tasks_that_share_nothing_do_not_disturb_each_other(
-    model: Any, apart: list[Any], strategy: Strategy
-) -> None:
+def test_tasks_that_share_nothing_do_not_disturb_each_other(model: Any, apart: list[Any], strategy: Strategy) -> None:
     if isinstance(strategy, (Slao, Reducing)):
         pytest.skip("changes sites that a task does not touch, by its definition; see the tests of the formulas")
     before, after = change_of_first(model, strategy, apart)
