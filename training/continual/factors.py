@@ -145,7 +145,8 @@ def relative_difference(first: Factors, second: Factors) -> float:
     apart = {module: Pair(torch.cat([p.a, second[module].a]), torch.cat([p.b, -second[module].b], 1))
              for module, p in first.items()}  # fmt: skip
     size = sum(pair.norm() ** 2 for pair in first.values()) ** 0.5
-    return sum(pair.norm() ** 2 for pair in apart.values()) ** 0.5 / max(size, 1e-30)
+    apart_size = sum(pair.norm() ** 2 for pair in apart.values()) ** 0.5
+    return float(apart_size / max(size, 1e-30))
 
 
 def _same_modules(first: Factors, second: Factors) -> None:

@@ -37,7 +37,8 @@ class Fall:
             return (
                 f"{TEXT} costs {self.now - self.before:.3f} nats a token more than the base's; {self.allowed:g} allowed"
             )
-        return f"{self.task} fell by {self.before - self.now:.3f}, {self.before:.3f} → {self.now:.3f}; {self.allowed:g} allowed"
+        fell = f"{self.task} fell by {self.before - self.now:.3f}, {self.before:.3f} → {self.now:.3f}"
+        return f"{fell}; {self.allowed:g} allowed"
 
 
 def judge(
@@ -50,8 +51,8 @@ def judge(
     """What speaks against promoting the newest stage; empty: nothing.
 
     `rows` are R up to that stage, `promoted` the earlier stages that were promoted. A task learned earlier is compared
-    with the best that any promoted stage did on it, so that small losses cannot add up unseen; where nothing was promoted
-    there is nothing to lose. `text` is (base, now) in nats a token.
+    with the best that any promoted stage did on it, so that small losses cannot add up unseen; where nothing was
+    promoted there is nothing to lose. `text` is (base, now) in nats a token.
     """
     now = rows[-1]
     falls = []

@@ -6,7 +6,7 @@ base before anything was trained. Scores lie in 0…1, larger is better. With k 
     ACC   = mean of R[k-1][j] over j < k                               Lopez-Paz and Ranzato 2017, arXiv:1706.08840
     BWT   = mean of R[k-1][j] - R[j][j] over j < k-1                   the same; negative: forgotten
     FWT   = mean of R[j-1][j] - b[j] over 1 <= j < k                   the same; what a task gains before its stage
-    F     = mean of max over i < k-1 of R[i][j], minus R[k-1][j], over j < k-1     Chaudhry et al. 2018, arXiv:1801.10112
+    F     = mean of max over i < k-1 of R[i][j], minus R[k-1][j], over j < k-1   Chaudhry et al. 2018, arXiv:1801.10112
 """
 
 from __future__ import annotations

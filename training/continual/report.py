@@ -14,7 +14,9 @@ from training.continual.record import RunRecord
 from training.continual.run import read_intruders
 
 
-def summary(record: RunRecord, intruders: Mapping[str, Sequence[SiteIntruders]], bounds: Mapping[str, Sequence[float]]) -> dict[str, Any]:  # fmt: skip
+def summary(
+    record: RunRecord, intruders: Mapping[str, Sequence[SiteIntruders]], bounds: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
     """Every number of the report; `bounds` are other runs' scores by name, [tasks]."""
     matrix = record.matrix
     worst = matrix.worst
@@ -92,15 +94,14 @@ def as_markdown(told: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     lines += [f"| ACC minus {name} | {value:+.3f} |" for name, value in told["below"].items()]
     if worst is not None:
         lines.append(f"| worst task | {worst['task']} {worst['change']:+.3f} |")
-    lines += [
-        "",
-        "| stage | version | promoted | training s | adapter MB | kept MB | memory MB | intruders | random | ‖ΔW‖/‖W‖ |",
-    ]
+    sizes_of = ("adapter", "kept", "memory")
+    columns = ["stage", "version", "promoted", "training s", *(f"{one} MB" for one in sizes_of)]
+    lines += ["", f"| {' | '.join(columns)} | intruders | random | ‖ΔW‖/‖W‖ |"]
     lines.append("|---" * 10 + "|")
     for stage in told["stages"]:
         found = stage["intruders"]
         counted = [found["intruders"], found["random"], f"{found['relative_norm']:.3f}"] if found else ["–"] * 3
-        sizes = [f"{stage[key] / 1e6:.2f}" for key in ("adapter_bytes", "kept_bytes", "memory_bytes")]
+        sizes = [f"{stage[key] / 1e6:.2f}" for key in (f"{one}_bytes" for one in sizes_of)]
         said = "yes" if stage["promoted"] else "no: " + "; ".join(stage["refusals"])
         cells = [stage["task"], stage["version"], said, f"{stage['seconds']:.0f}", *sizes, *counted]
         lines.append(f"| {' | '.join(map(str, cells))} |")

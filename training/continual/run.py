@@ -2,8 +2,9 @@
 
 DIR/state.json            what is done (`RunRecord`), replaced whole after every stage
 DIR/data/<label>/         the tasks' files, where they are built
-DIR/stages/<n>-<label>/   one stage: answers.jsonl and lesson.jsonl (its data), trained/ (with checkpoints beside while it
-                          runs), outcome/ (served/, kept/…/, memory.jsonl, notes.json), scores.json, adapter/ (as pushed)
+DIR/stages/<n>-<label>/   one stage: answers.jsonl and lesson.jsonl (its data), trained/ (with checkpoints beside while
+                          it runs), outcome/ (served/, kept-…/, memory.jsonl, notes.json), scores.json, adapter/ (as
+                          it is pushed)
 
 Each of these is written beside its place and renamed, in this order; a stage begins again at the first that is missing.
 Pushing what the hub has already makes no second version, and an alias that already names it has been moved by us.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -57,7 +57,8 @@ class EngineScorer:
 
     def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
         """See `Scorer`."""
-        prompts, spans = [], []
+        prompts: list[Prompt] = []
+        spans: list[slice] = []
         for exam, adapter in cells:
             asked = self.exams[exam]
             begin = len(prompts)

@@ -172,15 +172,16 @@ def _before_each_forward(settle: Callable[[], None], begin: Callable[[], None] |
 @contextmanager
 def _on_the_model(look: Callable[[Any], None]) -> Iterator[None]:
     """While this is open, every model that `finetune` makes goes through `look` before it is trained."""
-    original: Any = finetune.make_trainable
+    module: Any = finetune
+    original = module.make_trainable
 
     def made(*args: Any, **options: Any) -> Any:
         trainable = original(*args, **options)
         look(trainable.model)
         return trainable
 
-    finetune.make_trainable = made
+    module.make_trainable = made
     try:
         yield
     finally:
-        finetune.make_trainable = original
+        module.make_trainable = original

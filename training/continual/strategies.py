@@ -77,9 +77,20 @@ class Strategy(Protocol):
     tasks yet to come by the base. `inherits`: a stage is made from the one before, its parent in the hub.
     """
 
-    name: str
-    evolving: bool
-    inherits: bool
+    @property
+    def name(self) -> str:
+        """As plans name it."""
+        ...
+
+    @property
+    def evolving(self) -> bool:
+        """See above."""
+        ...
+
+    @property
+    def inherits(self) -> bool:
+        """See above."""
+        ...
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """What to train."""
@@ -182,8 +193,9 @@ class Replay:
 class OLora:
     """New rows for each task, pushed away from all earlier ones (Wang et al. 2023, arXiv:2310.14152).
 
-    Earlier factors stay as they are and answer along: ΔW = Σ bᵢ aᵢ. The loss of a step gets weight · Σ ‖a_new aᵢᵀ‖² over
-    all matrices. The adapter grows by a recipe's rank a stage, exactly, by factors side by side.
+    Earlier factors stay as they are and answer along: ΔW = Σ bᵢ aᵢ. The loss of a step gets
+    weight · Σ ‖a_new aᵢᵀ‖² over all matrices. The adapter grows by a recipe's rank a stage, exactly, by factors side by
+    side.
     """
 
     weight: float = 0.5
@@ -212,7 +224,7 @@ class Slao:
     """One merged adapter of constant size (Qiao and Mahdavi 2025, arXiv:2512.23017).
 
     Stage i (from 1) begins with a = Qᵀ of QR(aᵀ) and b of stage i-1 as it was *trained*; afterwards
-    a_merged = a_trained and b_merged += (b_trained - b_merged) / √i. The trained factors are kept beside the served ones.
+    a_merged = a_trained and b_merged += (b_trained - b_merged) / √i. The trained factors are kept beside the served.
     """
 
     name: str = "slao"
@@ -379,7 +391,8 @@ def orthonormal(a: torch.Tensor) -> torch.Tensor:
     """The rows of `a` [r, in] made orthonormal by QR of aᵀ, R's diagonal positive, so that there is one answer."""
     q, r = torch.linalg.qr(a.T)
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
-    return (q * signs).T.contiguous()
+    rows: torch.Tensor = (q * signs).T.contiguous()
+    return rows
 
 
 def _between(strategy: str, option: str, value: float, low: float, high: float) -> None:

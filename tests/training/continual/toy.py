@@ -77,7 +77,10 @@ class Toy:
     def run(self, factors: Factors, x: Tensor) -> Tensor:
         parts = x.split(IN, dim=1)
         return sum(
-            (part @ (self.weights[site] + factors[site].b @ factors[site].a).T for site, part in zip(SITES, parts)),
+            (
+                part @ (self.weights[site] + factors[site].b @ factors[site].a).T
+                for site, part in zip(SITES, parts, strict=True)
+            ),
             start=torch.zeros(()),
         )
 
@@ -101,7 +104,7 @@ class Toy:
 
     def learn_anew(self, strategy: Strategy, tasks: Sequence[Sequence[Row]]) -> list[Outcome[Row]]:
         outcomes: list[Outcome[Row]] = []
-        for stage, rows in enumerate(tasks):
+        for stage in range(len(tasks)):
             past = self.past(stage, tasks, outcomes)
             outcomes.append(strategy.finish(past, self.fit(strategy.lesson(past))))
         return outcomes
