@@ -1,7 +1,7 @@
 """Task adapters made one: TIES and the largest magnitude, on ΔW rather than on the factors.
 
 PEFT's `add_weighted_adapter` with "ties" merges A and B apart from each other, which is a merge of no ΔW; its
-"ties_svd" does what is meant but takes rank and density for the whole model at once and leaves the result in the model. The
+"ties_svd" does what is meant but leaves the result in a loaded model, without the error that the rank costs. The
 elementwise part below is PEFT's own.
 """
 

@@ -122,7 +122,7 @@ def test_what_is_written_is_what_peft_computes(tiny_base: Path, tmp_path: Path) 
     assert relative_difference(factors, read_factors(tmp_path)) == 0
 
 
-def test_a_stage_without_steps_to_speak_of_begins_where_it_is_told(trainer: StageTrainer, tiny_base: Path, tmp_path: Path) -> None:  # fmt: skip
+def test_a_stage_begins_where_it_is_told(trainer: StageTrainer, tiny_base: Path, tmp_path: Path) -> None:
     """At a rate of nothing, what comes out is what went in: the start is loaded exactly, its scale included."""
     still = StageTrainer(trainer.base, tiny_base, "lora", TINY.but(learning_rate=1e-9, weight_decay=0.0), 1, 1)
     first = trainer.fit(Lesson(examples_of("first")), tmp_path / "0", quiet()).factors
