@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from hub.errors import AliasMoved
 from hub.facade import HubFacade
@@ -32,13 +33,15 @@ from training.continual.gates import judge
 from training.continual.intruders import SiteIntruders, count
 from training.continual.plan import ContinualPlan
 from training.continual.record import RunRecord, StageRecord
+from training.continual.router import fit
 from training.continual.scoring import Scorer
 from training.continual.stage import StageTrainer, Trained, replace_file
 from training.continual.strategies import Outcome, Past, Strategy, strategy_named
 from training.continual.weights import matrices
 from training.data import Dataset, Example, digest_of, read_jsonl, write_jsonl
 
-INTRUDERS = "intruders.json"
+INTRUDERS, ROUTED, ROUTER = "intruders.json", "routed.json", "router"
+Embed = Callable[[Sequence[Example]], Tensor]  # prompts → embeddings [n, d], see `router.embed`
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Run:
     scorer: Scorer
     hub: HubFacade
     console: Console
+    embed: Embed | None = None  # None: no router is fitted
+    layer: int = 0  # of the embeddings
 
     def __call__(self) -> RunRecord:
         """Run what is left of the plan; returns the whole record.
@@ -97,6 +102,8 @@ class Run:
             record.write(self.directory)
         if self.plan.intruders and record.stages:
             self._count_intruders(record)
+        if self.embed is not None and not strategy.evolving and len(record.stages) > 1:
+            self._route(record, self.embed)
         return record
 
     def _begin(self) -> RunRecord:
@@ -121,6 +128,28 @@ class Run:
         """Where stage `index` (from 0) lies."""
         return self.directory / "stages" / f"{index + 1}-{self.plan.labels[index]}"
 
+    def _route(self, record: RunRecord, embed: Embed) -> None:
+        """Fit the router over all adapters, and score every task with each question answered as it chooses."""
+        place, names = self.directory / ROUTED, [stage.version for stage in record.stages]
+        if place.is_file() and json.loads(place.read_text("utf-8"))["names"] == names:
+            return
+        done = self.data[: len(names)]
+        rows = {name: embed(task.train.examples) for name, task in zip(names, done, strict=True)}
+        router = fit(rows, self.layer, self.trainer.base.fingerprint)
+        shutil.rmtree(self.directory / ROUTER, ignore_errors=True)
+        router.write(self.directory / ROUTER)
+        adapters = {name: self.stage_directory(index) / "adapter" for index, name in enumerate(names)}
+        chosen = [[router.choose(row).adapter for row in embed(task.evaluation.examples)] for task in done]
+        scores = self.scorer.routed([[adapters[name] if name else None for name in one] for one in chosen])
+        told = {
+            "names": names,
+            "scores": [_headline(one) for one in scores],
+            "oracle": list(record.stages[-1].row[: len(names)]),
+            "right": [sum(one == name for one in ones) / len(ones) for name, ones in zip(names, chosen, strict=True)],
+            "to_base": [sum(one is None for one in ones) / len(ones) for ones in chosen],
+        }
+        replace_file(place, json.dumps(told).encode())
+
     def _count_intruders(self, record: RunRecord) -> None:
         place = self.directory / INTRUDERS
         names = [stage.task for stage in record.stages]
@@ -142,6 +171,13 @@ def read_intruders(directory: Path) -> dict[str, list[SiteIntruders]]:
         return {}
     told = json.loads(place.read_text("utf-8"))
     return {name: [SiteIntruders(**site) for site in sites] for name, sites in told.items()}
+
+
+def read_routed(directory: Path) -> dict[str, list[Any]] | None:
+    """How the router of the run in `directory` did, by task; None where there is none."""
+    place = directory / ROUTED
+    told: dict[str, list[Any]] | None = json.loads(place.read_text("utf-8")) if place.is_file() else None
+    return told
 
 
 @dataclass(frozen=True)

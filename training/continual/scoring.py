@@ -38,6 +38,10 @@ class Scorer(Protocol):
         """The same prompts with the adapter's own answers; those it answers with nothing are left out."""
         ...
 
+    def routed(self, choices: Sequence[Sequence[Path | None]]) -> list[dict[str, float]]:
+        """All metrics of each exam, each of its questions answered by the model chosen for it."""
+        ...
+
     def text_nats(self, adapters: Sequence[Path | None]) -> list[float]:
         """Cross-entropy of each model on the held-out text, nats a token."""
         ...
@@ -57,13 +61,22 @@ class EngineScorer:
 
     def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
         """See `Scorer`."""
+        return self._measure([(exam, [adapter] * len(self.exams[exam].examples)) for exam, adapter in cells])
+
+    def routed(self, choices: Sequence[Sequence[Path | None]]) -> list[dict[str, float]]:
+        """See `Scorer`."""
+        return self._measure(list(enumerate(choices)))
+
+    def _measure(self, cells: Sequence[tuple[int, Sequence[Path | None]]]) -> list[dict[str, float]]:
         prompts: list[Prompt] = []
         spans: list[slice] = []
-        for exam, adapter in cells:
+        for exam, adapters in cells:
             asked = self.exams[exam]
             begin = len(prompts)
-            name = None if adapter is None else str(adapter)
-            prompts += [Prompt(one.prompt, name, asked.task.max_new_tokens) for one in asked.examples]
+            prompts += [
+                Prompt(one.prompt, None if adapter is None else str(adapter), asked.task.max_new_tokens)
+                for one, adapter in zip(asked.examples, adapters, strict=True)
+            ]
             spans.append(slice(begin, len(prompts)))
         answers = self._ask(prompts)
         return [
