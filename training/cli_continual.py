@@ -46,6 +46,7 @@ def run(plan: Path, out: Path, threads: int, hub_url: str | None, as_json: bool)
     from hub.base import base_identity, locate_base
     from hub.opening import open_hub
     from training.continual.plan import ContinualPlan
+    from training.continual.embedding import embedder
     from training.continual.run import Run, prepare_data
     from training.continual.scoring import EngineScorer, Exam
     from training.continual.stage import StageTrainer
@@ -74,11 +75,12 @@ def run(plan: Path, out: Path, threads: int, hub_url: str | None, as_json: bool)
         identity, located.directory, read.method, read.recipe, cores, read.max_steps, read.checkpoint_steps
     )
     with open_hub(hub_url) as hub:
-        record = Run(read, out, data, trainer, scorer, hub, Console(stderr=True))()
+        embed, layer = embedder(located.directory) if read.strategy == "isolated" else (None, 0)
+        record = Run(read, out, data, trainer, scorer, hub, Console(stderr=True), embed, layer)()
     from training.continual.report import as_markdown, summary
-    from training.continual.run import read_intruders
+    from training.continual.run import read_intruders, read_routed
 
-    told = summary(record, read_intruders(out), {})
+    told = summary(record, read_intruders(out), {}, read_routed(out))
     print_json(told) if as_json else click.echo(as_markdown(told))
 
 

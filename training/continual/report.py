@@ -11,11 +11,14 @@ from training.continual.intruders import SiteIntruders
 from training.continual.metrics import drift
 from training.continual.plots import draw_all
 from training.continual.record import RunRecord
-from training.continual.run import read_intruders
+from training.continual.run import read_intruders, read_routed
 
 
 def summary(
-    record: RunRecord, intruders: Mapping[str, Sequence[SiteIntruders]], bounds: Mapping[str, Sequence[float]]
+    record: RunRecord,
+    intruders: Mapping[str, Sequence[SiteIntruders]],
+    bounds: Mapping[str, Sequence[float]],
+    routed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Every number of the report; `bounds` are other runs' scores by name, [tasks]."""
     matrix = record.matrix
@@ -32,6 +35,7 @@ def summary(
         "forgetting": matrix.forgetting,
         "worst": {"task": worst.task, "change": worst.change} if worst is not None else None,
         "below": {name: matrix.below(bound) for name, bound in bounds.items()},
+        "routed": dict(routed) if routed is not None else None,
         "text_drift_nats": drift(record.base_text_nats, nats)
         if nats is not None and record.base_text_nats is not None
         else None,
@@ -70,7 +74,7 @@ def write_report(directory: Path, out: Path, single: Path | None = None, joint: 
             other = RunRecord.read(place)
             scores = dict(zip(other.labels, other.matrix.last, strict=False))
             bounds[name] = [scores[task] for task in record.labels if task in scores]
-    told = summary(record, intruders, bounds)
+    told = summary(record, intruders, bounds, read_routed(directory))
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(record.matrix, intruders, out)
     (out / "report.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
@@ -105,6 +109,13 @@ def as_markdown(told: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         said = "yes" if stage["promoted"] else "no: " + "; ".join(stage["refusals"])
         cells = [stage["task"], stage["version"], said, f"{stage['seconds']:.0f}", *sizes, *counted]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    if told["routed"] is not None:
+        routed = told["routed"]
+        lines += ["", "With the router choosing for every question, against the task's own adapter (oracle):", ""]
+        lines += ["| task | routed | oracle | right choices | to the base |", "|---" * 5 + "|"]
+        columns = [routed[key] for key in ("scores", "oracle", "right", "to_base")]
+        for task, *values in zip(tasks, *columns, strict=False):
+            lines.append(f"| {task} | {' | '.join(f'{value:.3f}' for value in values)} |")
     lines += [
         "",
         "Intruders: of the 10 strongest left singular vectors of W + ΔW, those like none of W's (|cos| < 0.5),",

@@ -157,9 +157,9 @@ def embed(model: Any, prompts: Sequence[Sequence[int]], layer: int) -> Tensor:
     return torch.stack(rows)
 
 
-def middle_layer(model: Any) -> int:
-    """The layer whose states are averaged where nothing else is asked for."""
-    return int(model.config.get_text_config().num_hidden_layers) // 2
+def middle_layer(config: Any) -> int:
+    """The layer whose states are averaged where nothing else is asked for, from a model's transformers config."""
+    return int(config.get_text_config().num_hidden_layers) // 2
 
 
 def _quantile(distances: Tensor, share: float) -> float:

@@ -113,7 +113,7 @@ def test_embeddings_are_the_bases_own_states(tiny_base: Path, byte_tokenizer: An
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    layer = middle_layer(model)
+    layer = middle_layer(model.config)
     assert layer == 1
 
     def prompts(system: str, kind: str) -> list[list[int]]:

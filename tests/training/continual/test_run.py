@@ -31,6 +31,7 @@ from training.continual.gates import Gates, judge
 from training.continual.plan import ContinualPlan
 from training.continual.record import RunRecord
 from training.continual.report import write_report
+from training.continual.router import Router
 from training.continual.run import Run, prepare_data
 from training.continual.scoring import Cell
 from training.continual.stage import Trained
@@ -82,6 +83,13 @@ class ScriptedScorer:
 
     def answers(self, adapter: Path, examples: Sequence[Example]) -> list[Example]:
         return [Example((*one.prompt, Message("assistant", "mixed"))) for one in examples]
+
+    def routed(self, choices: Sequence[Sequence[Path | None]]) -> list[dict[str, float]]:
+        """A question gets its point when its own task's adapter answers it."""
+        return [
+            {"macro_f1": sum(one is not None and self.stage_of(one) == exam for one in ones) / len(ones)}
+            for exam, ones in enumerate(choices)
+        ]
 
     def text_nats(self, adapters: Sequence[Path | None]) -> list[float]:
         return [1.9 if one is None else self.nats[self.stage_of(one)] for one in adapters]
@@ -269,6 +277,30 @@ def test_isolated_adapters_have_names_of_their_own(make_run: Callable[..., Run],
     assert [[exam for exam, adapter in cells if adapter] for cells in scorer.cells] == [[0], [1], [2]]
 
 
+def test_isolated_runs_fit_and_score_a_router(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    """Embeddings that say the task, but for one question, which is like nothing before."""
+    run = make_run(ScriptedScorer(GOOD), strategy="isolated")
+    generator = torch.Generator().manual_seed(1)
+
+    def embedded(examples: Sequence[Example]) -> torch.Tensor:
+        rows = torch.randn(len(examples), 6, generator=generator)
+        for row, one in zip(rows, examples, strict=True):
+            row[THREE.index(one.prompt[-1].content.split()[0])] += 30
+        if len(examples) == 4 and "third" in examples[0].prompt[-1].content:
+            rows[0] = 500.0
+        return rows
+
+    replace(run, embed=embedded, layer=1)()
+    told = write_report(run.directory, tmp_path / "out")["routed"]
+    assert told["oracle"] == [0.8, 0.7, 0.9] and told["names"][0] == "team/stream-first@1"
+    assert told["to_base"][2] >= 0.25 and told["right"][2] <= 0.75
+    assert all(right + base == 1 for right, base in zip(told["right"], told["to_base"], strict=True))  # none to another
+    assert told["scores"] == told["right"]
+    router = Router.read(run.directory / "router")
+    assert router.layer == 1 and router.names == tuple(told["names"])
+    assert "| third | " in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_the_report_has_table_pictures_and_numbers(make_run: Callable[..., Run], tmp_path: Path) -> None:
     run = make_run(ScriptedScorer(FORGETS), intruders=True)
     run()
@@ -351,3 +383,19 @@ def test_kill_nine_in_the_middle_of_a_stage(write_plan: Callable[..., Path], tmp
             )
     page = CliRunner().invoke(group, ["continual", "report", str(tmp_path / "cut")], catch_exceptions=False).output
     assert "| second |" in page and (tmp_path / "cut" / "report" / "matrix.png").is_file()
+
+
+@pytest.mark.timeout(240)
+def test_the_verb_routes_isolated_adapters_and_measures_drift(write_plan: Callable[..., Path], tmp_path: Path) -> None:
+    """Real trainer, engine, text loss, embeddings, intruders and pictures in one run."""
+    (tmp_path / "held.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    plan = write_plan(strategy="isolated", text="held.txt", text_windows=2, max_steps=1, reduce_intruders=0.25)
+    arguments = ["--out", str(tmp_path / "run"), "--hub", str(tmp_path / "hub"), "--threads", "1", "--json"]
+    result = CliRunner().invoke(group, ["continual", "run", str(plan), *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["routed"]["names"] == ["team/stream-first@1", "team/stream-second@1"]
+    assert told["text_drift_nats"] is not None and told["stages"][0]["text_nats"] > 0
+    assert told["stages"][1]["intruders"]["relative_norm"] > 0
+    assert "intruders_reduced" in told["stages"][0]["notes"]
+    assert (tmp_path / "run" / "router" / "router.safetensors").is_file()
