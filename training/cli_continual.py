@@ -45,8 +45,8 @@ def run(plan: Path, out: Path, threads: int, hub_url: str | None, as_json: bool)
 
     from hub.base import base_identity, locate_base
     from hub.opening import open_hub
-    from training.continual.plan import ContinualPlan
     from training.continual.embedding import embedder
+    from training.continual.plan import ContinualPlan
     from training.continual.run import Run, prepare_data
     from training.continual.scoring import EngineScorer, Exam
     from training.continual.stage import StageTrainer

@@ -72,7 +72,8 @@ class ScriptedScorer:
         self.cells: list[list[Cell]] = []
 
     def stage_of(self, adapter: Path) -> int:
-        return int(adapter.parent.parent.name.partition("-")[0]) - 1
+        [place] = [part for part in adapter.parts if part[0].isdigit() and part.partition("-")[2] in THREE]
+        return int(place.partition("-")[0]) - 1
 
     def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
         self.cells.append(list(cells))
@@ -389,7 +390,7 @@ def test_kill_nine_in_the_middle_of_a_stage(write_plan: Callable[..., Path], tmp
 def test_the_verb_routes_isolated_adapters_and_measures_drift(write_plan: Callable[..., Path], tmp_path: Path) -> None:
     """Real trainer, engine, text loss, embeddings, intruders and pictures in one run."""
     (tmp_path / "held.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    plan = write_plan(strategy="isolated", text="held.txt", text_windows=2, max_steps=1, reduce_intruders=0.25)
+    plan = write_plan(strategy="isolated", text="held.txt", text_windows=2, max_steps=3, reduce_intruders=0.25)
     arguments = ["--out", str(tmp_path / "run"), "--hub", str(tmp_path / "hub"), "--threads", "1", "--json"]
     result = CliRunner().invoke(group, ["continual", "run", str(plan), *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
