@@ -13,7 +13,7 @@ tasks:                            in the order of training
   - {task: iam-policy, train_file: mine.jsonl, eval_file: held.jsonl}    or your own; paths beside the plan
 gates: {max_drop: 0.02, max_text_drift: 0.02, alias: prod, after_refusal: go-on}
 text: README.md                   optional: held-out text, for its cross-entropy
-quantize: none                    how the engine holds the base when scoring: none, nf4 or int8
+quantize: none                    how the engine holds the base when scoring: none, int8 or nf4 (so with qlora)
 intruders: true                   count intruder dimensions of every stage at the end
 """
 
@@ -137,7 +137,9 @@ class ContinualPlan:
             directory=directory,
             text=value.get("text") and _text(value, "text", ""),
             text_windows=_count(value, "text_windows", 64),
-            quantize=_one_of(value, "quantize", get_args(Quantization), "none"),
+            quantize=_one_of(
+                value, "quantize", get_args(Quantization), "nf4" if value.get("method") == "qlora" else "none"
+            ),
             intruders=_flag(value, "intruders", True),
             max_steps=_count(value, "max_steps", None),
             checkpoint_steps=_count(value, "checkpoint_steps", 50),

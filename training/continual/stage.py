@@ -79,6 +79,7 @@ class StageTrainer:
             )
             with _on_the_model(lambda model: self._prepare(model, lesson, rules)):
                 finetune.train(plan, console)
+        Checkpoints.beside(out, {}).discard()  # left where a process died between writing and tidying up
         trained = read_factors(out)
         start = lesson.start or {}
         return Trained(

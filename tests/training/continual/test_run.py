@@ -280,7 +280,7 @@ def test_plans_say_what_is_wrong_with_them(write_plan: Callable[..., Path], chan
         ContinualPlan.read(write_plan(**changes))
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_kill_nine_in_the_middle_of_a_stage(write_plan: Callable[..., Path], tmp_path: Path) -> None:
     """The real verb, trainer, engine and hub: killed while the second stage trains, then given again."""
     plan = write_plan(strategy={"name": "on-policy-replay", "share": 0.2}, gates={"max_drop": 1.0}, intruders=False)
