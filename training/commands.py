@@ -16,6 +16,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("recipes", "training.cli_recipes:recipes", "The named recipes of training, side by side.", "Training"),
     Command("advise", "training.cli_advise:advise", "Memory, time and cost of each method, with reasons.", "Training"),
     Command("eval", "training.cli_eval:evaluate", "Score the base and adapters on a task, side by side.", "Training"),
+    Command(
+        "continual", "training.cli_continual:continual", "Task after task on one base, forgetting measured.", "Training"
+    ),
     Command("demo", "training.demo.cli:demo", "See it all once: data, adapters, hub, server, merge.", "Training"),
 )
 

@@ -23,6 +23,7 @@ from hub.errors import (
     NonFinite,
     NotAnAdapter,
     ShapeMismatch,
+    SignatureMissing,
     TensorMissing,
     TensorUnknown,
     UnexpectedFile,
@@ -254,15 +255,16 @@ def test_the_verbs_show_models(tmp_path: Path) -> None:
 
 
 def test_a_base_that_nobody_signed_is_refused_where_signatures_are_required(tmp_path: Path) -> None:
+    from hub.signing import envelope
     from hub.signing.keys import generate
 
     url = str(tmp_path / "hub")
     key = generate(tmp_path / "signing.key")
     trusted = tmp_path / "trusted.pub"
-    trusted.write_bytes(key.public_pem)
+    trusted.write_text(key.public.pem)
     with Hub.open(url) as hub:
         version = hub.push(write_model(tmp_path / "model"), "team/whole").version
         with pytest.raises(SignatureMissing):
             find_base("team/whole", url, [trusted])
-        hub.add_signature(version.digest, sign(version, key))
+        hub.add_signature(version.digest, envelope.sign(version, key))
     assert Path(find_base("team/whole", url, [trusted])).name == "team--whole@1"

@@ -1,0 +1,135 @@
+"""The router: right where tasks are apart, the base where a prompt is nobody's, the same after a round trip."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from training.continual.errors import RouterInvalid
+from training.continual.router import Router, embed, fit, middle_layer
+from training.data import Example
+
+WIDE = 48
+
+
+def cloud(centre: torch.Tensor, count: int, seed: int, spread: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    stretch = torch.linspace(0.2, 3.0, WIDE)  # some directions say more than others
+    return centre + spread * stretch * torch.randn(count, WIDE, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def seed() -> int:
+    return int(np.random.default_rng().integers(1 << 20))
+
+
+@pytest.fixture(scope="module")
+def centres(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"team/t{n}@1": 4 * torch.randn(WIDE, generator=generator) for n in range(4)}
+
+
+@pytest.fixture(scope="module")
+def router(centres: dict[str, torch.Tensor], seed: int) -> Router:
+    return fit({name: cloud(at, 400, seed + n) for n, (name, at) in enumerate(centres.items())}, layer=1)
+
+
+def test_new_prompts_of_a_task_go_to_it(router: Router, centres: dict[str, torch.Tensor], seed: int) -> None:
+    for n, (name, at) in enumerate(centres.items()):
+        choices = [router.choose(row) for row in cloud(at, 400, seed + 100 + n)]
+        assert all(choice.nearest == name for choice in choices), seed
+        to_base = sum(choice.adapter is None for choice in choices) / 400
+        assert to_base < 0.15, seed  # 0.05 is asked for; 100 held-out prompts and 400 new ones leave it so much room
+
+
+def test_a_prompt_like_none_goes_to_the_base(router: Router, seed: int) -> None:
+    far = 4 * torch.randn(WIDE, generator=torch.Generator().manual_seed(seed + 999))
+    choices = [router.choose(row) for row in cloud(far, 200, seed + 7)]
+    assert sum(choice.adapter is None for choice in choices) >= 190, seed
+    assert all(choice.distance > choice.threshold for choice in choices if choice.adapter is None)
+
+
+def test_between_two_tasks_the_nearer_wins_by_the_tasks_own_spread() -> None:
+    """Where the tasks differ in a quiet direction, a loud one must not decide."""
+    generator = torch.Generator().manual_seed(0)
+    noise = lambda: torch.randn(200, 2, generator=generator) * torch.tensor([10.0, 0.1])  # noqa: E731
+    router = fit({"a": noise() + torch.tensor([0.0, 0.0]), "b": noise() + torch.tensor([3.0, 2.0])}, layer=0)
+    assert router.choose(torch.tensor([12.0, 0.05])).adapter == "a"
+    assert router.choose(torch.tensor([-12.0, 1.95])).adapter == "b"
+
+
+def test_a_router_survives_its_files(router: Router, centres: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    router.write(tmp_path / "router")
+    read = Router.read(tmp_path / "router")
+    for at in centres.values():
+        assert read.choose(at) == router.choose(at)
+    assert sum(file.stat().st_size for file in (tmp_path / "router").iterdir()) < 32_000
+    with pytest.raises(ValueError, match="48 finite numbers"):
+        read.choose(torch.zeros(3))
+    with pytest.raises(ValueError, match="finite"):
+        read.choose(torch.full((WIDE,), float("nan")))
+
+
+@pytest.mark.parametrize("harm", ["schema", "missing", "shape", "nan", "twice"])
+def test_files_that_are_no_router_are_refused(router: Router, tmp_path: Path, harm: str) -> None:
+    place = tmp_path / "router"
+    router.write(place)
+    settings: dict[str, Any] = json.loads((place / "router.json").read_text())
+    tensors = load_file(place / "router.safetensors")
+    if harm == "schema":
+        settings["schema"] = "other/1"
+    elif harm == "missing":
+        del tensors["thresholds"]
+    elif harm == "shape":
+        tensors["centroids"] = tensors["centroids"][:, :3].contiguous()
+    elif harm == "nan":
+        tensors["mean"][0] = float("nan")
+    else:
+        settings["names"][0] = settings["names"][1]
+    (place / "router.json").write_text(json.dumps(settings))
+    save_file(tensors, place / "router.safetensors")
+    with pytest.raises(RouterInvalid):
+        Router.read(place)
+
+
+def test_too_little_to_fit_is_refused() -> None:
+    rows = torch.randn(40, 8)
+    with pytest.raises(RouterInvalid, match="two tasks"):
+        fit({"a": rows}, 1)
+    with pytest.raises(RouterInvalid, match="b has fewer"):
+        fit({"a": rows, "b": rows[:5]}, 1)
+    with pytest.raises(RouterInvalid, match="miss"):
+        fit({"a": rows, "b": rows}, 1, miss=0.0)
+
+
+def test_embeddings_are_the_bases_own_states(tiny_base: Path, byte_tokenizer: Any) -> None:
+    """On the tiny base: prompts of two tasks as its template renders them, told apart."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    layer = middle_layer(model.config)
+    assert layer == 1
+
+    def prompts(system: str, kind: str) -> list[list[int]]:
+        asked = [Example.of(system=system, user=f"{kind} {n * 7919 % 1000}", answer="-") for n in range(40)]
+        texts = [
+            byte_tokenizer.apply_chat_template(
+                [m.as_dict() for m in one.prompt], add_generation_prompt=True, tokenize=False
+            )
+            for one in asked
+        ]
+        return [byte_tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+    tasks = {"a": prompts("Say the mood.", "It was dull"), "b": prompts("Write JSON.", "12 Main St")}
+    embeddings = {name: embed(model, ids, layer) for name, ids in tasks.items()}
+    states = model(input_ids=torch.tensor([tasks["a"][0]]), output_hidden_states=True).hidden_states
+    assert torch.allclose(embeddings["a"][0], states[1][0].mean(dim=0), atol=1e-5)
+    router = fit({name: rows[:30] for name, rows in embeddings.items()}, layer, miss=0.1)
+    for name, rows in embeddings.items():
+        assert all(router.choose(row).nearest == name for row in rows[30:])

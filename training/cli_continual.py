@@ -1,0 +1,118 @@
+"""`hub continual`: task after task on one base, and what was forgotten."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hub.cli_options import examples, hub_option, json_option
+from hub.cli_output import print_json
+from server.cli import bound_openmp
+from training.quiet import quiet_libraries
+
+
+@click.group()
+def continual() -> None:
+    """Learn task after task, measure what was forgotten, and promote only what forgot little enough."""
+
+
+@continual.command(
+    epilog=examples(
+        """
+hub continual run six.yaml --out runs/six
+hub continual run six.yaml --out runs/six        # after an interruption: goes on
+"""
+    )
+)
+@click.argument("plan", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="The run's directory.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads.  [default: all cores]")
+@hub_option
+@json_option
+def run(plan: Path, out: Path, threads: int, hub_url: str | None, as_json: bool) -> None:
+    """Run PLAN, a YAML file: a base, tasks in order, a strategy, gates (docs/continual.md has them all).
+
+    After every stage all tasks are scored, the adapter becomes the next version of the plan's name in the hub with the
+    stage before as its parent, and the alias (prod) moves to it if no earlier task fell by more than the plan allows.
+    A run that was interrupted, in whatever way, goes on when the same command is given again.
+    """
+    bound_openmp(threads)
+    quiet_libraries()
+    from rich.console import Console
+
+    from hub.base import base_identity, locate_base
+    from hub.opening import open_hub
+    from training.continual.embedding import embedder
+    from training.continual.plan import ContinualPlan
+    from training.continual.run import Run, prepare_data
+    from training.continual.scoring import EngineScorer, Exam
+    from training.continual.stage import StageTrainer
+    from training.tasks import task_named
+    from training.text_loss import read_text
+
+    read = ContinualPlan.read(plan)
+    out.mkdir(parents=True, exist_ok=True)
+    data = prepare_data(read, out)
+    located = locate_base(read.base)
+    identity, _ = base_identity(read.base)
+    cores = threads or len(os.sched_getaffinity(0))
+    scorer = EngineScorer(
+        base=read.base,
+        base_directory=located.directory,
+        exams=tuple(
+            Exam(task.label, task_named(task.task), one.evaluation.examples)
+            for task, one in zip(read.tasks, data, strict=True)
+        ),
+        quantize=read.quantize,
+        threads=cores,
+        text=read_text(read.directory / read.text) if read.text is not None else None,
+        text_windows=read.text_windows,
+    )
+    trainer = StageTrainer(
+        identity, located.directory, read.method, read.recipe, cores, read.max_steps, read.checkpoint_steps
+    )
+    with open_hub(hub_url) as hub:
+        embed, layer = embedder(located.directory) if read.strategy == "isolated" else (None, 0)
+        record = Run(read, out, data, trainer, scorer, hub, Console(stderr=True), embed, layer)()
+    from training.continual.report import as_markdown, summary
+    from training.continual.run import read_intruders, read_routed
+
+    told = summary(record, read_intruders(out), {}, read_routed(out))
+    print_json(told) if as_json else click.echo(as_markdown(told))
+
+
+@continual.command(
+    epilog=examples(
+        """
+hub continual report runs/replay
+hub continual report runs/replay --single runs/isolated --joint runs/joint --out docs/replay
+"""
+    )
+)
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Where to.  [default: DIRECTORY/report]")
+@click.option(
+    "--single",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A run of the same tasks with the strategy isolated: the bound of each task alone.",
+)
+@click.option(
+    "--joint",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A run of the same tasks with the strategy joint: the bound of all tasks at once.",
+)
+@json_option
+def report(directory: Path, out: Path | None, single: Path | None, joint: Path | None, as_json: bool) -> None:
+    """Draw the run in DIRECTORY: report.md, report.json, the matrix, the tasks' curves, intruders by layer.
+
+    A run that is not finished is drawn as far as it is.
+    """
+    from training.continual.report import as_markdown, write_report
+
+    place = out or directory / "report"
+    told: dict[str, Any] = write_report(directory, place, single, joint)
+    print_json(told) if as_json else click.echo(as_markdown(told))
+    click.echo(f"written to {place}", err=True)

@@ -1,0 +1,1 @@
+"""Continual adaptation: one base, task after task, and a measure of what was forgotten."""

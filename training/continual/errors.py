@@ -1,0 +1,47 @@
+"""What a continual run refuses, each cause its own class with a stable `reason`."""
+
+from __future__ import annotations
+
+from training.errors import TrainingError
+
+
+class ContinualPlanInvalid(TrainingError):
+    """A plan is not YAML, or asks for something that is not there; the message names the place."""
+
+    reason = "CONTINUAL_PLAN_INVALID"
+
+
+class RunMismatch(TrainingError):
+    """The run directory belongs to another plan, or to files that have changed since."""
+
+    reason = "CONTINUAL_RUN_MISMATCH"
+
+
+class RunMissing(TrainingError):
+    """The directory holds no continual run, or none with a finished stage."""
+
+    reason = "CONTINUAL_RUN_MISSING"
+
+
+class FactorsUnsupported(TrainingError):
+    """An adapter has parts that are no plain low-rank deltas, or adapters do not fit each other."""
+
+    reason = "FACTORS_UNSUPPORTED"
+
+
+class WeightsMissing(TrainingError):
+    """The base's files have no matrix of the name that an adapter adapts."""
+
+    reason = "BASE_WEIGHTS_MISSING"
+
+
+class RouterInvalid(TrainingError):
+    """A router's files do not say what a router is, or there is too little to fit one."""
+
+    reason = "ROUTER_INVALID"
+
+
+class PlotsUnavailable(TrainingError):
+    """A plot was asked for, and matplotlib is not installed."""
+
+    reason = "PLOTS_UNAVAILABLE"

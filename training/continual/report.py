@@ -1,0 +1,148 @@
+"""A run told: matrix, metrics, costs and pictures, as Markdown and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.continual.intruders import SiteIntruders
+from training.continual.metrics import drift
+from training.continual.plots import draw_all
+from training.continual.record import RunRecord
+from training.continual.run import read_intruders, read_routed
+
+
+def summary(
+    record: RunRecord,
+    intruders: Mapping[str, Sequence[SiteIntruders]],
+    bounds: Mapping[str, Sequence[float]],
+    routed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Every number of the report; `bounds` are other runs' scores by name, [tasks]."""
+    matrix = record.matrix
+    worst = matrix.worst
+    nats = record.stages[-1].text_nats
+    return {
+        "plan": dict(record.plan),
+        "tasks": list(matrix.tasks),
+        "base": list(matrix.base),
+        "matrix": [list(row) for row in matrix.rows],
+        "acc": matrix.accuracy,
+        "bwt": matrix.backward_transfer,
+        "fwt": matrix.forward_transfer,
+        "forgetting": matrix.forgetting,
+        "worst": {"task": worst.task, "change": worst.change} if worst is not None else None,
+        "below": {name: matrix.below(bound) for name, bound in bounds.items()},
+        "routed": dict(routed) if routed is not None else None,
+        "text_drift_nats": drift(record.base_text_nats, nats)
+        if nats is not None and record.base_text_nats is not None
+        else None,
+        "stages": [
+            {
+                "task": stage.task,
+                "version": stage.version,
+                "parent": stage.parent,
+                "promoted": stage.promoted,
+                "refusals": list(stage.refusals),
+                "metrics": dict(stage.metrics),
+                "text_nats": stage.text_nats,
+                "seconds": stage.seconds,
+                "adapter_bytes": stage.adapter_bytes,
+                "kept_bytes": stage.kept_bytes,
+                "memory_bytes": stage.memory_bytes,
+                "memory_digest": stage.memory_digest,
+                "notes": dict(stage.notes),
+                "intruders": _intruder_totals(intruders.get(stage.task, ())),
+            }
+            for stage in record.stages
+        ],
+    }
+
+
+def write_report(directory: Path, out: Path, single: Path | None = None, joint: Path | None = None) -> dict[str, Any]:
+    """Write report.md, report.json and the pictures of the run in `directory` to `out`; returns the numbers.
+
+    `single` and `joint` are directories of runs over the same tasks whose strategies are `isolated` and `joint`: the
+    bounds. Raises `RunMissing`, and ValueError where a bound has other tasks.
+    """
+    record, intruders = RunRecord.read(directory), read_intruders(directory)
+    bounds = {}
+    for name, place in (("each task alone", single), ("all tasks at once", joint)):
+        if place is not None:
+            other = RunRecord.read(place)
+            scores = dict(zip(other.labels, other.matrix.last, strict=False))
+            bounds[name] = [scores[task] for task in record.labels if task in scores]
+    told = summary(record, intruders, bounds, read_routed(directory))
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = draw_all(record.matrix, intruders, out)
+    (out / "report.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+    (out / "report.md").write_text(as_markdown(told, [picture.name for picture in pictures]), "utf-8")
+    return told
+
+
+def as_markdown(told: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
+    """The report as people read it."""
+    plan, tasks = told["plan"], told["tasks"]
+    strategy = plan["strategy"]["name"] + (" + intruder reduction" if plan["reduce_intruders"] is not None else "")
+    lines = [f"# {plan['name']}: {strategy} on {plan['base']}", "", "Score of every task (columns) after every stage."]
+    lines += ["", f"| after | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    for index, row in enumerate([told["base"], *told["matrix"]]):
+        name = tasks[index - 1] if index else "nothing (base)"
+        cells = [f"**{score:.3f}**" if column == index - 1 else f"{score:.3f}" for column, score in enumerate(row)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    worst = told["worst"]
+    lines += ["", "| | |", "|---|---|"]
+    lines += [f"| {name} | {_number(told[key])} |" for name, key in _METRICS]
+    lines += [f"| ACC minus {name} | {value:+.3f} |" for name, value in told["below"].items()]
+    if worst is not None:
+        lines.append(f"| worst task | {worst['task']} {worst['change']:+.3f} |")
+    sizes_of = ("adapter", "kept", "memory")
+    columns = ["stage", "version", "promoted", "training s", *(f"{one} MB" for one in sizes_of)]
+    lines += ["", f"| {' | '.join(columns)} | intruders | random | ‖ΔW‖/‖W‖ |"]
+    lines.append("|---" * 10 + "|")
+    for stage in told["stages"]:
+        found = stage["intruders"]
+        counted = [found["intruders"], found["random"], f"{found['relative_norm']:.3f}"] if found else ["–"] * 3
+        sizes = [f"{stage[key] / 1e6:.2f}" for key in (f"{one}_bytes" for one in sizes_of)]
+        said = "yes" if stage["promoted"] else "no: " + "; ".join(stage["refusals"])
+        cells = [stage["task"], stage["version"], said, f"{stage['seconds']:.0f}", *sizes, *counted]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    if told["routed"] is not None:
+        routed = told["routed"]
+        lines += ["", "With the router choosing for every question, against the task's own adapter (oracle):", ""]
+        lines += ["| task | routed | oracle | right choices | to the base |", "|---" * 5 + "|"]
+        columns = [routed[key] for key in ("scores", "oracle", "right", "to_base")]
+        for task, *values in zip(tasks, *columns, strict=False):
+            lines.append(f"| {task} | {' | '.join(f'{value:.3f}' for value in values)} |")
+    lines += [
+        "",
+        "Intruders: of the 10 strongest left singular vectors of W + ΔW, those like none of W's (|cos| < 0.5),",
+    ]
+    lines += ["over all matrices; random: a random ΔW of equal rank and norm in the place of each."]
+    lines += [line for name in pictures for line in ("", f"![{name}]({name})")]
+    return "\n".join([*lines, ""])
+
+
+_METRICS = (
+    ("ACC", "acc"),
+    ("BWT", "bwt"),
+    ("FWT", "fwt"),
+    ("forgetting", "forgetting"),
+    ("text drift, nats a token", "text_drift_nats"),
+)
+
+
+def _intruder_totals(sites: Sequence[SiteIntruders]) -> dict[str, float] | None:
+    if not sites:
+        return None
+    return {
+        "intruders": sum(site.intruders for site in sites),
+        "random": sum(site.random for site in sites),
+        "relative_norm": sum(site.relative_norm for site in sites) / len(sites),
+    }
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}"

@@ -1,0 +1,404 @@
+"""A plan, stage after stage. What is finished is on disk, so the same command goes on wherever a run was stopped.
+
+DIR/state.json            what is done (`RunRecord`), replaced whole after every stage
+DIR/data/<label>/         the tasks' files, where they are built
+DIR/stages/<n>-<label>/   one stage: answers.jsonl and lesson.jsonl (its data), trained/ (with checkpoints beside while
+                          it runs), outcome/ (served/, kept-…/, memory.jsonl, notes.json), scores.json, adapter/ (as
+                          it is pushed)
+
+Each of these is written beside its place and renamed, in this order; a stage begins again at the first that is missing.
+Pushing what the hub has already makes no second version, and an alias that already names it has been moved by us.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from hub.errors import AliasMoved
+from hub.facade import HubFacade
+from hub.facts import FACTS_FILE, Facts
+from training import output
+from training.build import build_task
+from training.continual.errors import RunMismatch, RunMissing
+from training.continual.factors import read_factors, write_factors
+from training.continual.gates import judge
+from training.continual.intruders import SiteIntruders, count
+from training.continual.plan import ContinualPlan
+from training.continual.record import RunRecord, StageRecord
+from training.continual.router import fit
+from training.continual.scoring import Scorer
+from training.continual.stage import StageTrainer, Trained, replace_file
+from training.continual.strategies import Outcome, Past, Strategy, strategy_named
+from training.continual.weights import matrices
+from training.data import Dataset, Example, digest_of, read_jsonl, write_jsonl
+
+INTRUDERS, ROUTED, ROUTER = "intruders.json", "routed.json", "router"
+Embed = Callable[[Sequence[Example]], Tensor]  # prompts → embeddings [n, d], see `router.embed`
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's examples."""
+
+    label: str
+    train: Dataset
+    evaluation: Dataset
+    train_file: Path
+    eval_file: Path
+
+
+def prepare_data(plan: ContinualPlan, directory: Path) -> tuple[TaskData, ...]:
+    """Every task's files, built where they are not there yet. Raises what building and reading raise."""
+    found = []
+    for task in plan.tasks:
+        if task.train_file is not None and task.eval_file is not None:
+            train, held = plan.directory / task.train_file, plan.directory / task.eval_file
+        else:
+            place = directory / "data" / task.label
+            train, held = place / "train.jsonl", place / "eval.jsonl"
+            if not place.is_dir():
+                beside = place.with_name(f".{task.label}.partial")
+                shutil.rmtree(beside, ignore_errors=True)
+                build_task(task.task, beside, task.train, task.evaluation, plan.recipe.seed)
+                beside.rename(place)
+        found.append(TaskData(task.label, read_jsonl(train), read_jsonl(held), train, held))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A plan with everything it needs to be run."""
+
+    plan: ContinualPlan
+    directory: Path
+    data: tuple[TaskData, ...]
+    trainer: StageTrainer
+    scorer: Scorer
+    hub: HubFacade
+    console: Console
+    embed: Embed | None = None  # None: no router is fitted
+    layer: int = 0  # of the embeddings
+
+    def __call__(self) -> RunRecord:
+        """Run what is left of the plan; returns the whole record.
+
+        Raises `RunMismatch` where the directory holds another plan's run or the data has changed since, and what
+        training, scoring and the hub raise; then the same call goes on later.
+        """
+        record = self._begin()
+        strategy = strategy_named(self.plan.strategy, self.plan.options, self.plan.reduce_intruders)
+        for index in range(len(record.stages), len(self.plan.tasks)):
+            if record.stopped:
+                break
+            record = _Stage(self, strategy, record, index).run()
+            record.write(self.directory)
+        if self.plan.intruders and record.stages:
+            self._count_intruders(record)
+        if self.embed is not None and not strategy.evolving and len(record.stages) > 1:
+            self._route(record, self.embed)
+        return record
+
+    def _begin(self) -> RunRecord:
+        digests = {}
+        for task in self.data:
+            digests[f"{task.label}/train"] = task.train.digest
+            digests[f"{task.label}/eval"] = task.evaluation.digest
+        try:
+            record = RunRecord.read(self.directory)
+        except RunMissing:
+            record = RunRecord(self.plan.as_dict(), self.plan.digest, digests)
+            record.write(self.directory)
+        if record.plan_digest != self.plan.digest:
+            known = self.plan.as_dict()
+            differs = sorted(key for key in known if json.loads(json.dumps(known[key])) != record.plan.get(key))
+            raise RunMismatch(f"{self.directory} holds a run of another plan (other: {', '.join(differs)})")
+        if changed := sorted(name for name in digests if record.data.get(name) != digests[name]):
+            raise RunMismatch(f"the data has changed since this run began: {', '.join(changed)}")
+        return record
+
+    def stage_directory(self, index: int) -> Path:
+        """Where stage `index` (from 0) lies."""
+        return self.directory / "stages" / f"{index + 1}-{self.plan.labels[index]}"
+
+    def _route(self, record: RunRecord, embed: Embed) -> None:
+        """Fit the router over all adapters, and score every task with each question answered as it chooses."""
+        place, names = self.directory / ROUTED, [stage.version for stage in record.stages]
+        if place.is_file() and json.loads(place.read_text("utf-8"))["names"] == names:
+            return
+        done = self.data[: len(names)]
+        rows = {name: embed(task.train.examples) for name, task in zip(names, done, strict=True)}
+        router = fit(rows, self.layer, self.trainer.base.fingerprint)
+        shutil.rmtree(self.directory / ROUTER, ignore_errors=True)
+        router.write(self.directory / ROUTER)
+        adapters = {name: self.stage_directory(index) / "adapter" for index, name in enumerate(names)}
+        chosen = [[router.choose(row).adapter for row in embed(task.evaluation.examples)] for task in done]
+        scores = self.scorer.routed([[adapters[name] if name else None for name in one] for one in chosen])
+        told = {
+            "names": names,
+            "scores": [_headline(one) for one in scores],
+            "oracle": list(record.stages[-1].row[: len(names)]),
+            "right": [sum(one == name for one in ones) / len(ones) for name, ones in zip(names, chosen, strict=True)],
+            "to_base": [sum(one is None for one in ones) / len(ones) for ones in chosen],
+        }
+        replace_file(place, json.dumps(told).encode())
+
+    def _count_intruders(self, record: RunRecord) -> None:
+        place = self.directory / INTRUDERS
+        names = [stage.task for stage in record.stages]
+        if place.is_file() and list(json.loads(place.read_text("utf-8"))) == names:
+            return
+        adapters = {name: read_factors(self.stage_directory(i) / "adapter") for i, name in enumerate(names)}
+        modules = list(dict.fromkeys(module for factors in adapters.values() for module in factors))
+        self.console.print(f"counting intruder dimensions in {len(modules)} matrices", highlight=False)
+        weights = matrices(self.trainer.base_directory, modules)
+        found = count(weights, adapters, self.plan.recipe.seed)
+        told = {name: [vars(site) for site in sites] for name, sites in found.items()}
+        replace_file(place, json.dumps(told).encode())
+
+
+def read_intruders(directory: Path) -> dict[str, list[SiteIntruders]]:
+    """What was counted at the end of the run in `directory`, by task; empty where nothing was."""
+    place = directory / INTRUDERS
+    if not place.is_file():
+        return {}
+    told = json.loads(place.read_text("utf-8"))
+    return {name: [SiteIntruders(**site) for site in sites] for name, sites in told.items()}
+
+
+def read_routed(directory: Path) -> dict[str, list[Any]] | None:
+    """How the router of the run in `directory` did, by task; None where there is none."""
+    place = directory / ROUTED
+    told: dict[str, list[Any]] | None = json.loads(place.read_text("utf-8")) if place.is_file() else None
+    return told
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage of a run."""
+
+    run_: Run
+    strategy: Strategy
+    record: RunRecord
+    index: int
+
+    @property
+    def directory(self) -> Path:
+        return self.run_.stage_directory(self.index)
+
+    @property
+    def label(self) -> str:
+        return self.run_.plan.labels[self.index]
+
+    def run(self) -> RunRecord:
+        """Do what is left of it; the record with it at the end."""
+        for partial in self.directory.glob(".*"):  # of a process that died while writing
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        total = len(self.run_.plan.tasks)
+        self.run_.console.print(
+            f"stage {self.index + 1} of {total}: {self.label}, {self.strategy.name}", highlight=False
+        )
+        if not (self.directory / "outcome").is_dir():
+            self._learn()
+        outcome = self.outcome(self.index)
+        scores = self._scores()
+        self._adapter(outcome, scores)
+        return self._publish(outcome, scores)
+
+    def _learn(self) -> None:
+        past = self._past()
+        lesson = self.strategy.lesson(past)
+        trained = self.run_.trainer.fit(lesson, self.directory, self.run_.console)
+        outcome = self.strategy.finish(past, trained.factors)
+        outcome = replace(outcome, notes={**lesson.notes, **outcome.notes})
+        output.write_directory(self.directory / "outcome", lambda place: self._save(place, outcome, trained))
+
+    def _past(self) -> Past[Example]:
+        data, base = self.run_.data, self.run_.trainer.base_directory
+        return Past(
+            stage=self.index,
+            examples=data[self.index].train.examples,
+            outcomes=tuple(self.outcome(index) for index in range(self.index)),
+            earlier=tuple(task.train.examples for task in data[: self.index]),
+            answers=lambda _, examples: self._answers(examples),
+            weights=lambda modules: matrices(base, modules),
+            seed=self.run_.plan.recipe.seed,
+        )
+
+    def _answers(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """The adapter before this stage on `examples`; asked once, whatever happens in between."""
+        place = self.directory / "answers.jsonl"
+        if not place.is_file():
+            before = self.run_.stage_directory(self.index - 1) / "outcome" / "served"
+            said = self.run_.scorer.answers(before, examples)
+            replace_file(place, "".join(one.as_line() + "\n" for one in said).encode())
+        return read_jsonl(place).examples if place.stat().st_size else ()
+
+    def _save(self, place: Path, outcome: Outcome[Example], trained: Trained) -> None:
+        base = self.run_.trainer.base.name or ""
+        for name, factors in {"served": outcome.served, **{f"kept-{k}": f for k, f in outcome.kept.items()}}.items():
+            (place / name).mkdir()
+            write_factors(place / name, factors, base)
+        write_jsonl(place / "memory.jsonl", outcome.memory)
+        (place / "notes.json").write_text(json.dumps(dict(outcome.notes)), "utf-8")
+        trained.facts.write(place)
+
+    def outcome(self, index: int) -> Outcome[Example]:
+        """What stage `index` left behind."""
+        place = self.run_.stage_directory(index) / "outcome"
+        memory = place / "memory.jsonl"
+        return Outcome(
+            served=read_factors(place / "served"),
+            kept={one.name.removeprefix("kept-"): read_factors(one) for one in sorted(place.glob("kept-*"))},
+            memory=read_jsonl(memory).examples if memory.stat().st_size else (),
+            notes=json.loads((place / "notes.json").read_text("utf-8")),
+        )
+
+    def _scores(self) -> dict[str, Any]:
+        """{"row", "metrics", "text", and in the first stage "base", "base_text"}: asked once, in one batch."""
+        place = self.directory / "scores.json"
+        if place.is_file():
+            told: dict[str, Any] = json.loads(place.read_text("utf-8"))
+            return told
+        count_, served = len(self.run_.plan.tasks), self.directory / "outcome" / "served"
+        first = self.index == 0
+        exams = range(count_) if self.strategy.evolving else [self.index]
+        cells = [*((exam, None) for exam in range(count_) if first), *((exam, served) for exam in exams)]
+        found = self.run_.scorer.scores(cells)
+        base = [_headline(one) for one in found[:count_]] if first else list(self.record.base_row)
+        own = found[count_:] if first else found
+        if self.strategy.evolving:
+            row, metrics = [_headline(one) for one in own], own[self.index]
+        else:
+            # What an earlier task's own adapter does has not changed; what no task has learned yet, the base answers.
+            before = self.record.stages[-1].row if self.record.stages else base
+            row, metrics = [*before[: self.index], _headline(own[0]), *base[self.index + 1 :]], own[0]
+        told = {"row": row, "metrics": metrics, "base": base, "text": None, "base_text": self.record.base_text_nats}
+        if self.run_.plan.text is not None:
+            nats = self.run_.scorer.text_nats([None, served] if first else [served])
+            told["text"] = nats[-1]
+            told["base_text"] = nats[0] if first else self.record.base_text_nats
+        replace_file(place, json.dumps(told).encode())
+        return told
+
+    def _adapter(self, outcome: Outcome[Example], scores: dict[str, Any]) -> None:
+        """The directory to push: the served factors with the facts of how they came to be."""
+        plan, place = self.run_.plan, self.directory / "adapter"
+        if place.is_dir():
+            return
+        trained = Facts.parse((self.directory / "outcome" / FACTS_FILE).read_bytes())
+        memory = self.directory / "outcome" / "memory.jsonl"
+        datasets = dict(trained.datasets) if isinstance(trained.datasets, dict) else {"files": trained.datasets}
+        told = replace(
+            trained,
+            recipe={
+                **trained.recipe,
+                "continual": {
+                    "strategy": {"name": plan.strategy, **plan.options},
+                    "reduce_intruders": plan.reduce_intruders,
+                    "stage": self.index + 1,
+                    "tasks": list(plan.labels[: self.index + 1]),
+                },
+            },
+            datasets={
+                **datasets,
+                "memory": {"examples": len(outcome.memory), "digest": digest_of(memory.read_bytes())},
+            },
+            metrics={
+                **trained.metrics,
+                **{f"continual_{name}": value for name, value in outcome.notes.items()},
+                "scores": dict(zip(plan.labels, scores["row"], strict=True)),
+                **({"text_nats_per_token": scores["text"]} if scores["text"] is not None else {}),
+            },
+        )
+
+        def save(directory: Path) -> None:
+            write_factors(directory, outcome.served, self.run_.trainer.base.name or "")
+            (directory / "README.md").write_text(output.model_card(self.run_.trainer.base.name or "", told), "utf-8")
+            told.write(directory)
+
+        output.write_directory(place, save)
+
+    def _publish(self, outcome: Outcome[Example], scores: dict[str, Any]) -> RunRecord:
+        run, plan = self.run_, self.run_.plan
+        before = self.record.stages[-1] if self.record.stages else None
+        parent = before.version if before is not None and self.strategy.inherits else None
+        name = plan.name if self.strategy.evolving else f"{plan.name}-{self.label}"
+        place = self.directory / "adapter"
+        version = run.hub.push(place, name, base=plan.base, parents=[parent] if parent else []).version
+        rows = [*(stage.row for stage in self.record.stages), tuple(scores["row"])]
+        promoted = [index for index, stage in enumerate(self.record.stages) if stage.promoted]
+        text = (scores["base_text"], scores["text"]) if scores["text"] is not None else None
+        refusals = tuple(fall.text for fall in judge(plan.gates, plan.labels, rows, promoted, text))
+        if not refusals:
+            expected = _last_number(self.record, name)
+            refusals = _promote(run.hub, name, version.number, plan.gates.alias, expected)
+        for words in refusals:
+            run.console.print(f"{version.text} is not promoted: {words}", highlight=False, soft_wrap=True)
+        if not refusals:
+            run.console.print(f"{version.text} is {name}:{plan.gates.alias} now", highlight=False)
+        kept = sum(file.stat().st_size for one in (self.directory / "outcome").glob("kept-*") for file in one.iterdir())
+        memory = (self.directory / "outcome" / "memory.jsonl").read_bytes()
+        trained = Facts.parse((self.directory / "outcome" / FACTS_FILE).read_bytes())
+        stage = StageRecord(
+            task=self.label,
+            version=version.text,
+            digest=str(version.digest),
+            parent=parent,
+            row=tuple(scores["row"]),
+            metrics=scores["metrics"],
+            promoted=not refusals,
+            refusals=refusals,
+            text_nats=scores["text"],
+            seconds=float(trained.metrics.get("seconds", 0.0)),
+            adapter_bytes=(place / "adapter_model.safetensors").stat().st_size,
+            kept_bytes=kept,
+            memory_bytes=len(memory),
+            memory_digest=digest_of(memory) if memory else None,
+            notes=outcome.notes,
+        )
+        return replace(
+            self.record,
+            base_row=tuple(scores["base"]),
+            base_text_nats=scores["base_text"],
+            stages=(*self.record.stages, stage),
+            stopped=bool(refusals) and plan.gates.after_refusal == "stop",
+        )
+
+
+def _promote(hub: HubFacade, name: str, number: int, alias: str, expected: int | None) -> tuple[str, ...]:
+    """Move the alias from what this run promoted last; why it could not be moved, if so.
+
+    Compare-and-swap: what somebody else promoted meanwhile is theirs, and is not overwritten. Where this run has
+    promoted nothing yet, whatever the alias holds is what is replaced.
+    """
+    held = hub.aliases(name).get(alias)
+    if held is not None and held.version == number and len(held.targets) <= 1:
+        return ()  # by this run, before it was stopped
+    if expected is None:
+        expected = held.version if held is not None else 0
+    try:
+        hub.tag(f"{name}@{number}", alias, expect=expected)
+    except AliasMoved as error:
+        return (f"somebody else moved the alias: {error}",)
+    return ()
+
+
+def _last_number(record: RunRecord, name: str) -> int | None:
+    """The version of `name` that this run promoted last."""
+    numbers = [
+        int(s.version.rpartition("@")[2]) for s in record.stages if s.promoted and s.version.startswith(f"{name}@")
+    ]
+    return numbers[-1] if numbers else None
+
+
+def _headline(metrics: dict[str, float]) -> float:
+    return next(iter(metrics.values()))

@@ -1,0 +1,135 @@
+"""Scores of many adapters on many tasks, all answers from one call of the engine that will serve them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from server.config import EngineLimits, ModelConfig, Quantization
+from training.data import Example, Message
+from training.evaluate import Generator, Prompt
+from training.metrics import Measured
+from training.tasks import Task
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A task's questions."""
+
+    label: str
+    task: Task
+    examples: tuple[Example, ...]
+
+
+Cell = tuple[int, Path | None]  # (which exam, an adapter's directory or the base)
+
+
+class Scorer(Protocol):
+    """What a run needs to know of models. Raises `GenerationFailed` when any question stays without an answer."""
+
+    def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
+        """All metrics of each cell."""
+        ...
+
+    def answers(self, adapter: Path, examples: Sequence[Example]) -> list[Example]:
+        """The same prompts with the adapter's own answers; those it answers with nothing are left out."""
+        ...
+
+    def routed(self, choices: Sequence[Sequence[Path | None]]) -> list[dict[str, float]]:
+        """All metrics of each exam, each of its questions answered by the model chosen for it."""
+        ...
+
+    def text_nats(self, adapters: Sequence[Path | None]) -> list[float]:
+        """Cross-entropy of each model on the held-out text, nats a token."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineScorer:
+    """Scores through `server.engine`, greedily, every adapter in the same batches."""
+
+    base: str
+    base_directory: Path
+    exams: tuple[Exam, ...]
+    quantize: Quantization = "none"
+    threads: int = 0
+    text: str | None = None  # the held-out text itself
+    text_windows: int = 64
+
+    def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
+        """See `Scorer`."""
+        return self._measure([(exam, [adapter] * len(self.exams[exam].examples)) for exam, adapter in cells])
+
+    def routed(self, choices: Sequence[Sequence[Path | None]]) -> list[dict[str, float]]:
+        """See `Scorer`."""
+        return self._measure(list(enumerate(choices)))
+
+    def _measure(self, cells: Sequence[tuple[int, Sequence[Path | None]]]) -> list[dict[str, float]]:
+        prompts: list[Prompt] = []
+        spans: list[slice] = []
+        for exam, adapters in cells:
+            asked = self.exams[exam]
+            begin = len(prompts)
+            prompts += [
+                Prompt(one.prompt, None if adapter is None else str(adapter), asked.task.max_new_tokens)
+                for one, adapter in zip(asked.examples, adapters, strict=True)
+            ]
+            spans.append(slice(begin, len(prompts)))
+        answers = self._ask(prompts)
+        return [
+            headline_first(
+                self.exams[exam].task, self.exams[exam].task.measure(self.exams[exam].examples, answers[span])
+            )
+            for (exam, _), span in zip(cells, spans, strict=True)
+        ]
+
+    def answers(self, adapter: Path, examples: Sequence[Example]) -> list[Example]:
+        """See `Scorer`."""
+        longest = max(exam.task.max_new_tokens for exam in self.exams)
+        said = self._ask([Prompt(one.prompt, str(adapter), longest) for one in examples])
+        return [
+            Example((*one.prompt, Message("assistant", answer)), one.gold)
+            for one, answer in zip(examples, said, strict=True)
+            if answer.strip()
+        ]
+
+    def text_nats(self, adapters: Sequence[Path | None]) -> list[float]:
+        """See `Scorer`; in float32, each model by itself, see `training.text_loss`."""
+        from training.engine_generator import find_adapters
+        from training.text_loss import text_losses
+
+        assert self.text is not None
+        found = find_adapters([str(one) for one in adapters if one is not None], None)
+        files = {None if a is None else str(a): None if a is None else found.fetch(found.uses[str(a)].digest)
+                 for a in adapters}  # fmt: skip
+        losses = text_losses(self.base_directory, files, self.text, self.text_windows)
+        return [losses[None if one is None else str(one)].value for one in adapters]
+
+    def _ask(self, prompts: Sequence[Prompt]) -> list[str]:
+        from server.engine.engine import Engine
+        from training.engine_generator import EngineGenerator, find_adapters
+
+        names = list(dict.fromkeys(prompt.adapter for prompt in prompts if prompt.adapter is not None))
+        adapters = find_adapters(names, None)
+        config = ModelConfig(base=self.base, quantization=self.quantize, threads=self.threads)
+        with closing(Engine.build(config, EngineLimits(), adapters.fetch)) as engine:
+            return answers_in_order(prompts, EngineGenerator(engine, adapters.uses))
+
+
+def answers_in_order(prompts: Sequence[Prompt], generator: Generator) -> list[str]:
+    """The answers, asked shortest prompt first with neighbours of all tasks and adapters, so that batches are full."""
+    order = sorted(range(len(prompts)), key=lambda index: sum(len(m.content) for m in prompts[index].messages))
+    said = generator.generate([prompts[index] for index in order])
+    answers = [""] * len(prompts)
+    for index, answer in zip(order, said, strict=True):
+        answers[index] = answer
+    return answers
+
+
+def headline_first(task: Task, measured: Mapping[str, Measured]) -> dict[str, float]:
+    """The metrics by name, the one that the matrix holds first."""
+    names = [task.headline, *(name for name in measured if name != task.headline)]
+    return {name: measured[name].value for name in names}

@@ -1,0 +1,402 @@
+"""Ways to learn task after task, behind one contract.
+
+A strategy says what a stage trains (a `Lesson`) and what becomes of the result (an `Outcome`). It knows neither the
+trainer nor the model: a `Lesson` is examples, values to begin with, and rules for the factors; whoever trains it gives
+back factors. One suite (tests/training/continual/test_strategies.py) runs over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from training.continual import intruders
+from training.continual.errors import ContinualPlanInvalid
+from training.continual.factors import Factors, Pair
+from training.continual.merging import HOWS, How, merge
+from training.continual.replay import Line, draw, remember
+from training.continual.rules import SiteRule
+
+E = TypeVar("E", bound=Line)
+Weights = Callable[[Sequence[str]], Any]  # modules → pairs (module, W [out, in] float32), in that order
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[E]):
+    """What a stage leaves behind."""
+
+    served: Factors  # what answers; its bytes are the adapter's
+    kept: Mapping[str, Factors] = field(default_factory=dict)  # what later stages need besides
+    memory: tuple[E, ...] = ()  # examples kept for replay
+    notes: Mapping[str, float] = field(default_factory=dict)  # numbers for the report
+
+
+@dataclass(frozen=True)
+class Past(Generic[E]):
+    """What a stage starts from."""
+
+    stage: int  # from 0
+    examples: tuple[E, ...]  # the new task's
+    outcomes: tuple[Outcome[E], ...]  # of all stages before, in order
+    earlier: tuple[tuple[E, ...], ...]  # all examples of all tasks before; only `joint` may look at them
+    answers: Callable[[Factors, Sequence[E]], Sequence[E]]  # the same prompts with an adapter's own answers
+    weights: Weights
+    seed: int
+
+    @property
+    def previous(self) -> Outcome[E] | None:
+        """The stage before, if any."""
+        return self.outcomes[-1] if self.outcomes else None
+
+
+@dataclass(frozen=True)
+class Lesson(Generic[E]):
+    """What one stage trains."""
+
+    examples: tuple[E, ...]
+    start: Factors | None = None  # values to begin with; None: a fresh adapter
+    grow: bool = False  # add a fresh adapter's rows after those of `start`
+    rules: Mapping[str, SiteRule] = field(default_factory=dict)  # by module
+    rule: Callable[[str, Any], SiteRule | None] | None = field(default=None, repr=False)  # for modules without `start`
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+class Strategy(Protocol):
+    """The contract.
+
+    `lesson` and `finish` are functions of their arguments alone, so that a stage that was cut short is begun again, or
+    gone on with, to the same end. `finish` gets the factors that training gave back: of `start`'s ranks (plus a fresh
+    adapter's with `grow`), with the rules kept. What it returns as `served` is a plain LoRA, to be served by anyone
+    alone; `memory` and `kept` are all that later stages see of this one's data and weights. Past examples are used by
+    the strategies that declare it only: `earlier` by none but `joint`, which is a bound and no method.
+
+    `evolving`: one adapter, the newest, answers every task. Otherwise each task is answered by its own stage's, and
+    tasks yet to come by the base. `inherits`: a stage is made from the one before, its parent in the hub.
+    """
+
+    @property
+    def name(self) -> str:
+        """As plans name it."""
+        ...
+
+    @property
+    def evolving(self) -> bool:
+        """See above."""
+        ...
+
+    @property
+    def inherits(self) -> bool:
+        """See above."""
+        ...
+
+    def lesson(self, past: Past[E]) -> Lesson[E]:
+        """What to train."""
+        ...
+
+    def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
+        """What becomes of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Isolated:
+    """A fresh adapter for each task, which nothing after it touches; a router picks one by the prompt."""
+
+    name: str = "isolated"
+    evolving: bool = False
+    inherits: bool = False
+
+    def lesson(self, past: Past[E]) -> Lesson[E]:
+        """The task, from nothing."""
+        return Lesson(past.examples)
+
+    def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
+        """As trained."""
+        return Outcome(trained)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """All tasks so far at once, from nothing: what is reached where no data is ever gone. A bound, not a method."""
+
+    name: str = "joint"
+    evolving: bool = True
+    inherits: bool = False
+
+    def lesson(self, past: Past[E]) -> Lesson[E]:
+        """Every example there ever was."""
+        return Lesson(tuple(one for task in (*past.earlier, past.examples) for one in task))
+
+    def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
+        """As trained."""
+        return Outcome(trained)
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """One adapter trained on and on: what happens where nobody minds."""
+
+    name: str = "sequential"
+    evolving: bool = True
+    inherits: bool = True
+
+    def lesson(self, past: Past[E]) -> Lesson[E]:
+        """The new task, from the adapter so far."""
+        return Lesson(past.examples, start=past.previous.served if past.previous else None)
+
+    def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
+        """As trained."""
+        return Outcome(trained)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Sequential, with a share of kept examples of earlier tasks among the new ones."""
+
+    share: float = 0.05  # of a stage's examples
+    capacity: int = 500  # examples kept, all tasks together
+    own_answers: bool = False  # the earlier adapter's answers to those prompts instead of the data's
+    name: str = "replay"
+    evolving: bool = True
+    inherits: bool = True
+
+    def __post_init__(self) -> None:
+        _between(self.name, "share", self.share, 0, 0.5)
+        _between(self.name, "capacity", self.capacity, 0, 1_000_000)
+
+    def lesson(self, past: Past[E]) -> Lesson[E]:
+        """The new task and a draw from the memory.
+
+        With `own_answers` the adapter before this stage answers the drawn prompts itself, so that what is replayed lies
+        where that adapter is, not where its data was; drawn examples it has no answer to are left out.
+        """
+        if past.previous is None:
+            return Lesson(past.examples)
+        served = past.previous.served
+        drawn: Sequence[E] = draw(past.previous.memory, self.share, len(past.examples), past.seed, past.stage)
+        asked = len(drawn)
+        if self.own_answers and drawn:
+            drawn = past.answers(served, drawn)
+        notes = {"replayed": len(drawn), "unanswered": asked - len(drawn)}
+        return Lesson((*past.examples, *drawn), start=served, notes=notes)
+
+    def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
+        """As trained, and the memory with some of this task."""
+        memory = past.previous.memory if past.previous else ()
+        return Outcome(trained, memory=remember(memory, past.examples, self.capacity, past.seed))
+
+
+@dataclass(frozen=True)
+class OLora:
+    """New rows for each task, pushed away from all earlier ones (Wang et al. 2023, arXiv:2310.14152).
+
+    Earlier factors stay as they are and answer along: ΔW = Σ bᵢ aᵢ. The loss of a step gets
+    weight · Σ ‖a_new aᵢᵀ‖² over all matrices. The adapter grows by a recipe's rank a stage, exactly, by factors side by
+    side.
+    """
+
+    weight: float = 0.5
+    name: str = "o-lora"
+    evolving: bool = True
+    inherits: bool = True
+
+    def __post_init__(self) -> None:
+        _between(self.name, "weight", self.weight, 0, 1e9)
+
+    def lesson(self, past: Past[E]) -> Lesson[E]:
+        """The new task, in new rows."""
+        if past.previous is None:
+            return Lesson(past.examples)
+        before = past.previous.served
+        rules = {module: SiteRule(pair.rank, pair.a, self.weight) for module, pair in before.items()}
+        return Lesson(past.examples, start=before, grow=True, rules=rules)
+
+    def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
+        """As trained: earlier rows and new ones."""
+        return Outcome(trained)
+
+
+@dataclass(frozen=True)
+class Slao:
+    """One merged adapter of constant size (Qiao and Mahdavi 2025, arXiv:2512.23017).
+
+    Stage i (from 1) begins with a = Qᵀ of QR(aᵀ) and b of stage i-1 as it was *trained*; afterwards
+    a_merged = a_trained and b_merged += (b_trained - b_merged) / √i. The trained factors are kept beside the served.
+    """
+
+    name: str = "slao"
+    evolving: bool = True
+    inherits: bool = True
+
+    def lesson(self, past: Past[E]) -> Lesson[E]:
+        """The new task, from the last trained factors with a made orthonormal."""
+        if past.previous is None:
+            return Lesson(past.examples)
+        trained = past.previous.kept["trained"]
+        return Lesson(past.examples, start={module: Pair(orthonormal(p.a), p.b) for module, p in trained.items()})
+
+    def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
+        """The merge."""
+        if past.previous is None:
+            return Outcome(trained, {"trained": trained, "merged": trained})
+        before, step = past.previous.kept["merged"], (past.stage + 1) ** -0.5
+        merged = {m: Pair(p.a, before[m].b + step * (p.b - before[m].b)) for m, p in trained.items()}
+        return Outcome(merged, {"trained": trained, "merged": merged})
+
+
+@dataclass(frozen=True)
+class Osf:
+    """Training in what the weights so far leave over: orthogonal to their strongest singular directions.
+
+    Orthogonal subspace fine-tuning (Nayak et al. 2025, arXiv:2504.07097) trains all but the `keep` strongest singular
+    triples of W. PEFT's OSF saves those whole (as large as the base, and it cannot read an NF4 base), which nobody can
+    serve beside others. Here the same constraint holds for a LoRA: each stage adds rows whose b is orthogonal to the
+    left and whose a is orthogonal to the right `keep` strongest singular vectors of W + Σ earlier ΔW.
+    """
+
+    keep: float = 0.5  # of the smaller side's singular directions
+    name: str = "osf"
+    evolving: bool = True
+    inherits: bool = True
+
+    def __post_init__(self) -> None:
+        _between(self.name, "keep", self.keep, 0.01, 0.99)
+
+    def lesson(self, past: Past[E]) -> Lesson[E]:
+        """The new task, in new rows outside the strongest directions."""
+        if past.previous is None:
+            return Lesson(past.examples, rule=lambda module, weight: self.guard(weight, None))
+        before = past.previous.served
+        rules = {module: self.guard(weight, before[module]) for module, weight in past.weights(list(before))}
+        return Lesson(past.examples, start=before, grow=True, rules=rules)
+
+    def guard(self, weight: torch.Tensor, before: Pair | None) -> SiteRule:
+        """The directions of one matrix to keep out of."""
+        now = weight.float() if before is None else weight.float() + before.delta()
+        u, _, vt = torch.linalg.svd(now, full_matrices=False)
+        kept = max(1, min(int(self.keep * min(now.shape)), min(now.shape) - 1))
+        return SiteRule(before.rank if before else 0, left=u[:, :kept].contiguous(), right=vt[:kept].T.contiguous())
+
+    def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
+        """As trained: earlier rows and new ones."""
+        return Outcome(trained)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A fresh adapter for each task; all of them merged into one after each stage. The task adapters are kept."""
+
+    how: How = "ties"
+    density: float = 0.2  # of each ΔW's entries, for "ties"
+    rank_factor: float = 2.0  # the merged rank, as a multiple of a task adapter's
+    name: str = "merge"
+    evolving: bool = True
+    inherits: bool = True
+
+    def __post_init__(self) -> None:
+        _between(self.name, "density", self.density, 1e-4, 1)
+        _between(self.name, "rank_factor", self.rank_factor, 0.1, 64)
+        if self.how not in HOWS:
+            raise ContinualPlanInvalid(f"strategy merge: how is one of {', '.join(HOWS)}, not {self.how!r}")
+
+    def lesson(self, past: Past[E]) -> Lesson[E]:
+        """The task, from nothing."""
+        return Lesson(past.examples)
+
+    def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
+        """The merge of this task's adapter with all before."""
+        kept = {"trained": trained}
+        if past.previous is None:
+            return Outcome(trained, kept)
+        rank = max(1, round(max(pair.rank for pair in trained.values()) * self.rank_factor))
+        merged = merge([*(one.kept["trained"] for one in past.outcomes), trained], self.how, rank, self.density)
+        return Outcome(merged.factors, kept, notes={"merge_error": merged.error})
+
+
+@dataclass(frozen=True)
+class Reducing:
+    """Another strategy, whose served adapter loses a share of its intruder dimensions after every stage.
+
+    What the strategy keeps for itself is not touched; a strategy that goes on from what was served goes on from the
+    reduced adapter.
+    """
+
+    inner: Strategy
+    share: float = 0.25  # of every intruder, taken out; see `intruders.reduce`
+    name: str = field(init=False)
+    evolving: bool = field(init=False)
+    inherits: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        _between("reduce_intruders", "share", self.share, 0, 1)
+        object.__setattr__(self, "name", f"{self.inner.name}+reduced")
+        object.__setattr__(self, "evolving", self.inner.evolving)
+        object.__setattr__(self, "inherits", self.inner.inherits)
+
+    def lesson(self, past: Past[E]) -> Lesson[E]:
+        """The inner strategy's."""
+        return self.inner.lesson(past)
+
+    def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
+        """The inner strategy's, reduced."""
+        done = self.inner.finish(past, trained)
+        reduced = intruders.reduce(past.weights(list(done.served)), done.served, self.share)
+        notes = {**done.notes, "intruders_reduced": reduced.removed, "reduction_error": reduced.error}
+        return Outcome(reduced.factors, done.kept, done.memory, notes)
+
+
+KINDS: Mapping[str, Callable[..., Strategy]] = {
+    "isolated": Isolated,
+    "sequential": Sequential,
+    "replay": Replay,
+    "on-policy-replay": lambda **given: Replay(**{"share": 0.05, **given, "own_answers": True,
+                                                  "name": "on-policy-replay"}),
+    "o-lora": OLora,
+    "slao": Slao,
+    "osf": Osf,
+    "merge": Merge,
+    "joint": Joint,
+}  # fmt: skip
+_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "replay": ("share", "capacity"),
+    "on-policy-replay": ("share", "capacity"),
+    "o-lora": ("weight",),
+    "osf": ("keep",),
+    "merge": ("how", "density", "rank_factor"),
+}
+
+
+def strategy_named(name: str, options: Mapping[str, Any], reduce_share: float | None = None) -> Strategy:
+    """The strategy of that name with its options; raises `ContinualPlanInvalid`."""
+    if name not in KINDS:
+        raise ContinualPlanInvalid(f"there is no strategy {name!r}; there are: {', '.join(KINDS)}")
+    known = _OPTIONS.get(name, ())
+    for option, value in options.items():
+        if option not in known:
+            raise ContinualPlanInvalid(
+                f"strategy {name} has no option {option!r}; it has: {', '.join(known) or 'none'}"
+            )
+        if option != "how" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ContinualPlanInvalid(f"strategy {name}: {option} is a number, not {value!r}")
+    if not isinstance(options.get("capacity", 0), int):
+        raise ContinualPlanInvalid(f"strategy {name}: capacity is a whole number, not {options['capacity']!r}")
+    made = KINDS[name](**options)
+    return made if reduce_share is None else Reducing(made, reduce_share)
+
+
+def orthonormal(a: torch.Tensor) -> torch.Tensor:
+    """The rows of `a` [r, in] made orthonormal by QR of aᵀ, R's diagonal positive, so that there is one answer."""
+    q, r = torch.linalg.qr(a.T)
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
+    rows: torch.Tensor = (q * signs).T.contiguous()
+    return rows
+
+
+def _between(strategy: str, option: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ContinualPlanInvalid(
+            f"strategy {strategy}: {option} must lie between {low:g} and {high:g}, not {value:g}"
+        )
