@@ -220,9 +220,8 @@ def _serve(config: ServerConfig) -> int:
     from server.api.serving import serve as run
 
     # What a typing error breaks is found out before anything is bound or loaded.
-    config = replace(
-        config, model=replace(config.model, base=find_base(config.model.base, config.hub, config.trusted_keys))
-    )
+    base = find_base(config.model.base, config.hub, config.trusted_keys)
+    config = replace(config, model=replace(config.model, base=base))
     locate_base(base)
     with requiring(open_hub(config.hub), config.trusted_keys) as opened:
         leases = HubLeases(opened, config.lease_seconds) if config.lease_seconds else None
