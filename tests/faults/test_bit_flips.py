@@ -15,8 +15,8 @@ from hub.hub import Hub
 from tests.faults.full import FULL, times
 from tests.hub.making import lora_tensors, write_adapter
 
-FLIPS = times(10_000, 300)
-CATALOG_FLIPS = times(2_000, 60)
+FLIPS = times(10_000, 150)
+CATALOG_FLIPS = times(2_000, 30)
 
 
 @pytest.fixture
