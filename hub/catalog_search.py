@@ -126,6 +126,8 @@ def _statement(query: Query, after: tuple[str, int], few: Sequence[MetricTest]) 
             .scalar_subquery()
         )
         statement = statement.join(a, a.c.full_name == v.c.full_name).where(v.c.number == newest)
+        if after != ("", 0):
+            statement = statement.where(a.c.full_name >= after[0])  # or a later page walks all before it again
     if query.pattern is not None:
         prefix = query.pattern[: next((i for i, char in enumerate(query.pattern) if char in _WILD), None)]
         if prefix == query.pattern:

@@ -15,7 +15,7 @@ from tests.faults.full import times
 from tests.faults.power_cut import VolatileDisk
 from tests.hub.making import lora_tensors, write_adapter
 
-SLICE = times(1, 4)  # every so manyth cut is looked at
+SLICE = times(1, 6)  # every so manyth cut is looked at
 
 
 @dataclass

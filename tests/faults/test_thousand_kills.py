@@ -15,8 +15,8 @@ from hub.hub import Hub
 from tests.faults.full import FULL, times
 from tests.hub.making import lora_tensors, write_adapter
 
-KILLS = times(1000, 40)
-LIVES = 20  # between two looks at the hub
+KILLS = times(1000, 20)
+LIVES = times(20, 12)  # between two looks at the hub
 
 
 @pytest.mark.timeout(3000 if FULL else 120)
