@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final
 
 from hub import pull
 from hub.adapter_dir import parse_adapter
+from hub.arguments import check_has
 from hub.base import base_identity
 from hub.errors import BlobCorrupt, UploadLost
 from hub.fingerprint import known_shapes
-from hub.hub import check_has
 from hub.lineage import relation
 from hub.progress import Progress
 from hub.publishing import identity_of, pushed_aliases
