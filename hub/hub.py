@@ -9,9 +9,10 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Final, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 from hub import adopting, catalog, fsck, location, publishing, pull, signature_store, verify
+from hub.arguments import check_has, checked_holder, checked_time
 from hub.base import base_identity
 from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
@@ -19,9 +20,6 @@ from hub.errors import (
     AdapterNotFound,
     AliasMoved,
     BlobCorrupt,
-    FileNotInVersion,
-    QueryInvalid,
-    RefInvalid,
 )
 from hub.fingerprint import known_shapes
 from hub.gate import Gate, Promotion
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
     from hub.facade import HubFacade
 
 __all__ = ["AliasState", "Event", "Hub", "Lease", "Problem", "PushResult", "Swept", "Version"]
-MAX_LEASE_SECONDS: Final = 10 * 365 * 24 * 3600.0
 
 
 class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
@@ -316,7 +313,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         Called again by the same holder it sets the end anew. Raises what `resolve` raises, RefInvalid for a holder
         that is no short printable line, QueryInvalid for a time that is no number or longer than ten years.
         """
-        return self._catalog.lease(_parsed(ref), checked_holder(holder), _checked_time(seconds))
+        return self._catalog.lease(_parsed(ref), checked_holder(holder), checked_time(seconds))
 
     def release(self, ref: AdapterRef | str, holder: str) -> None:
         """Take a lease or pin back; nothing happens where there is none. Raises what `resolve` raises."""
@@ -375,30 +372,8 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         return Version(record.full_name, record.number, record.digest, manifest, manifest.created)
 
 
-def check_has(version: Version, filename: str) -> None:
-    """Raise FileNotInVersion where the version has no such file."""
-    if filename not in version.manifest.files:
-        raise FileNotInVersion(
-            f"{version.text} has no file {filename[:80]!a}; it has {', '.join(version.manifest.files)}"
-        )
-
-
 def _exact(version: Version) -> AdapterRef:
     return replace(AdapterRef.parse(version.full_name), selector=version.digest)
-
-
-def checked_holder(text: str) -> str:
-    """A lease's holder as it is; raises RefInvalid."""
-    if not 0 < len(text) <= 200 or not text.isprintable():
-        raise RefInvalid("a holder is a printable line of at most 200 characters")
-    return text
-
-
-def _checked_time(seconds: float | None) -> float | None:
-    # NaN would be kept as NULL, which is a pin.
-    if seconds is not None and not abs(seconds) <= MAX_LEASE_SECONDS:
-        raise QueryInvalid("a lease lasts at most ten years; a pin has no end")
-    return seconds
 
 
 def _parsed(ref: AdapterRef | str) -> AdapterRef:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hub.arguments import checked_holder
 from hub.gate import Gate, Promotion
 from hub.gate_evaluation import Scores
-from hub.hub import checked_holder
 from hub.refs import AdapterRef, Alias
 from hub.remote import messages
 from hub.remote.calls import RemoteCalls, parsed

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hub import pull
+from hub.arguments import check_has
 from hub.base import base_identity
 from hub.errors import BlobCorrupt, UploadLost
 from hub.fingerprint import known_shapes
-from hub.hub import check_has
 from hub.lineage import relation
 from hub.parsing import parse_directory
 from hub.progress import Progress
