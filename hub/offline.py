@@ -107,7 +107,7 @@ class OfflineHub:
 
     def read_file(self, version: Version | Digest | str, filename: str) -> bytes:
         """The bytes of one file, checked; raises NotCached, FileNotInVersion."""
-        from hub.hub import check_has
+        from hub.arguments import check_has
         from hub.verify import read_checked
 
         found = version if isinstance(version, Version) else self.get(version)
