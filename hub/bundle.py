@@ -62,7 +62,7 @@ class BundleWriter:
                 self._sizes.setdefault(_digest(data), len(data))
             for entry in arrival.manifest.files.values():
                 self._sizes.setdefault(entry.sha256, entry.bytes)
-        self._index = json_text.canonical(
+        self._index = _signed_off(
             {
                 "schema": SCHEMA,
                 "versions": [
@@ -253,7 +253,7 @@ class Bundle:
                 needed |= {digest, *signatures}
                 manifest = Manifest.parse(self._small(digest, MAX_MANIFEST_BYTES))
                 for name, entry in manifest.files.items():
-                    if entry.bytes > (file_limit(name) or -1) or sizes.get(entry.sha256) != entry.bytes:
+                    if entry.bytes > (file_limit(name, manifest.kind) or -1) or sizes.get(entry.sha256) != entry.bytes:
                         raise BundleRefused(
                             f"{told['name']}: {name[:80]!a} is no file of an adapter, or not in the bundle"
                         )
@@ -295,13 +295,21 @@ class Bundle:
             yield chunk
 
 
+def _signed_off(index: dict[str, Any]) -> bytes:
+    """The index with its own digest: names of aliases and numbers are in nothing else that has one."""
+    return json_text.canonical({**index, "sha256": json_text.digest_of(index)})
+
+
 def _parsed(data: bytes) -> dict[str, Any]:
     try:
         index = json_text.parse_object(data, max_bytes=MAX_INDEX_BYTES)
+        told = index.pop("sha256", None)
         if index.keys() != {"schema", "versions", "aliases", "blobs"} or index["schema"] != SCHEMA:
             raise ValueError("is of a kind this release does not read")
         if not 1 <= len(index["versions"]) <= MAX_ARRIVALS:
             raise ValueError(f"lists {len(index['versions'])} versions; 1 to {MAX_ARRIVALS} are taken")
+        if told != json_text.digest_of(index) or data != _signed_off(index):
+            raise ValueError("is damaged: it does not have the digest in it")
     except (ValueError, TypeError) as error:
         raise BundleRefused(f"the bundle's index {error}") from error
     return index

@@ -31,7 +31,10 @@ def parse_directory(directory: Path, *, progress: Progress | None = None) -> Par
     return parse_adapter(directory, progress=progress)
 
 
-def file_limit(name: str) -> int | None:
-    """The most bytes a version's file of this name may have; None: neither adapters nor models have one."""
-    limits = [limit for limit in (FILE_LIMITS.get(name), model_file_limit(name)) if limit is not None]
-    return max(limits, default=None)
+def file_limit(name: str, kind: str | None = None) -> int | None:
+    """The most bytes a version's file of this name may have; None: there is none.
+
+    `kind`: a manifest's, "adapter" or "model"; None where it is not known yet.
+    """
+    limits = {"adapter": FILE_LIMITS.get(name), "model": model_file_limit(name)}
+    return max((limit for each, limit in limits.items() if limit is not None and kind in (None, each)), default=None)
