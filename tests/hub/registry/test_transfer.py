@@ -63,8 +63,8 @@ def test_a_transfer_that_is_cut_goes_on_where_it_was(
     proxy.close()
     assert proxy.done >= 2
     assert files_of(tmp_path / "out") == files_of(source)
-    # What was under way at each of three cuts comes again, at most gRPC's window of 4 MiB; from the beginning it would be
-    # 15 MiB more.
+    # What was under way at each of three cuts comes again, at most gRPC's window of 4 MiB each; from the beginning it
+    # would be 15 MiB more.
     assert proxy.bytes[direction] < size + 12 * MIB, "bytes that had arrived came again"
     assert store.verify() == []
 
