@@ -39,7 +39,7 @@ demo: venv ## data, training, hub, serving, hot swap and merge on the embedded m
 WAITING := tests/hub tests/faults tests/hostile tests/training
 
 test: check ## the checks, then every test: the quick ones first, then those with the real model
-	$(MAKE) --no-print-directory -k -j2 --output-sync=line test-waiting test-computing
+	$(MAKE) --no-print-directory -k -j2 test-waiting test-computing
 	$(BOUNDED) $(PY) -m pytest -q -m real
 
 test-waiting: venv
