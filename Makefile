@@ -12,7 +12,7 @@ PROTOS := protos/loraplex/v1/*.proto
 BOUNDED := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-waiting test-computing bench check lint types imports stubs-fresh docs-fresh protos docs serve clean
+.PHONY: help venv demo test test-hub test-serving test-training bench check lint types imports stubs-fresh docs-fresh protos docs serve clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,18 +35,22 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: venv ## data, training, hub, serving, hot swap and merge on the embedded model (12 minutes on 2 cores)
 	$(BOUNDED) $(VENV)/bin/hub demo
 
-# Two halves side by side: one waits for disks and services, the other computes. Everything new is in the second.
-WAITING := tests/hub tests/faults tests/hostile tests/training
+# Three parts, two at a time: one waits for disks and services, the others compute. What is new is in the second.
+HUB_TESTS := tests/hub tests/faults tests/hostile
+TRAINING_TESTS := tests/training
 
 test: check ## the checks, then every test: the quick ones first, then those with the real model
-	$(MAKE) --no-print-directory -k -j2 test-waiting test-computing
+	$(MAKE) --no-print-directory -k -j2 test-hub test-serving test-training
 	$(BOUNDED) $(PY) -m pytest -q -m real
 
-test-waiting: venv
-	$(BOUNDED) $(PY) -m pytest -q -m "not real" $(WAITING)
+test-hub: venv
+	$(BOUNDED) $(PY) -m pytest -q -m "not real" $(HUB_TESTS)
 
-test-computing: venv
-	$(BOUNDED) $(PY) -m pytest -q -m "not real" tests $(addprefix --ignore=,$(WAITING))
+test-serving: venv
+	$(BOUNDED) $(PY) -m pytest -q -m "not real" tests $(addprefix --ignore=,$(HUB_TESTS) $(TRAINING_TESTS))
+
+test-training: venv
+	$(BOUNDED) $(PY) -m pytest -q -m "not real" $(TRAINING_TESTS)
 
 bench: venv ## every benchmark in sequence, tables to benchmarks/results/ (about 20 quiet minutes)
 	$(BOUNDED) $(PY) -m benchmarks $(BENCH_ARGS)
