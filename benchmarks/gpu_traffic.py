@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu_bench import Bench, Report
 from benchmarks.gpu_engine import NEW, PROMPT, packed_world
-from benchmarks.gpu_steps import host_copy_seconds
+from benchmarks.gpu_steps import copy_seconds
 
 
 def swap(bench: Bench) -> Report:
@@ -20,7 +20,7 @@ def swap(bench: Bench) -> Report:
     rows, swaps, new = (2, 1, 4) if bench.tiny else (32, 12, 400)
     size = world.rank * world.row_bytes
     raw = torch.empty(size, dtype=torch.uint8, pin_memory=bench.device == "cuda")
-    floor = host_copy_seconds(bench, raw, torch.empty_like(raw, device=bench.device))
+    floor = copy_seconds(bench, raw, torch.empty_like(raw, device=bench.device))
     uses = [str(row % 2) for row in range(rows)]
     world.run(uses, 3 if bench.tiny else PROMPT, 2)
     world.steps.loads.clear()

@@ -58,8 +58,8 @@ def compiled(name: str, constants: Sequence[tuple[str, int]], capability: tuple[
             log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
             nvrtc.nvrtcGetProgramLog(program, log)
             raise CompileError(log.decode(errors="replace").rstrip("\0 \n"))
-        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-        nvrtc.nvrtcGetCUBIN(program, code)
+        code: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     return code

@@ -1,4 +1,4 @@
-"""The NF4 product in CUDA: its own source run on the CPU by a stand-in for the device, and on a GPU where there is one."""
+"""The NF4 product in CUDA: its own source on the CPU, with a stand-in for the device; on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def on_the_cpu(cut: Cut, width: int, half: bool, wide: bool) -> ctypes.CDLL:
     defined = [f"-D{name}={value}" for name, value in nf4_cuda.constants(cut, width, half, wide)]
     subprocess.run(
         [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-DLORAPLEX_HOST", *defined, "-include", "host_cuda.h",
-         "-I", str(HERE), "-I", str(Path(nf4_cuda.__file__).parent), str(folder / "run.cpp"), "-o", str(folder / "run.so")],
+         "-I", str(HERE), "-I", str(Path(nf4_cuda.__file__).parent), str(folder / "run.cpp"),
+         "-o", str(folder / "run.so")],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     return ctypes.CDLL(str(folder / "run.so"))
@@ -63,7 +64,8 @@ def product(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None, cut: Cut, wal
     tensors = [x, weight.codes, weight.scales, table, bias, y, parts, counters]
     at = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors]
     on_the_cpu(cut, width, x.dtype == torch.float16, wide).run(
-        min(tiles, walkers), slices, ctypes.c_long(cut.shared), at[0], ctypes.c_longlong(x.stride(0)), *at[1:], rows, out,
+        min(tiles, walkers), slices, ctypes.c_long(cut.shared), at[0], ctypes.c_longlong(x.stride(0)), *at[1:],
+        rows, out,
     )  # fmt: skip
     assert not counters.any()
     return y
@@ -90,7 +92,7 @@ def meaning(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None) -> Tensor:
     [
         (Cut(1, 16, 2, warps=8), 1, 40, 1024, False, 2),  # one slice; two groups walk three tiles, the last not full
         (Cut(2, 32, 2, 2, warps=8), 2, 70, 2048, False, 1),  # two steps
-        (Cut(8, 16, 2, 2, warps=8), 6, 33, 2880, True, 2),  # two slices, of which the second has an odd number of blocks
+        (Cut(8, 16, 2, 2, warps=8), 6, 33, 2880, True, 2),  # two slices, the second of an odd number of blocks
         (Cut(8, 32, 2), 5, 33, 640, True, 1),  # ten blocks for sixteen warps; an odd number of outputs
         (Cut(16, 16, 4, warps=8), 11, 50, 1088, False, 4),  # a warp with one of four blocks
         (Cut(8, 48, 4), 8, 48, 4096, False, 1),  # as a large model's
