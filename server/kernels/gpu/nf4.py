@@ -17,11 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.kernels.gpu import nf4_cuda
 from server.kernels.gpu.launch import multiply, power_of_two, precision
 from server.kernels.gpu.nf4_levels import unpack_asm
 
 FUSED_ROWS = 64
 BLOCK = 64  # weights that share a scale
+PARTS = 1 << 23  # numbers in which groups of threads leave each other parts of sums: enough for 64 rows of an 8B model
 
 _ASM = {torch.bfloat16: unpack_asm(torch.bfloat16), torch.float16: unpack_asm(torch.float16)}
 
@@ -91,7 +93,7 @@ class Workspace:
     The counters are zero between launches: the last program of each tile of the output resets its own.
     """
 
-    def __init__(self, device: torch.device | str, parts: int = 1 << 22, tiles: int = 1 << 14) -> None:
+    def __init__(self, device: torch.device | str, parts: int = PARTS, tiles: int = 1 << 14) -> None:
         self.parts = torch.empty(parts, dtype=torch.float32, device=device)
         self.counters = torch.zeros(tiles, dtype=torch.int32, device=device)
 
@@ -132,6 +134,10 @@ def matmul(
         raise ValueError(f"x of {width} columns times a weight [{out}, {expected}]")
     if rows > FUSED_ROWS:
         return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+    if x.is_cuda and cut is None:
+        done = nf4_cuda.product(x, weight.codes, weight.scales, bias, workspace.parts, workspace.counters)
+        if done is not None:
+            return done
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     cut = cut or tiling(rows, out, width)
     tiles, padded = -(-out // cut.columns), power_of_two(rows)

@@ -1,0 +1,111 @@
+"""Kernels written in CUDA C++, compiled by NVRTC on the machine that runs them. Both come with torch's CUDA build.
+
+Only what Triton cannot say is written this way. Where NVRTC or the driver's bindings are missing, `available` is False
+and Triton's kernels do the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HERE = Path(__file__).parent
+
+
+class CompileError(Exception):
+    """NVRTC refused a source of ours; the text is its log."""
+
+
+@functools.cache
+def compilable() -> bool:
+    """Whether NVRTC is here."""
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except Exception:  # the bindings raise several kinds where the library is missing
+        return False
+    return True
+
+
+@functools.cache
+def available() -> bool:
+    """Whether kernels can be compiled and launched here."""
+    return torch.cuda.is_available() and compilable()
+
+
+def compiled(name: str, constants: Sequence[tuple[str, int]], capability: tuple[int, int]) -> bytes:
+    """Machine code (a cubin) of `name`.cu beside this file with these constants defined; needs no GPU.
+
+    Raises `CompileError`.
+    """
+    from cuda.bindings import nvrtc
+
+    source = (_HERE / f"{name}.cu").read_bytes()
+    # 9.0 in full has instructions that later cards lack; what is compiled here runs on this card alone.
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"--std=c++17"]
+    options += [f"-D{key}={value}".encode() for key, value in constants]
+    program = _checked(nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], []))
+    try:
+        (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise CompileError(log.decode(errors="replace").rstrip("\0 \n"))
+        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        nvrtc.nvrtcGetCUBIN(program, code)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return code
+
+
+class Wide(int):
+    """An argument of 64 bits."""
+
+
+class Function:
+    """One kernel of one source on one device.
+
+    name: of the source file and of the `extern "C"` kernel in it. shared: bytes of dynamic shared memory.
+    """
+
+    def __init__(self, name: str, constants: Sequence[tuple[str, int]], shared: int, device: torch.device) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self.shared = shared
+        with torch.cuda.device(device):
+            torch.empty(1, device=device)  # makes torch's context this thread's
+            code = compiled(name, constants, torch.cuda.get_device_capability(device))
+            self._module = _checked(driver.cuModuleLoadData(code))
+            self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(self._function, attribute, shared))
+
+    def __call__(self, grid: tuple[int, int], threads: int, *arguments: Tensor | int | None) -> None:
+        """Launch on the current stream.
+
+        A Tensor is passed as its address, None as a null pointer, an int as 32 bits, a `Wide` as 64.
+        """
+        values = tuple(a.data_ptr() if isinstance(a, Tensor) else int(a or 0) for a in arguments)
+        types = tuple(ctypes.c_int if type(a) is int else ctypes.c_void_p for a in arguments)
+        stream = torch.cuda.current_stream().cuda_stream
+        _checked(
+            self._driver.cuLaunchKernel(
+                self._function, *grid, 1, threads, 1, 1, self.shared, stream, (values, types), 0
+            )
+        )
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    """The value of a driver's or NVRTC's answer; raises RuntimeError where it is an error."""
+    code, *values = answer
+    if int(code) != 0:
+        raise RuntimeError(f"CUDA: {code!r}")
+    return values[0] if values else None

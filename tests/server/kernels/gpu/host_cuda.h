@@ -1,0 +1,161 @@
+// A CUDA kernel of ours on the CPU: one block at a time, its threads as fibers that run until they wait for each other.
+// Stands in for what nf4_product.cu defines for the device; nothing here is fast.
+#pragma once
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+struct alignas(8) Pair { u32 x, y; };
+struct alignas(16) Quad { u32 x, y, z, w; };
+struct alignas(16) Floats { float x, y, z, w; };
+struct Three { int x, y, z; };
+
+static Three gridDim, blockIdx;
+static int THREAD;
+static u8* host_room;
+
+constexpr int THREADS = 256;
+static ucontext_t scheduler, fibers[THREADS];
+static bool done[THREADS];
+static int block_waiting, block_turn;
+static int warp_waiting[THREADS / 32], warp_turn[THREADS / 32];
+
+static void pause_fiber() {
+    const int me = THREAD;
+    swapcontext(&fibers[me], &scheduler);
+}
+
+static void meet(int& waiting, int& turn, int all) {
+    const int mine = turn;
+    if (++waiting == all) {
+        waiting = 0;
+        turn++;
+    } else {
+        while (turn == mine) pause_fiber();
+    }
+}
+
+#define KERNEL static void
+#define DEVICE static inline
+#define UNROLL
+#define ROLLED
+#define SHARED_TABLE(type, name, count) alignas(16) static type name[count]
+#define SHARED_ROOM(name) u8* name = host_room
+#define BARRIER() meet(block_waiting, block_turn, THREADS)
+#define FENCE() ((void)0)
+#define COUNT(address) ((*(address))++)
+
+static inline int min(int a, int b) { return a < b ? a : b; }
+
+static inline void read_codes(Pair& p, const u8* at, int wanted) {
+    if (wanted) memcpy(&p, at, 8);
+}
+
+static inline void copy16(void* to, const void* from, bool there) {
+    if (there)
+        memcpy(to, from, 16);
+    else
+        memset(to, 0, 16);
+}
+
+static inline void arrived() {}
+
+static inline float from_half(u16 bits) {
+    _Float16 h;
+    memcpy(&h, &bits, 2);
+    return (float)h;
+}
+
+static inline float widen(u16 bits) {
+#if HALF
+    return from_half(bits);
+#else
+    u32 wide = (u32)bits << 16;
+    float f;
+    memcpy(&f, &wide, 4);
+    return f;
+#endif
+}
+
+static inline u16 narrow(float f) {
+#if HALF
+    _Float16 h = (_Float16)f;
+    u16 bits;
+    memcpy(&bits, &h, 2);
+    return bits;
+#else
+    u32 wide;
+    memcpy(&wide, &f, 4);
+    return (u16)((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+#endif
+}
+
+static inline Floats read_uncached(const Floats* at) { return *at; }
+
+// What the lanes of a warp hold of a and b in one multiplication; two in turn, since no lane is two ahead of another.
+static u32 held[2][THREADS][6];
+static int multiplied[THREADS];
+
+static inline void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    const int me = THREAD, warp = me / 32, lane = me % 32, first = warp * 32;
+    u32(*now)[6] = held[multiplied[me]++ & 1];
+    const u32 own[6] = {a0, a1, a2, a3, b0, b1};
+    memcpy(now[me], own, sizeof own);
+    meet(warp_waiting[warp], warp_turn[warp], 32);
+    // By the PTX manual: a[row][k], b[k][column], d[row][column] of m16n8k16.
+    const auto part = [](u32 word, int odd) { return widen((u16)(word >> (16 * odd))); };
+    const auto a = [&](int row, int k) {
+        return part(now[first + row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k & 1);
+    };
+    const auto b = [&](int k, int column) { return part(now[first + column * 4 + k % 8 / 2][4 + k / 8], k & 1); };
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        double sum = d[i];
+        for (int k = 0; k < 16; k++) sum += (double)a(row, k) * b(k, column);
+        d[i] = (float)sum;
+    }
+}
+
+// Runs `body` once for every thread of every block.
+template <class Body>
+static void launch(int columns, int rows, size_t room_bytes, const Body& body) {
+    static const Body* current;
+    current = &body;
+    host_room = (u8*)aligned_alloc(16, (room_bytes + 15) / 16 * 16);
+    std::vector<std::vector<u8>> stacks(THREADS, std::vector<u8>(1 << 17));
+    gridDim = {columns, rows, 1};
+    for (int y = 0; y < rows; y++)
+        for (int x = columns - 1; x >= 0; x--) {
+            blockIdx = {x, y, 0};
+            memset(host_room, 0xff, room_bytes);  // NaN
+            memset(multiplied, 0, sizeof multiplied);
+            for (int i = 0; i < THREADS; i++) {
+                done[i] = false;
+                getcontext(&fibers[i]);
+                fibers[i].uc_stack = {stacks[i].data(), 0, stacks[i].size()};
+                fibers[i].uc_link = &scheduler;
+                makecontext(&fibers[i], (void (*)()) + [] {
+                    const int me = THREAD;
+                    (*current)();
+                    done[me] = true;
+                }, 0);
+            }
+            for (int left = THREADS; left;) {
+                left = 0;
+                for (int i = 0; i < THREADS; i++)
+                    if (!done[i]) {
+                        THREAD = i;
+                        swapcontext(&scheduler, &fibers[i]);
+                        left += !done[i];
+                    }
+            }
+        }
+    free(host_room);
+}

@@ -1,0 +1,154 @@
+"""The NF4 product in CUDA: its own source run on the CPU by a stand-in for the device, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from server.kernels.gpu import cuda, nf4, nf4_cuda
+from server.kernels.gpu.nf4_cuda import Cut
+from server.kernels.gpu.nf4_levels import LEVELS
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++") or shutil.which("c++")
+RUN = """
+#include "nf4_product.cu"
+extern "C" void run(int columns, int slices, long room, const u16* x, long long x_stride, const u8* codes,
+                    const void* scales, const u16* levels, const u16* bias, u16* y, float* parts, int* counters,
+                    int rows, int out, int width) {
+    launch(columns, slices, room, [&] {
+        nf4_product(x, x_stride, codes, scales, levels, bias, y, parts, counters, rows, out, width);
+    });
+}
+"""
+TYPES = [torch.bfloat16, torch.float16]
+LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@functools.cache
+def on_the_cpu(cut: Cut, half: bool, wide: bool, even: bool) -> ctypes.CDLL:
+    """The kernel's source as a C++ program."""
+    assert COMPILER is not None
+    folder = Path(tempfile.mkdtemp())
+    (folder / "run.cpp").write_text(RUN)
+    defined = [f"-D{name}={value}" for name, value in nf4_cuda.constants(cut, half, wide, even)]
+    subprocess.run(
+        [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-DLORAPLEX_HOST", *defined, "-include", "host_cuda.h",
+         "-I", str(HERE), "-I", str(Path(nf4_cuda.__file__).parent), str(folder / "run.cpp"), "-o", str(folder / "run.so")],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return ctypes.CDLL(str(folder / "run.so"))
+
+
+def product(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None, cut: Cut, walkers: int) -> Tensor:
+    """As `nf4_cuda.product` launches it, on the CPU, with everything that is to be written poisoned."""
+    rows, width = x.shape
+    out = weight.codes.shape[0]
+    even, wide = width // 64 % cut.blocks == 0, weight.scales.dtype == torch.float32
+    slices, tiles = cut.slices(width), cut.tiles(out)
+    y = torch.full((rows, out), float("nan"), dtype=x.dtype)
+    parts = torch.full((max(1, cut.parts(out, width)),), float("nan"))
+    counters = torch.zeros(tiles, dtype=torch.int32)
+    table = torch.tensor(LEVELS).to(x.dtype)
+    tensors = [x, weight.codes, weight.scales, table, bias, y, parts, counters]
+    at = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors]
+    on_the_cpu(cut, x.dtype == torch.float16, wide, even).run(
+        min(tiles, walkers), slices, ctypes.c_long(cut.shared), at[0], ctypes.c_longlong(x.stride(0)), *at[1:], rows, out,
+        width,
+    )  # fmt: skip
+    assert not counters.any()
+    return y
+
+
+def weight_of(out: int, width: int, wide: bool) -> nf4.Nf4Weight:
+    codes = torch.randint(0, 256, (out, width // 2), dtype=torch.uint8)
+    scales = (torch.rand(out, width // 64) + 0.5) * width**-0.5
+    return nf4.Nf4Weight(codes, scales if wide else scales.half(), torch.tensor(LEVELS))
+
+
+def meaning(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None) -> Tensor:
+    """In float64, by plain torch."""
+    codes = torch.stack([weight.codes >> 4, weight.codes & 15], -1).flatten(1).long()
+    dense = weight.levels.double()[codes] * weight.scales.double().repeat_interleave(64, 1)
+    y = x.double() @ dense.T
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", TYPES, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("cut", "rows", "out", "width", "wide", "walkers"),
+    [
+        (Cut(1, 16, 1), 1, 40, 512, False, 2),  # one slice; two groups walk three tiles, of which the last is not full
+        (Cut(2, 32, 2, 2), 2, 70, 2048, False, 1),  # two steps
+        (Cut(8, 16, 1, 3), 6, 33, 2880, True, 2),  # three steps, two slices, of which the second is not full
+        (Cut(8, 32, 1), 5, 33, 640, True, 1),  # a slice that holds two of eight warps' blocks; an odd number of outputs
+        (Cut(16, 16, 2), 11, 50, 1088, False, 4),  # a warp with one of two blocks
+        (Cut(8, 48, 4), 8, 48, 4096, False, 1),  # as a large model's
+        (Cut(32, 16, 2), 31, 20, 2048, False, 1),
+        (Cut(64, 16, 1), 64, 17, 1536, False, 2),  # sums in two passes, three slices
+        (Cut(64, 32, 1), 33, 40, 576, True, 2),
+    ],
+)
+def test_the_source_on_the_cpu(
+    dtype: torch.dtype, cut: Cut, rows: int, out: int, width: int, wide: bool, walkers: int
+) -> None:
+    weight = weight_of(out, width, wide)
+    bias = torch.randn(out).to(dtype) if rows % 2 else None
+    x = torch.randn(rows, width + 8).to(dtype)[:, :width]  # rows with something between them
+    y = product(x, weight, bias, cut, walkers)
+    expected = meaning(x, weight, bias)
+    assert (y.double() - expected).norm() <= LIMIT[dtype] * expected.norm()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_the_order_of_a_sum_is_the_cuts_alone() -> None:
+    """Who comes last, and how many others there are, changes no bit."""
+    weight, cut = weight_of(80, 1024, False), Cut(8, 16, 1)
+    x = torch.randn(8, 1024).bfloat16()
+    whole = product(x, weight, None, cut, 5)
+    assert torch.equal(whole, product(x, weight, None, cut, 2))
+    assert torch.equal(whole[3:4], product(x[3:4], weight, None, cut, 1))
+
+
+def test_a_large_models_products_fit_the_card() -> None:
+    """An H200 has 132 processors of 228 KiB, an L4 58 of 100 KiB, whose shared memory is too small for 64 rows."""
+    for count, limit, most in ((132, 228 << 10, 64), (58, 100 << 10, 32)):
+        for out, width in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (1024, 64), (960, 576)):
+            for rows in (1, 8, 16, 32, most):
+                cut = nf4_cuda.best(rows, out, width, count, limit)
+                assert cut is not None, (limit, rows)
+                assert cut.parts(out, width) <= nf4.PARTS
+                assert cut.rows >= rows
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None and not cuda.compilable(), reason="no compiler for CUDA")
+@pytest.mark.parametrize("rows", [8, 16, 32, 64])
+def test_it_compiles_for_an_h200_without_spills(rows: int, tmp_path: Path) -> None:
+    chosen = {nf4_cuda.best(rows, *shape, 132, 228 << 10) for shape in ((6144, 4096), (28672, 4096), (4096, 14336))}
+    for cut in chosen:
+        assert cut is not None
+        assert cuda.compiled("nf4_product", nf4_cuda.constants(cut, False, False, True), (9, 0))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_what_triton_gives() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    for rows, out, width in ((1, 4096, 4096), (7, 1000, 576), (33, 4096, 14336), (64, 6144, 4096)):
+        weight = weight_of(out, width, False)
+        there = nf4.Nf4Weight(weight.codes.cuda(), weight.scales.cuda(), weight.levels.cuda())
+        x = torch.randn(rows, width).bfloat16()
+        y = nf4.matmul(x.cuda(), there, nf4.Workspace("cuda"))
+        expected = meaning(x, weight, None)
+        assert (y.cpu().double() - expected).norm() <= 1e-2 * expected.norm()
