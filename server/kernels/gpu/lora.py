@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.kernels.gpu import lora_cuda
 from server.kernels.gpu.launch import dependent, dependent_launch, multiply, precision, processors
 from server.kernels.gpu.lora_decode import expand_rows, shrink_rows
 from server.kernels.gpu.lora_plan import GROUP, HEADER, PIECE, RANKS, LoraPlan
@@ -28,7 +29,7 @@ _GROUP = tl.constexpr(GROUP)
 _PIECE = tl.constexpr(PIECE)
 
 _LARGEST_DECODE = 16  # tokens of a group that the decode step's kernels take
-_MOST_SPLITS = 16
+MOST_SPLITS = 16  # of the input in a decode step
 _PROMPT_COLUMNS = 128  # output columns of a unit of the prompts' expand
 
 
@@ -45,6 +46,7 @@ class Tiling:
 
 
 _TILING = Tiling()
+_CUT = lora_cuda.Cut()
 
 
 class LoraSites:
@@ -96,7 +98,7 @@ def splits(tokens: int, width: int) -> int:
 def _share(width: int) -> int:
     """Inputs of one part in a decode step: 16 KiB of an adapter's numbers, or more where the parts would be many."""
     share = 512
-    while share * _MOST_SPLITS < width:
+    while share * MOST_SPLITS < width:
         share *= 2
     return share
 
@@ -119,7 +121,7 @@ def lora_add(
     plan: LoraPlan,
     h: Tensor | None = None,
     programs: int | None = None,
-    tiling: Tiling = _TILING,
+    tiling: Tiling | lora_cuda.Cut | None = None,
 ) -> None:
     """`reference.lora_add` in place, for all sites: y [T, sum of out], x [T, in], both with contiguous rows.
 
@@ -134,21 +136,22 @@ def lora_add(
         h = scratch(plan, sites)
     elif h.numel() < scratch_elements(plan, sites):
         raise ValueError("the scratch memory is too small for these sites")
-    launch = _add_prompts if plan.tokens > _LARGEST_DECODE else _add_rows
-    launch(y, x, sites, plan, h, programs, tiling)
-
-
-def _add_rows(
-    y: Tensor, x: Tensor, sites: LoraSites, plan: LoraPlan, h: Tensor, programs: int | None, tiling: Tiling
-) -> None:
+    if plan.tokens > _LARGEST_DECODE:
+        _add_prompts(y, x, sites, plan, h, programs)
+        return
+    if tiling is None:
+        tiling = _CUT if sites.aligned and plan.tokens == 8 and lora_cuda.fits(x, y) else _TILING
     _shrink_rows(x, sites, plan, h, programs, tiling)
     _expand_rows(y, sites, plan, h, programs, tiling)
 
 
 def _shrink_rows(
-    x: Tensor, sites: LoraSites, plan: LoraPlan, h: Tensor, programs: int | None, tiling: Tiling
+    x: Tensor, sites: LoraSites, plan: LoraPlan, h: Tensor, programs: int | None, tiling: Tiling | lora_cuda.Cut
 ) -> None:
     parts, share, here = splits(plan.tokens, sites.width), _share(sites.width), processors(x.device)
+    if isinstance(tiling, lora_cuda.Cut):
+        lora_cuda.shrink(x, plan.buffer, plan.piece_at, plan.pieces, sites.a, h, parts, share, tiling)
+        return
     early = tiling.early and dependent(x.device)
     options = dependent_launch(x.device) if early else {}
     warps = 4 if share <= 512 else 8
@@ -176,9 +179,12 @@ def _shrink_rows(
 
 
 def _expand_rows(
-    y: Tensor, sites: LoraSites, plan: LoraPlan, h: Tensor, programs: int | None, tiling: Tiling
+    y: Tensor, sites: LoraSites, plan: LoraPlan, h: Tensor, programs: int | None, tiling: Tiling | lora_cuda.Cut
 ) -> None:
     tiles, parts, here = sites.tiles(tiling.columns), splits(plan.tokens, sites.width), processors(y.device)
+    if isinstance(tiling, lora_cuda.Cut):
+        lora_cuda.expand(y, plan.buffer, plan.piece_at, plan.groups, tiles, h, sites.count, parts, tiling)
+        return
     early = tiling.early and dependent(y.device)
     options = dependent_launch(y.device) if early else {}
     expand_rows[(programs or min(tiling.expand_programs * here, plan.groups * tiles.shape[0]),)](
@@ -204,9 +210,7 @@ def _expand_rows(
     )
 
 
-def _add_prompts(
-    y: Tensor, x: Tensor, sites: LoraSites, plan: LoraPlan, h: Tensor, programs: int | None, tiling: Tiling
-) -> None:
+def _add_prompts(y: Tensor, x: Tensor, sites: LoraSites, plan: LoraPlan, h: Tensor, programs: int | None) -> None:
     tiles, here = sites.tiles(_PROMPT_COLUMNS), processors(x.device)
     _shrink[(programs or 4 * here,)](
         x,

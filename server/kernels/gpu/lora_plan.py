@@ -46,9 +46,7 @@ class LoraPlan:
         groups: list[bytes] = []
         pieces: list[bytes] = []
         for first, last, active in _runs(segments):
-            rows = [
-                (row, min(RANKS, r1 - row), weight) for r0, r1, weight in active for row in range(r0, r1, RANKS)
-            ]
+            rows = [(row, min(RANKS, r1 - row), weight) for r0, r1, weight in active for row in range(r0, r1, RANKS)]
             for t0 in range(first, last, self.tokens):
                 span = (t0, min(self.tokens, last - t0))
                 groups.append(struct.pack("=iiiiiifi", *span, len(pieces), len(pieces) + len(rows), *rows[0], 0))
