@@ -1,30 +1,31 @@
 """A verified copy, on this machine, of blobs that are kept far away.
 
     <root>/sha256/<first two digits>/<64 hex digits>     whole and checked when they were fetched
-    <root>/partial/<64 hex digits>                       a fetch under way, or one that was cut short and can go on
+    <root>/partial/                                      fetches under way, or cut short (see `hub.blobs.partials`)
 
 Nothing is taken on trust: a blob enters only when its bytes have its digest, and is hashed again each time it is
 opened; a copy that was damaged here is fetched anew. Blobs that are here can be read while the far store is away.
+Nothing is locked either: a file here is written by one process, before it has its name, and replaced as a whole.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import os
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
 from hub.blobs import BlobInfo, BlobStore, Unfinished
+from hub.blobs.partials import Partials
 from hub.blobs.s3 import S3BlobStore
 from hub.errors import BlobCorrupt, HubUnavailable
+from hub.full_write import write_all
 from hub.refs import Digest
 
 CACHE_BYTES: Final = 20 * 1024**3
@@ -46,6 +47,7 @@ class CachedBlobStore(BlobStore):
         self._far = far
         self._blobs = root / "sha256"
         self._partial = root / "partial"
+        self._partials = Partials(self._partial)
         self._max_bytes = max_bytes
 
     def put(self, source: BinaryIO) -> tuple[Digest, int]:
@@ -107,34 +109,25 @@ class CachedBlobStore(BlobStore):
         return self._blobs / hex_digits[:2] / hex_digits
 
     def _fetch(self, digest: Digest, path: Path) -> BinaryIO:
-        for directory in (self._partial, path.parent):
-            directory.mkdir(parents=True, exist_ok=True)
-        partial = self._partial / path.name
-        file = _claim(partial)
-        if file is None:  # another process is at it: beside it, for oneself
-            partial = partial.with_name(f"{path.name}.{uuid.uuid4().hex}")
-            file = _claim(partial)
-            assert file is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._partials.begin(digest)
         try:
-            self._fill(digest, file)
-            partial.replace(path)
+            self._fill(digest, partial.file)
+            partial.publish(path)
+            self._partials.remove(digest)
             _touch(path)
             self._make_room(path)
         except BlobCorrupt:
-            partial.unlink(missing_ok=True)
-            file.close()
+            partial.file.close()
+            self._partials.remove(digest)  # what others left of it is no better
             raise
         except FileNotFoundError:
-            pass  # somebody moved the same bytes there; ours are open
+            pass  # somebody removed the cache; the file is open
         except BaseException:
-            if partial.name != path.name or not os.fstat(file.fileno()).st_size:
-                partial.unlink(missing_ok=True)
-            file.close()
+            partial.keep()
             raise
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_UN)
-        file.seek(0)
-        return file
+        partial.file.seek(0)
+        return io.BufferedReader(partial.file)
 
     def _fill(self, digest: Digest, file: BinaryIO) -> None:
         """Fetch what the file lacks; raises BlobCorrupt where the whole does not come to `digest`."""
@@ -155,7 +148,7 @@ class CachedBlobStore(BlobStore):
 
         def take(chunk: bytes) -> None:
             hasher.update(chunk)
-            file.write(chunk)
+            write_all(file, chunk)
 
         if not begun or begun < self._far.info(digest).bytes:
             self._far.fetch(digest, take, begun)
@@ -193,24 +186,6 @@ class CachedBlobStore(BlobStore):
                 total -= size
 
 
-def _claim(path: Path) -> BinaryIO | None:
-    """The file to write, begun or new; None where another process is writing it.
-
-    Where locks do nothing, both write the same bytes to the same places.
-    """
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-            file.close()
-            raise
-    return file
-
-
 def _touch(path: Path) -> None:
     """Note that the copy was opened just now, for `_make_room`; finer than the kernel's own clock for files."""
     now = time.time_ns()
@@ -231,7 +206,5 @@ def _open_sound(path: Path, digest: Digest) -> BinaryIO | None:
             return file
     except OSError:
         pass  # unreadable is as good as damaged
-    file.close()
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
+    file.close()  # and left to be replaced: another may have done it by now
     return None

@@ -1,14 +1,13 @@
 """What a client keeps of a shared hub: verified bytes, and what names meant when they were last asked.
 
 <root>/blobs/      verified files and manifests, by SHA-256 (a `LocalBlobStore`)
-<root>/partial/    downloads that were cut, going on where they end
+<root>/partial/    downloads that were cut, going on where they end (see `hub.blobs.partials`)
 <root>/known/      one small file for each name asked: the version it meant, when, and the newest event's number then
 <root>/signatures/  those of a version, under its digest, as the server gave them last
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -26,6 +25,7 @@ from typing import Final
 import platformdirs
 
 from hub.blobs.local import LocalBlobStore
+from hub.blobs.partials import Partials
 from hub.errors import BlobNotFound, HubError, HubUnavailable
 from hub.manifest import MAX_MANIFEST_BYTES, Manifest
 from hub.refs import Digest
@@ -63,6 +63,7 @@ class Cache:
     def __init__(self, root: Path, max_bytes: int = DEFAULT_BYTES) -> None:
         self.blobs = LocalBlobStore(root / "blobs")
         self._partial = root / "partial"
+        self._partials = Partials(self._partial)
         self._known = root / "known"
         self.signatures = root / "signatures"  # see `hub.remote.remote_signatures`
         self._max_bytes = max_bytes
@@ -134,35 +135,19 @@ class Cache:
 
     @contextmanager
     def partial(self, digest: Digest) -> Iterator[FileIO]:
-        """A file to append a download to, that goes on where an earlier one was cut; one process at a time.
+        """A file of one's own to append a download to, that goes on where an earlier one was cut.
 
-        Others meanwhile get a file of their own. Whoever finishes removes it. Where locks do nothing several write one
-        file, each at its own place in it: what they write there is the same.
+        It is kept for the next, unless it is said to have `finished`.
         """
-        path = self._partial / digest.hex
-        file = _begun(path)
+        partial = self._partials.begin(digest)
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Another may have finished and removed it between the opening and the lock.
-                mine = path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino
-            except OSError:
-                mine = False
-            if not mine:
-                file.close()
-                path = self._partial / f"{digest.hex}.{uuid.uuid4().hex}"
-                file = _begun(path)
-            try:
-                yield file
-            finally:
-                if not mine:
-                    path.unlink(missing_ok=True)
+            yield partial.file
         finally:
-            file.close()
+            partial.keep()
 
     def finished(self, digest: Digest) -> None:
-        """A download came to its end: its partial file is of no more use."""
-        (self._partial / digest.hex).unlink(missing_ok=True)
+        """A download came to its end: partial files of it are of no more use."""
+        self._partials.remove(digest)
         self._grown = True
 
     def damaged(self, digest: Digest) -> None:
@@ -223,11 +208,6 @@ class Cache:
 
     def _path(self, name: str) -> Path:
         return self._known / hashlib.sha256(name.encode()).hexdigest()
-
-
-def _begun(path: Path) -> FileIO:
-    """A file to write at one's own place in it, not (as in append mode) at its end; begun or new."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
 
 
 def _read(path: Path) -> Known | None:

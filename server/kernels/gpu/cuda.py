@@ -81,7 +81,9 @@ class Function:
         self._driver = driver
         self.shared = shared
         with torch.cuda.device(device):
-            torch.empty(1, device=device)  # makes torch's context this thread's
+            # torch's context, in whichever thread this is.
+            context = _checked(driver.cuDevicePrimaryCtxRetain(torch.cuda.current_device()))
+            _checked(driver.cuCtxSetCurrent(context))
             code = compiled(name, constants, torch.cuda.get_device_capability(device))
             self._module = _checked(driver.cuModuleLoadData(code))
             self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))

@@ -11,9 +11,9 @@ from torch import Tensor
 from server.kernels.gpu import cuda
 from server.kernels.gpu.launch import dependent, processors
 
-THREADS = 128
 WARPS = 4
-STEP = 512  # inputs that a group of threads takes at a time
+THREADS = 32 * WARPS
+STEP = 128 * WARPS  # inputs that a group of threads takes at a time
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def shrink_constants(
     """What the shrink is compiled with."""
     return (
         ("EXPAND", 0),
+        ("WARPS", WARPS),
         ("HALF", int(dtype == torch.float16)),
         ("SITES", sites),
         ("SPLITS", splits),
@@ -82,6 +83,7 @@ def expand_constants(dtype: torch.dtype, sites: int, splits: int, cut: Cut) -> t
     """What the expand is compiled with."""
     return (
         ("EXPAND", 1),
+        ("WARPS", WARPS),
         ("HALF", int(dtype == torch.float16)),
         ("SITES", sites),
         ("SPLITS", splits),

@@ -11,6 +11,7 @@
 //   SITES   linears that share x
 //   SPLITS  parts of the input, STEPS * 512 inputs each
 //   STEPS   times 512 inputs
+//   WARPS   of a thread group: 4
 //   WIDTH   inputs
 //   BLOCKS  times 64 columns: a tile of the expand
 //   GROUPS  thread groups that are to fit a processor

@@ -51,9 +51,9 @@ def files_of(directory: Path) -> dict[str, bytes]:
 def test_a_transfer_that_is_cut_goes_on_where_it_was(
     direction: str, server: RegistryServer, tokens: TokenStore, store: Hub, tmp_path: Path
 ) -> None:
-    source = large_adapter(tmp_path / "a")
+    source = large_adapter(tmp_path / "a", 24)
     size = (source / "adapter_model.safetensors").stat().st_size
-    proxy = CuttingProxy(server.address, direction, after=5 * MIB, cuts=3)
+    proxy = CuttingProxy(server.address, direction, after=10 * MIB, cuts=3)
     with through(proxy, tokens, tmp_path / "cache") as hub:
         if direction == "down":
             store.push(source, "x")
@@ -63,9 +63,9 @@ def test_a_transfer_that_is_cut_goes_on_where_it_was(
     proxy.close()
     assert proxy.done >= 2
     assert files_of(tmp_path / "out") == files_of(source)
-    # What was under way at each of three cuts comes again, at most gRPC's window of 4 MiB each; from the beginning it
-    # would be 15 MiB more.
-    assert proxy.bytes[direction] < size + 12 * MIB, "bytes that had arrived came again"
+    # What was under way at a cut comes again: gRPC holds 2 to 6 MiB for a reader that lags. From the beginning it would
+    # be 10 MiB more for each cut.
+    assert proxy.bytes[direction] < size + 8 * MIB * proxy.done, "bytes that had arrived came again"
     assert store.verify() == []
 
 

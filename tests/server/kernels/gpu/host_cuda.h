@@ -12,7 +12,6 @@ typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
 typedef uint64_t u64;
-struct alignas(8) Pair { u32 x, y; };
 struct alignas(16) Quad { u32 x, y, z, w; };
 struct alignas(16) Floats { float x, y, z, w; };
 struct Three { int x, y, z; };
@@ -21,14 +20,10 @@ static Three gridDim, blockIdx;
 static int THREAD;
 static u8* host_room;
 
-#ifndef HOST_THREADS
-#define HOST_THREADS 256
-#endif
-constexpr int THREADS = HOST_THREADS;
-static ucontext_t scheduler, fibers[THREADS];
-static bool done[THREADS];
+static ucontext_t scheduler, fibers[32 * WARPS];
+static bool done[32 * WARPS];
 static int block_waiting, block_turn;
-static int warp_waiting[THREADS / 32], warp_turn[THREADS / 32];
+static int warp_waiting[WARPS], warp_turn[WARPS];
 
 static void pause_fiber() {
     const int me = THREAD;
@@ -52,14 +47,14 @@ static void meet(int& waiting, int& turn, int all) {
 #define SOME_AT_A_TIME
 #define SHARED_TABLE(type, name, count) alignas(16) static type name[count]
 #define SHARED_ROOM(name) u8* name = host_room
-#define BARRIER() meet(block_waiting, block_turn, THREADS)
+#define BARRIER() meet(block_waiting, block_turn, 32 * WARPS)
 #define FENCE() ((void)0)
 #define COUNT(address) ((*(address))++)
 
 static inline int min(int a, int b) { return a < b ? a : b; }
 
-static inline void read_codes(Pair& p, const u8* at, int wanted) {
-    if (wanted) memcpy(&p, at, 8);
+static inline void read_codes(Quad& q, const u8* at, int wanted) {
+    if (wanted) memcpy(&q, at, 16);
 }
 
 static inline Quad read_constant(const u16* at, bool wanted) {
@@ -122,11 +117,17 @@ static inline u16 narrow(float f) {
 #endif
 }
 
+static inline u32 twice(float f) { return narrow(f) * 0x10001u; }
+
+static inline u32 times(u32 a, u32 b) {
+    return narrow(widen((u16)a) * widen((u16)b)) | (u32)narrow(widen((u16)(a >> 16)) * widen((u16)(b >> 16))) << 16;
+}
+
 static inline Floats read_uncached(const Floats* at) { return *at; }
 
 // What the lanes of a warp hold of a and b in one multiplication; two in turn, since no lane is two ahead of another.
-static u32 held[2][THREADS][6];
-static int multiplied[THREADS];
+static u32 held[2][32 * WARPS][6];
+static int multiplied[32 * WARPS];
 
 static inline void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     const int me = THREAD, warp = me / 32, lane = me % 32, first = warp * 32;
@@ -154,14 +155,14 @@ static void launch(int columns, int rows, size_t room_bytes, const Body& body) {
     static const Body* current;
     current = &body;
     host_room = (u8*)aligned_alloc(16, (room_bytes + 15) / 16 * 16);
-    std::vector<std::vector<u8>> stacks(THREADS, std::vector<u8>(1 << 17));
+    std::vector<std::vector<u8>> stacks(32 * WARPS, std::vector<u8>(1 << 17));
     gridDim = {columns, rows, 1};
     for (int y = 0; y < rows; y++)
         for (int x = columns - 1; x >= 0; x--) {
             blockIdx = {x, y, 0};
             memset(host_room, 0xff, room_bytes);  // NaN
             memset(multiplied, 0, sizeof multiplied);
-            for (int i = 0; i < THREADS; i++) {
+            for (int i = 0; i < 32 * WARPS; i++) {
                 done[i] = false;
                 getcontext(&fibers[i]);
                 fibers[i].uc_stack = {stacks[i].data(), 0, stacks[i].size()};
@@ -172,9 +173,9 @@ static void launch(int columns, int rows, size_t room_bytes, const Body& body) {
                     done[me] = true;
                 }, 0);
             }
-            for (int left = THREADS; left;) {
+            for (int left = 32 * WARPS; left;) {
                 left = 0;
-                for (int i = 0; i < THREADS; i++)
+                for (int i = 0; i < 32 * WARPS; i++)
                     if (!done[i]) {
                         THREAD = i;
                         swapcontext(&scheduler, &fibers[i]);

@@ -52,7 +52,7 @@ def on_the_cpu(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CD
     (folder / "run.cpp").write_text(source)
     defined = [f"-D{name}={value}" for name, value in constants]
     subprocess.run(
-        [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-DLORAPLEX_HOST", "-DHOST_THREADS=128", *defined,
+        [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-DLORAPLEX_HOST", *defined,
          "-include", "host_cuda.h", "-I", str(HERE), "-I", str(Path(lora_cuda.__file__).parent),
          str(folder / "run.cpp"), "-o", str(folder / "run.so")],
         check=True, capture_output=True, text=True,

@@ -25,9 +25,9 @@ RUN = """
 #include "nf4_product.cu"
 extern "C" void run(int columns, int slices, long room, const u16* x, long long x_stride, const u8* codes,
                     const void* scales, const u16* levels, const u16* bias, u16* y, float* parts, int* counters,
-                    int rows, int out, int width) {
+                    int rows, int out) {
     launch(columns, slices, room, [&] {
-        nf4_product(x, x_stride, codes, scales, levels, bias, y, parts, counters, rows, out, width);
+        nf4_product(x, x_stride, codes, scales, levels, bias, y, parts, counters, rows, out);
     });
 }
 """
@@ -36,12 +36,12 @@ LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @functools.cache
-def on_the_cpu(cut: Cut, half: bool, wide: bool, even: bool) -> ctypes.CDLL:
+def on_the_cpu(cut: Cut, width: int, half: bool, wide: bool) -> ctypes.CDLL:
     """The kernel's source as a C++ program."""
     assert COMPILER is not None
     folder = Path(tempfile.mkdtemp())
     (folder / "run.cpp").write_text(RUN)
-    defined = [f"-D{name}={value}" for name, value in nf4_cuda.constants(cut, half, wide, even)]
+    defined = [f"-D{name}={value}" for name, value in nf4_cuda.constants(cut, width, half, wide)]
     subprocess.run(
         [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-DLORAPLEX_HOST", *defined, "-include", "host_cuda.h",
          "-I", str(HERE), "-I", str(Path(nf4_cuda.__file__).parent), str(folder / "run.cpp"), "-o", str(folder / "run.so")],
@@ -54,7 +54,7 @@ def product(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None, cut: Cut, wal
     """As `nf4_cuda.product` launches it, on the CPU, with everything that is to be written poisoned."""
     rows, width = x.shape
     out = weight.codes.shape[0]
-    even, wide = width // 64 % cut.blocks == 0, weight.scales.dtype == torch.float32
+    wide = weight.scales.dtype == torch.float32
     slices, tiles = cut.slices(width), cut.tiles(out)
     y = torch.full((rows, out), float("nan"), dtype=x.dtype)
     parts = torch.full((max(1, cut.parts(out, width)),), float("nan"))
@@ -62,9 +62,8 @@ def product(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None, cut: Cut, wal
     table = torch.tensor(LEVELS).to(x.dtype)
     tensors = [x, weight.codes, weight.scales, table, bias, y, parts, counters]
     at = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    on_the_cpu(cut, x.dtype == torch.float16, wide, even).run(
+    on_the_cpu(cut, width, x.dtype == torch.float16, wide).run(
         min(tiles, walkers), slices, ctypes.c_long(cut.shared), at[0], ctypes.c_longlong(x.stride(0)), *at[1:], rows, out,
-        width,
     )  # fmt: skip
     assert not counters.any()
     return y
@@ -89,15 +88,22 @@ def meaning(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None) -> Tensor:
 @pytest.mark.parametrize(
     ("cut", "rows", "out", "width", "wide", "walkers"),
     [
-        (Cut(1, 16, 1), 1, 40, 512, False, 2),  # one slice; two groups walk three tiles, of which the last is not full
-        (Cut(2, 32, 2, 2), 2, 70, 2048, False, 1),  # two steps
-        (Cut(8, 16, 1, 3), 6, 33, 2880, True, 2),  # three steps, two slices, of which the second is not full
-        (Cut(8, 32, 1), 5, 33, 640, True, 1),  # a slice that holds two of eight warps' blocks; an odd number of outputs
-        (Cut(16, 16, 2), 11, 50, 1088, False, 4),  # a warp with one of two blocks
+        (Cut(1, 16, 2, warps=8), 1, 40, 1024, False, 2),  # one slice; two groups walk three tiles, the last not full
+        (Cut(2, 32, 2, 2, warps=8), 2, 70, 2048, False, 1),  # two steps
+        (
+            Cut(8, 16, 2, 2, warps=8),
+            6,
+            33,
+            2880,
+            True,
+            2,
+        ),  # two slices, of which the second has an odd number of blocks
+        (Cut(8, 32, 2), 5, 33, 640, True, 1),  # ten blocks for sixteen warps; an odd number of outputs
+        (Cut(16, 16, 4, warps=8), 11, 50, 1088, False, 4),  # a warp with one of four blocks
         (Cut(8, 48, 4), 8, 48, 4096, False, 1),  # as a large model's
-        (Cut(32, 16, 2), 31, 20, 2048, False, 1),
-        (Cut(64, 16, 1), 64, 17, 1536, False, 2),  # sums in two passes, three slices
-        (Cut(64, 32, 1), 33, 40, 576, True, 2),
+        (Cut(32, 16, 2, together=2), 31, 20, 2048, False, 1),  # sums in two passes
+        (Cut(64, 16, 2, warps=8), 64, 17, 2048, False, 2),
+        (Cut(64, 32, 2, warps=8, together=1), 33, 40, 576, True, 2),
     ],
 )
 def test_the_source_on_the_cpu(
@@ -114,8 +120,8 @@ def test_the_source_on_the_cpu(
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_the_order_of_a_sum_is_the_cuts_alone() -> None:
     """Who comes last, and how many others there are, changes no bit."""
-    weight, cut = weight_of(80, 1024, False), Cut(8, 16, 1)
-    x = torch.randn(8, 1024).bfloat16()
+    weight, cut = weight_of(80, 2048, False), Cut(8, 16, 2, warps=8)
+    x = torch.randn(8, 2048).bfloat16()
     whole = product(x, weight, None, cut, 5)
     assert torch.equal(whole, product(x, weight, None, cut, 2))
     assert torch.equal(whole[3:4], product(x[3:4], weight, None, cut, 1))
@@ -135,10 +141,10 @@ def test_a_large_models_products_fit_the_card() -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None and not cuda.compilable(), reason="no compiler for CUDA")
 @pytest.mark.parametrize("rows", [8, 16, 32, 64])
 def test_it_compiles_for_an_h200_without_spills(rows: int, tmp_path: Path) -> None:
-    chosen = {nf4_cuda.best(rows, *shape, 132, 228 << 10) for shape in ((6144, 4096), (28672, 4096), (4096, 14336))}
-    for cut in chosen:
+    for out, width in ((6144, 4096), (28672, 4096), (4096, 14336)):
+        cut = nf4_cuda.best(rows, out, width, 132, 228 << 10)
         assert cut is not None
-        assert cuda.compiled("nf4_product", nf4_cuda.constants(cut, False, False, True), (9, 0))
+        assert cuda.compiled("nf4_product", nf4_cuda.constants(cut, width, False, False), (9, 0))
 
 
 @pytest.mark.gpu
