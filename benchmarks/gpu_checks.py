@@ -12,7 +12,7 @@ from benchmarks.gpu_model import PAGE, dense, random_nf4
 from server.kernels import reference
 from server.kernels.gpu import attention, elementwise, nf4
 from server.kernels.gpu.lora import LoraSites, lora_add, scratch
-from server.kernels.gpu.lora_plan import LoraPlan
+from server.kernels.gpu.lora_plan import DECODE_TOKENS, LoraPlan
 
 BF16 = torch.bfloat16
 
@@ -146,7 +146,7 @@ def _check_elementwise(bench: Bench, dtype: torch.dtype) -> float:
 
 
 CHECKS: dict[str, Callable[[Bench, torch.dtype], float]] = {
-    "lora, decode": lambda bench, dtype: _check_lora(bench, dtype, 16, 8 if bench.tiny else 61),
+    "lora, decode": lambda bench, dtype: _check_lora(bench, dtype, DECODE_TOKENS, 8 if bench.tiny else 61),
     "lora, prompts": lambda bench, dtype: _check_lora(bench, dtype, 64, 12 if bench.tiny else 700),
     "nf4, 1 row": lambda bench, dtype: _check_nf4(bench, dtype, 1),
     "nf4, 37 rows": lambda bench, dtype: _check_nf4(bench, dtype, 3 if bench.tiny else 37),

@@ -11,7 +11,7 @@ from benchmarks.gpu_bench import Bench, Missing, Report
 from benchmarks.gpu_model import LLAMA_8B, PAGE, TINY, Shape, random_nf4
 from server.kernels.gpu import attention, nf4
 from server.kernels.gpu.lora import LoraSites, lora_add, scratch
-from server.kernels.gpu.lora_plan import LoraPlan
+from server.kernels.gpu.lora_plan import DECODE_TOKENS, LoraPlan
 
 BF16 = torch.bfloat16
 
@@ -125,7 +125,7 @@ def lora(bench: Bench) -> Report:
         for batch in (2,) if bench.tiny else (1, 8, 32, 64):
             if bench.left() < 5:
                 return {"rows": rows, "cut": "no time left"}
-            plan = LoraPlan(bench.device, tokens=16, groups=batch, pieces=batch)
+            plan = LoraPlan(bench.device, tokens=DECODE_TOKENS, groups=batch, pieces=batch)
             plan.fill([(t, t + 1, 16 * t, 16 * t + 16, 1.0) for t in range(batch)])
             size = 2 * 16 * batch * (len(outs) * width + sum(outs))
             sets = []

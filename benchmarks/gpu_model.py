@@ -9,7 +9,7 @@ from torch import Tensor
 
 from server.kernels.gpu import attention, elementwise, nf4
 from server.kernels.gpu.lora import LoraSites, lora_add, scratch
-from server.kernels.gpu.lora_plan import LoraPlan
+from server.kernels.gpu.lora_plan import DECODE_TOKENS, LoraPlan
 from server.kernels.gpu.nf4_levels import LEVELS
 
 
@@ -80,7 +80,7 @@ class Step:
         self.head = self._random(shape.vocabulary, shape.hidden) * shape.hidden**-0.5
         self.norm = torch.ones(shape.hidden, dtype=self.dtype, device=device)
         self.workspace = nf4.Workspace(device)
-        self.plan = LoraPlan(device, tokens=16, groups=max(1, rows), pieces=max(1, rows * -(-rank // 16)))
+        self.plan = LoraPlan(device, tokens=DECODE_TOKENS, groups=max(1, rows), pieces=max(1, rows * -(-rank // 16)))
         self.plan.fill(
             [(t, t + 1, t % adapters * rank, t % adapters * rank + rank, 1.0) for t in range(rows * (adapters > 0))]
         )

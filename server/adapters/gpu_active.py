@@ -9,11 +9,10 @@ from torch import Tensor
 
 from server.adapters.linear import ActiveAdapters, SiteGroup
 from server.kernels.gpu.door import GpuKernels
-from server.kernels.gpu.lora import lora_add, scratch_elements
-from server.kernels.gpu.lora_plan import RANKS, LoraPlan
+from server.kernels.gpu.lora import MOST_SPLITS, lora_add, scratch_elements
+from server.kernels.gpu.lora_plan import DECODE_TOKENS, RANKS, LoraPlan
 from server.kernels.native.plans import AffinePlan, Segment
 
-DECODE_TOKENS = 16  # of one group: the smallest tile
 PROMPT_TOKENS = 64
 PIECES = 8  # pieces of 16 arena rows that every group has room for, in the mean: rank 128
 
@@ -76,6 +75,6 @@ def _filled(plan: LoraPlan, segments: Sequence[Segment]) -> LoraPlan:
 
 
 def standing_bytes(max_sequences: int, max_batch_tokens: int) -> int:
-    """The most that `reserve` takes: three sites an input, their input cut into eight parts in decode steps."""
+    """The most that `reserve` takes: three sites an input, cut into as many parts as ever in decode steps."""
     prompts = max_sequences + -(-max_batch_tokens // PROMPT_TOKENS)
-    return 4 * PIECES * RANKS * 3 * (max_sequences * 8 * DECODE_TOKENS + prompts * PROMPT_TOKENS)
+    return 4 * PIECES * RANKS * 3 * (max_sequences * MOST_SPLITS * DECODE_TOKENS + prompts * PROMPT_TOKENS)

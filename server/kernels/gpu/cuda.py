@@ -89,20 +89,34 @@ class Function:
             self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self._function, attribute, shared))
+        self._overlap = driver.CUlaunchAttribute()
+        self._overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        self._overlap.value.programmaticStreamSerializationAllowed = 1
 
-    def __call__(self, grid: tuple[int, int], threads: int, *arguments: Tensor | int | None) -> None:
+    def __call__(
+        self, grid: tuple[int, int], threads: int, *arguments: Tensor | int | None, early: bool = False
+    ) -> None:
         """Launch on the current stream.
 
-        A Tensor is passed as its address, None as a null pointer, an int as 32 bits, a `Wide` as 64.
+        A Tensor is passed as its address, None as a null pointer, an int as 32 bits, a `Wide` as 64. `early`: before
+        the kernel in front of it has ended (programmatic dependent launch); it must wait itself for what it reads.
         """
         values = tuple(a.data_ptr() if isinstance(a, Tensor) else int(a or 0) for a in arguments)
         types = tuple(ctypes.c_int if type(a) is int else ctypes.c_void_p for a in arguments)
         stream = torch.cuda.current_stream().cuda_stream
-        _checked(
-            self._driver.cuLaunchKernel(
-                self._function, *grid, 1, threads, 1, 1, self.shared, stream, (values, types), 0
+        if not early:
+            _checked(
+                self._driver.cuLaunchKernel(
+                    self._function, *grid, 1, threads, 1, 1, self.shared, stream, (values, types), 0
+                )
             )
-        )
+            return
+        config = self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.hStream = self.shared, stream
+        config.attrs, config.numAttrs = [self._overlap], 1
+        _checked(self._driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:

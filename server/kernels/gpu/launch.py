@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @functools.cache
@@ -16,6 +17,17 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def dependent(device: torch.device) -> bool:
+    """Whether a kernel may start before the one in front of it in its stream ends (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Launch options for kernels that start early: those whose every program calls `wait_for_writes`."""
+    return {"launch_pdl": True} if dependent(device) else {}
 
 
 def precision(operand: Tensor) -> str:
@@ -42,3 +54,20 @@ def multiply(a, b, total, PRECISION: tl.constexpr):
     else:
         total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def launch_dependents(DEPENDENT: tl.constexpr):
+    """The next kernel may take what room this one leaves, as soon as all of this one's programs have started."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_writes(DEPENDENT: tl.constexpr):
+    """Until all that was launched before has ended and is seen; before it, read only what no kernel writes.
+
+    Nothing may be written before it either: an earlier kernel may still read there.
+    """
+    if DEPENDENT:
+        gdc_wait()

@@ -34,7 +34,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 found: list[dict[str, Any]] = []
 
 
@@ -177,7 +177,7 @@ def traffic() -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
-    "lora-decode": lambda: lora(16),
+    "lora-decode": lambda: lora(8),
     "lora-prompt": lambda: lora(64),
     "nf4-1": lambda: nf4(1, 28672),
     "nf4-64": lambda: nf4(64, 4096),
@@ -192,6 +192,7 @@ CASES: dict[str, Callable[[], None]] = {
 def main() -> None:
     JITFunction.run = catch  # type: ignore[method-assign]
     launch.processors = lambda device: 132  # type: ignore[assignment]
+    launch.dependent = lambda device: True  # type: ignore[assignment]
     launch.precision = lambda operand: "exact" if operand.dtype == torch.float32 else "native"
     report = {}
     for name in sys.argv[1:] or CASES:

@@ -1,5 +1,5 @@
 // A CUDA kernel of ours on the CPU: one block at a time, its threads as fibers that run until they wait for each other.
-// Stands in for what nf4_product.cu defines for the device; nothing here is fast.
+// Stands in for what nf4_product.cu and lora_rows.cu define for the device; nothing here is fast.
 #pragma once
 #include <ucontext.h>
 
@@ -44,6 +44,7 @@ static void meet(int& waiting, int& turn, int all) {
 #define DEVICE static inline
 #define UNROLL
 #define ROLLED
+#define SOME_AT_A_TIME
 #define SHARED_TABLE(type, name, count) alignas(16) static type name[count]
 #define SHARED_ROOM(name) u8* name = host_room
 #define BARRIER() meet(block_waiting, block_turn, 32 * WARPS)
@@ -55,6 +56,27 @@ static inline int min(int a, int b) { return a < b ? a : b; }
 static inline void read_codes(Quad& q, const u8* at, int wanted) {
     if (wanted) memcpy(&q, at, 16);
 }
+
+static inline Quad read_constant(const u16* at, bool wanted) {
+    Quad q = {0, 0, 0, 0};
+    if (wanted) memcpy(&q, at, 16);
+    return q;
+}
+
+static inline Quad read_fresh_if(const void* at, bool wanted) { return read_constant((const u16*)at, wanted); }
+static inline Quad read_fresh(const void* at) { return read_constant((const u16*)at, true); }
+static inline void write(void* at, const Quad& q) { memcpy(at, &q, 16); }
+
+static inline float as_float(u32 bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline u32 lower_halves(u32 low, u32 high) { return (low & 0xffff) | high << 16; }
+static inline u32 upper_halves(u32 low, u32 high) { return low >> 16 | (high & 0xffff0000); }
+static inline void let_next_begin() {}
+static inline void wait_for_writes() {}
 
 static inline void copy16(void* to, const void* from, bool there) {
     if (there)

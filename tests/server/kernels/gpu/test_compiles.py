@@ -17,7 +17,18 @@ import pytest
 pytest.importorskip("triton")
 
 # Launches that move a weight, an adapter, keys and values: in steps of 16 bytes a thread, or at a fraction of the rate.
-WIDE = {"_shrink", "_expand", "_matmul", "_dequantize", "_decode", "_prefill", "_rms_norm", "_silu_mul"}
+WIDE = {
+    "shrink_rows",
+    "expand_rows",
+    "_shrink",
+    "_expand",
+    "_matmul",
+    "_dequantize",
+    "_decode",
+    "_prefill",
+    "_rms_norm",
+    "_silu_mul",
+}
 
 
 @pytest.mark.timeout(120)  # 12 s; more where others compile too

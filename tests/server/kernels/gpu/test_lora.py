@@ -83,7 +83,7 @@ def test_decoding_rows(popularity: str, weighted: bool, dtype: torch.dtype, devi
     x[untouched] = NAN
     y[untouched] = NAN
     expected = meant(y, x, a, b, segments)
-    plan, sites = LoraPlan(device, tokens=16, groups=16, pieces=64), LoraSites(a, b)
+    plan, sites = LoraPlan(device, tokens=8, groups=16, pieces=64), LoraSites(a, b)
     plan.fill(segments)
     h = scratch(plan, sites).fill_(NAN)
     lora_add(y, x, sites, plan, h, programs=3)
@@ -94,12 +94,12 @@ def test_decoding_rows(popularity: str, weighted: bool, dtype: torch.dtype, devi
 
 def test_splits_of_a_wide_input(dtype: torch.dtype, device: str, close: Close) -> None:
     width = 1100  # two splits, neither a multiple of the step
-    assert splits(16, width) == 2
+    assert splits(8, width) == 3
     a, b = [arena([(0, 16)], 16, width, dtype, device)], [arena([(0, 16)], 16, 24, dtype, device)]
     x, y = tensor(3, width, dtype=dtype, device=device), tensor(3, 24, dtype=dtype, device=device)
     segments: list[Segment] = [(0, 3, 0, 5, 1.0), (1, 2, 8, 16, -1.5)]
     expected = meant(y, x, a, b, segments)
-    plan, sites = LoraPlan(device, tokens=16, groups=4, pieces=4), LoraSites(a, b)
+    plan, sites = LoraPlan(device, tokens=8, groups=4, pieces=4), LoraSites(a, b)
     plan.fill(segments)
     lora_add(y, x, sites, plan, scratch(plan, sites).fill_(NAN), programs=2)
     close(y, expected)
@@ -124,7 +124,7 @@ def test_prompts(dtype: torch.dtype, device: str, close: Close) -> None:
 
 def test_a_plan_filled_again_forgets_the_last_step(device: str) -> None:
     a, b = torch.randn(16, 32).to(device), torch.randn(16, 32).to(device)
-    plan, sites = LoraPlan(device, tokens=16, groups=4, pieces=4), LoraSites([a], [b])
+    plan, sites = LoraPlan(device, tokens=8, groups=4, pieces=4), LoraSites([a], [b])
     where = plan.buffer.data_ptr()
     plan.fill([(0, 2, 0, 16, 1.0), (2, 3, 0, 16, 1.0)])
     plan.fill([(1, 2, 3, 3, 1.0), (2, 2, 0, 8, 1.0)])  # rank 0, and no tokens
@@ -145,7 +145,7 @@ def test_a_plan_filled_again_forgets_the_last_step(device: str) -> None:
 def test_a_neighbours_overflow_stays_its_own(device: str) -> None:
     a, b = torch.ones(16, 32, device=device), torch.ones(16, 16, device=device)
     a[:8] = torch.inf
-    plan = LoraPlan(device, tokens=16, groups=4, pieces=4)
+    plan = LoraPlan(device, tokens=8, groups=4, pieces=4)
     plan.fill([(0, 2, 8, 16, 1.0), (0, 1, 0, 8, 1.0)])
     y = torch.zeros(2, 16, device=device)
     lora_add(y, torch.ones(2, 32, device=device), LoraSites([a], [b]), plan, programs=1)
@@ -154,19 +154,19 @@ def test_a_neighbours_overflow_stays_its_own(device: str) -> None:
 
 
 def test_more_than_fits_is_refused_and_leaves_the_plan(device: str) -> None:
-    plan = LoraPlan(device, tokens=16, groups=2, pieces=3)
+    plan = LoraPlan(device, tokens=8, groups=2, pieces=3)
     plan.fill([(0, 4, 0, 8, 1.0)])
     before = plan.buffer.clone()
     with pytest.raises(ValueError, match=r"room for 2 groups and 3 pieces, the batch has 1 and 4"):
         plan.fill([(0, 4, 0, 64, 1.0)])
-    with pytest.raises(ValueError, match="the batch has 3 and 3"):
+    with pytest.raises(ValueError, match="the batch has 5 and 5"):
         plan.fill([(0, 33, 0, 8, 1.0)])
     assert torch.equal(plan.buffer, before)
 
 
 def test_what_does_not_fit_the_sites_is_refused(device: str) -> None:
     a, b = torch.ones(8, 32, device=device), torch.ones(8, 16, device=device)
-    plan = LoraPlan(device, tokens=16, groups=2, pieces=2)
+    plan = LoraPlan(device, tokens=8, groups=2, pieces=2)
     with pytest.raises(ValueError, match="do not fit"):
         lora_add(torch.zeros(2, 24, device=device), torch.zeros(2, 32, device=device), LoraSites([a], [b]), plan)
     with pytest.raises(ValueError, match="bfloat16"):
