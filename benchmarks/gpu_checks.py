@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.gpu_bench import Bench, Report
 from benchmarks.gpu_model import PAGE, dense, random_nf4
 from server.kernels import reference
-from server.kernels.gpu import attention, elementwise, nf4
+from server.kernels.gpu import attention, elementwise, nf4, prompts
 from server.kernels.gpu.lora import LoraSites, lora_add, scratch
 from server.kernels.gpu.lora_plan import DECODE_TOKENS, LoraPlan
 
@@ -112,8 +112,8 @@ def _check_attention(bench: Bench, dtype: torch.dtype, tokens: int) -> float:
         )
     else:
         stretches = [(t0, t1, length) for (t0, t1), length in zip(spans, lengths, strict=True)]
-        plan = attention.PrefillPlan.make(stretches, pages, bench.device)
-        attention.prefill(q, k, v, plan, out, page_tokens=PAGE, scale=scale, window=window, softcap=softcap)
+        plan = prompts.PrefillPlan.make(stretches, pages, bench.device)
+        prompts.prefill(q, k, v, plan, out, page_tokens=PAGE, scale=scale, window=window, softcap=softcap)
     return _distance(out, meant.double())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.gpu_bench import Bench, Missing, Report
 from benchmarks.gpu_model import LLAMA_8B, PAGE, TINY, Shape, random_nf4
-from server.kernels.gpu import attention, nf4
+from server.kernels.gpu import attention, nf4, prompts
 from server.kernels.gpu.lora import LoraSites, lora_add, scratch
 from server.kernels.gpu.lora_plan import DECODE_TOKENS, LoraPlan
 
@@ -179,13 +179,13 @@ def attention_kernels(bench: Bench) -> Report:
     pages = -(-length // PAGE)
     k, v = _cache(bench, shape, count * pages)
     q = torch.randn(count * length, shape.heads, shape.width, dtype=BF16, device=bench.device)
-    plan = attention.PrefillPlan.make(
+    plan = prompts.PrefillPlan.make(
         [(i * length, (i + 1) * length, length) for i in range(count)],
         [list(range(i * pages, (i + 1) * pages)) for i in range(count)],
         bench.device,
     )
     out = torch.empty_like(q)
-    taken = bench.seconds([lambda: attention.prefill(q, k, v, plan, out, page_tokens=PAGE, scale=0.1)])
+    taken = bench.seconds([lambda: prompts.prefill(q, k, v, plan, out, page_tokens=PAGE, scale=0.1)])
     done = 4 * count * length**2 / 2 * shape.heads * shape.width
     ceiling = bench.ceilings.get("bf16_flops")
     rows.append(

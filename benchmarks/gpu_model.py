@@ -131,14 +131,17 @@ class Step:
         for layer in self.layers:
             x = elementwise.rms_norm(x, layer["norms"][0], 1e-5, residual)
             qkv = self._product(layer, "qkv", x)
-            q = elementwise.rope_store(qkv, self.cos, self.sin, self.slots, layer["k"], layer["v"], self.shape.heads)
-            seen = attention.decode(
-                q,
+            seen = attention.decode_new(
+                qkv,
+                self.cos,
+                self.sin,
+                self.slots,
                 layer["k"],
                 layer["v"],
                 self.pages,
                 self.lengths,
                 self.scratch,
+                heads=self.shape.heads,
                 page_tokens=PAGE,
                 scale=self.shape.width**-0.5,
             )

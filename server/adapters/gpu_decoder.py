@@ -22,7 +22,7 @@ from server.adapters.linear import LoraLinear, SiteGroup
 from server.kernels.gpu import elementwise, nf4
 from server.kernels.gpu.door import GpuKernels
 from server.model.attention import PagedKv
-from server.model.gpu_attention import attend
+from server.model.gpu_attention import attend_new
 from server.model.gpu_linear import Nf4Linear
 from server.model.runner import PackedBatch
 
@@ -113,16 +113,18 @@ class GpuDecoder:
             qkv = layer.qkv(normed)
             self._norm_heads(qkv, layer)
             k, v = kv.k[number], kv.v[number]
-            q = elementwise.rope_store(qkv, cos, sin, plan.write_slots, k, v, self._heads)
-            seen = attend(
-                q,
+            seen = attend_new(
+                qkv,
+                cos,
+                sin,
+                plan.write_slots,
                 k,
                 v,
                 plan.gpu,
+                heads=self._heads,
                 page_tokens=kv.page_tokens,
                 scale=self._scale,
                 window=layer.window,
-                softcap=None,
             )
             x = layer.out(seen.view(seen.shape[0], -1))
             normed = self._normed(x, layer.before_mlp, residual)

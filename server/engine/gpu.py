@@ -24,7 +24,7 @@ from server.engine.device_sampler import DeviceSampler
 from server.engine.gpu_batch import lay_out
 from server.engine.rows import StepOfRows
 from server.engine.scheduler import Share
-from server.engine.static_rows import scratch_bytes
+from server.kernels.gpu.attention import scratch_bytes
 from server.kernels.gpu.door import GpuKernels
 from server.kernels.gpu.pages import PageCheck
 from server.model.base import BaseModel

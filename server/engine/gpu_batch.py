@@ -10,7 +10,8 @@ from torch import Tensor
 
 from server.engine.batch import StepBatch, extend_segments, slot
 from server.engine.scheduler import Share
-from server.kernels.gpu.attention import DecodeScratch, PrefillPlan, tiles
+from server.kernels.gpu.attention import DecodeScratch
+from server.kernels.gpu.prompts import PrefillPlan, tiles
 from server.model.attention import AttentionPlan
 from server.model.gpu_attention import GpuAttention
 from server.model.runner import PackedBatch

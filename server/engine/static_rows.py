@@ -9,7 +9,7 @@ import torch
 
 from server.engine.batch import slot
 from server.engine.scheduler import Share
-from server.kernels.gpu.attention import CHUNK, DecodeScratch
+from server.kernels.gpu.attention import DecodeScratch
 from server.model.attention import AttentionPlan
 from server.model.gpu_attention import GpuAttention
 from server.model.runner import PackedBatch
@@ -99,8 +99,3 @@ class StaticRows:
                 host = host.pin_memory()
             changed, values = host.to(self._pages.device, non_blocking=True)
             self._pages.view(-1).index_copy_(0, changed, values.int())
-
-
-def scratch_bytes(rows: int, longest: int, heads: int, width: int) -> int:
-    """Device memory of a `DecodeScratch`."""
-    return rows * heads * -(-longest // CHUNK) * (max(16, 1 << (width - 1).bit_length()) + 2) * 4

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.kernels.gpu import attention
-from server.kernels.gpu.attention import DecodeScratch, PrefillPlan
+from server.kernels.gpu import attention, elementwise, prompts
+from server.kernels.gpu.attention import DecodeScratch
+from server.kernels.gpu.prompts import PrefillPlan
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,40 @@ def attend(
     whole = torch.empty_like(q)
     if out is not None:
         whole[: plan.decodes] = out
-    attention.prefill(
-        q, k, v, plan.prompts, whole, page_tokens=page_tokens, scale=scale, window=window, softcap=softcap
-    )
+    prompts.prefill(q, k, v, plan.prompts, whole, page_tokens=page_tokens, scale=scale, window=window, softcap=softcap)
     return whole
+
+
+def attend_new(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    write_slots: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: GpuAttention,
+    *,
+    heads: int,
+    page_tokens: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """`elementwise.rope_store`, then `attend`; one launch where no row is of a prompt."""
+    if plan.scratch is None or plan.prompts is not None:
+        q = elementwise.rope_store(qkv, cos, sin, write_slots, k, v, heads)
+        return attend(q, k, v, plan, page_tokens=page_tokens, scale=scale, window=window, softcap=None)
+    return attention.decode_new(
+        qkv,
+        cos,
+        sin,
+        write_slots,
+        k,
+        v,
+        plan.pages,
+        plan.lengths,
+        plan.scratch,
+        heads=heads,
+        page_tokens=page_tokens,
+        scale=scale,
+        window=window,
+    )

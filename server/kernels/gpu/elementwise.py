@@ -135,6 +135,13 @@ def _silu_mul(gate_up, y, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def turned(x, partner, cos, sin, low):
+    """Numbers of a head rotated with those half a head away, rounded as they were; low: of the first half."""
+    across = partner.to(tl.float32) * sin
+    return (x.to(tl.float32) * cos + tl.where(low, -across, across)).to(x.dtype)
+
+
+@triton.jit
 def _rope_store(
     qkv,
     cos,
@@ -163,9 +170,7 @@ def _rope_store(
         sin_low = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
         cos_high = tl.load(cos + angle + WIDTH // 2, mask=inside, other=0.0).to(tl.float32)
         sin_high = tl.load(sin + angle + WIDTH // 2, mask=inside, other=0.0).to(tl.float32)
-        first, second = low.to(tl.float32), high.to(tl.float32)
-        low = (first * cos_low - second * sin_low).to(q.dtype.element_ty)
-        high = (second * cos_high + first * sin_high).to(q.dtype.element_ty)
+        low, high = turned(low, high, cos_low, sin_low, True), turned(high, low, cos_high, sin_high, False)
     if head < HEADS:
         out = q + (row * HEADS + head) * WIDTH + d
         tl.store(out, low, mask=inside)

@@ -61,7 +61,8 @@ def catch(kernel: JITFunction[Any], *given: Any, grid: Any = None, warmup: bool 
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     found.append({"kernel": kernel.fn.__name__, **usage(compiled), "wide": wide(compiled.asm["ptx"])})
     if os.environ.get("KEEP_PTX"):
-        Path(os.environ["KEEP_PTX"], f"{len(found)}-{kernel.fn.__name__}.ptx").write_text(compiled.asm["ptx"])
+        for kind in ("ptx", "ttgir"):
+            Path(os.environ["KEEP_PTX"], f"{len(found)}-{kernel.fn.__name__}.{kind}").write_text(compiled.asm[kind])
 
 
 def usage(compiled: Any) -> dict[str, int]:
@@ -121,33 +122,28 @@ def nf4_weight(out: int) -> Any:
     return Nf4Weight(codes, scales, torch.zeros(16))
 
 
-def decode(length: int, softcap: float | None) -> None:
+def decode(rows: int, longest: int, softcap: float | None = None) -> None:
     """One layer of an 8B model."""
     from server.kernels.gpu import attention
 
-    k = torch.zeros(8, 256, 128, dtype=torch.bfloat16)
-    attention.decode(
-        torch.zeros(2, 32, 128, dtype=torch.bfloat16),
-        k,
-        k,
-        torch.zeros(2, 64, dtype=torch.int32),
-        torch.zeros(2, dtype=torch.int32),
-        attention.DecodeScratch(2, 32, 128, length, "cpu"),
-        page_tokens=16,
-        scale=0.1,
-        window=None if softcap is None else 4096,
-        softcap=softcap,
-    )
+    window = None if softcap is None else 4096
+    k, angle = torch.zeros(8, 256, 128, dtype=torch.bfloat16), torch.zeros(rows, 128, dtype=torch.bfloat16)
+    pages, lengths = torch.zeros(rows, 64, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    scratch = attention.DecodeScratch(rows, 32, 128, longest, "cpu")
+    limits = {"page_tokens": 16, "scale": 0.1, "window": window, "softcap": softcap}
+    qkv = torch.zeros(rows, 6144, dtype=torch.bfloat16)
+    attention.decode_new(qkv, angle, angle, lengths, k, k, pages, lengths, scratch, heads=32, **limits)
+    attention.decode(qkv[:, :4096].view(rows, 32, 128), k, k, pages, lengths, scratch, **limits)
 
 
 def prefill(softcap: float | None) -> None:
-    from server.kernels.gpu import attention
+    from server.kernels.gpu import prompts
 
     k = torch.zeros(8, 256, 128, dtype=torch.bfloat16)
     q = torch.zeros(64, 32, 128, dtype=torch.bfloat16)
-    plan = attention.PrefillPlan.make([(0, 64, 64)], [[0, 1, 2, 3]], "cpu")
+    plan = prompts.PrefillPlan.make([(0, 64, 64)], [[0, 1, 2, 3]], "cpu")
     window = None if softcap is None else 4096
-    attention.prefill(q, k, k, plan, q.clone(), page_tokens=16, scale=0.1, window=window, softcap=softcap)
+    prompts.prefill(q, k, k, plan, q.clone(), page_tokens=16, scale=0.1, window=window, softcap=softcap)
 
 
 def small() -> None:
@@ -182,8 +178,11 @@ CASES: dict[str, Callable[[], None]] = {
     "nf4-1": lambda: nf4(1, 28672),
     "nf4-64": lambda: nf4(64, 4096),
     "nf4-dense": nf4_dense,
-    "decode-long": lambda: decode(8192, 30.0),
+    "decode-1": lambda: decode(1, 1024),
+    "decode": lambda: decode(48, 1024),
+    "decode-long": lambda: decode(48, 16384, 30.0),
     "small": small,
+    "prefill": lambda: prefill(None),
     "prefill-capped": lambda: prefill(30.0),
     "traffic": traffic,
 }

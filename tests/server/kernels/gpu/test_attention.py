@@ -11,8 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from server.kernels.gpu import attention
-from server.kernels.gpu.attention import DecodeScratch, PrefillPlan, decode, prefill
+from server.kernels.gpu import attention, elementwise, prompts
+from server.kernels.gpu.attention import DecodeScratch, decode, decode_new
+from server.kernels.gpu.prompts import PrefillPlan, prefill
 
 Close = Callable[[Tensor, Tensor], None]
 NAN = float("nan")
@@ -64,16 +65,77 @@ class Cache:
         return out
 
 
+class Batch:
+    """New tokens of sequences of the given lengths, whose own keys and values are not stored yet; NaN where a row is
+    padding, and wherever nothing may be read."""
+
+    def __init__(
+        self, lengths: list[int], heads: int, kv_heads: int, width: int, dtype: torch.dtype, device: str
+    ) -> None:
+        self.real = [row for row, length in enumerate(lengths) if length]
+        self.cache = Cache([lengths[row] for row in self.real], kv_heads, width, 16, dtype, device)
+        rows = len(lengths)
+        self.table = torch.full((rows, max(map(len, self.cache.pages))), 1 << 20, dtype=torch.int32, device=device)
+        self.table[self.real] = self.cache.table(device)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        self.qkv = torch.full((rows, (heads + 2 * kv_heads) * width), NAN).to(dtype).to(device)
+        self.qkv[self.real] = torch.randn(len(self.real), self.qkv.shape[1]).to(dtype).to(device)
+        angle = (torch.rand(rows, width // 2) * 6).repeat(1, 2)
+        self.cos, self.sin = angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
+        self.write_slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        for row, own in zip(self.real, self.cache.slots, strict=True):
+            self.write_slots[row] = own[-1]
+            self.cache.k[:, own[-1]] = self.cache.v[:, own[-1]] = NAN
+        self._heads, self._width, self._longest = heads, width, max(lengths)
+
+    def copied(self) -> tuple[Tensor, Tensor]:
+        """Keys and values in which a launch may store the new ones; kept to compare with."""
+        self.kept = (self.cache.k.clone(), self.cache.v.clone())
+        return self.kept
+
+    def scratch(self) -> DecodeScratch:
+        made = DecodeScratch(len(self.lengths) + 1, self._heads, self._width, self._longest, self.lengths.device)
+        made.sums.fill_(NAN)
+        made.states.fill_(NAN)
+        return made
+
+    def meant(self, q: Tensor, window: int | None, softcap: float | None) -> Tensor:
+        """Of the rows that are no padding, with what `copied` gave out."""
+        self.cache.k, given = self.kept[0], self.cache.k
+        self.cache.v, other = self.kept[1], self.cache.v
+        spans = [(i, i + 1) for i in range(len(self.real))]
+        out = self.cache.meant(q[self.real], spans, 0.3, window, softcap)
+        self.cache.k, self.cache.v = given, other
+        return out
+
+    def check(self, got: Tensor, expected: Tensor, close: Close) -> None:
+        """Against `expected`; rows of padding are 0."""
+        close(got[self.real], expected)
+        padding = sorted(set(range(len(self.lengths))) - set(self.real))
+        assert (got[padding] == 0).all()
+
+
 @pytest.fixture(autouse=True)
-def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contexts of several chunks in less time: the interpreter is slow."""
-    monkeypatch.setattr(attention, "CHUNK", 64)
+def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts of several parts and tiles in less time: the interpreter is slow."""
+    monkeypatch.setattr(attention, "STEP", 16)
+    monkeypatch.setattr(attention, "MOST", 4)
+    monkeypatch.setattr(prompts, "ROWS", 32)
+    monkeypatch.setattr(prompts, "STEP", 16)
 
 
-@pytest.mark.parametrize(
-    ("window", "softcap", "heads", "kv_heads", "width"),
-    [(None, None, 6, 2, 24), (37, None, 2, 2, 64), (None, 2.0, 3, 1, 16), (75, 4.0, 4, 2, 24)],
-)
+SHAPES = [  # window, softcap, query heads, key heads, width
+    (None, None, 6, 2, 32),
+    (37, None, 2, 2, 64),
+    (None, 2.0, 8, 1, 16),
+    (75, 4.0, 4, 1, 24),
+    (None, None, 2, 1, 96),
+]
+# Of one token, within one tile, to a tile's border and past it, over all parts with several tiles each; and padding.
+LENGTHS = [1, 9, 0, 16, 17, 33, 150, 0]
+
+
+@pytest.mark.parametrize(("window", "softcap", "heads", "kv_heads", "width"), SHAPES)
 def test_decode(
     window: int | None,
     softcap: float | None,
@@ -83,31 +145,50 @@ def test_decode(
     dtype: torch.dtype,
     device: str,
     close: Close,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Contexts within one chunk, of exactly one, and over several; a row of padding between them."""
-    lengths = [1, random.randrange(2, 60), attention.CHUNK, 2 * attention.CHUNK + random.randrange(1, 40)]
-    cache = Cache(lengths, kv_heads, width, 16, dtype, device)
-    q = torch.randn(5, heads, width).to(dtype).to(device)
-    q[4] = NAN
-    table = torch.cat([cache.table(device), torch.full((1, max(map(len, cache.pages))), 1 << 20, device=device)])
-    scratch = DecodeScratch(6, heads, width, 3 * attention.CHUNK, device)
-    scratch.sums.fill_(NAN)
-    scratch.states.fill_(NAN)
-    got = decode(
-        q,
-        cache.k,
-        cache.v,
-        table.int(),
-        torch.tensor([*lengths, 0], dtype=torch.int32, device=device),
-        scratch,
-        page_tokens=16,
-        scale=0.3,
-        window=window,
-        softcap=softcap,
-    )
-    expected = cache.meant(q[:4], [(i, i + 1) for i in range(4)], 0.3, window, softcap)
-    close(got[:4], expected)
-    assert (got[4] == 0).all()
+    """With keys and values stored before and by the launch itself; programs for each part and far fewer."""
+    batch = Batch(LENGTHS, heads, kv_heads, width, dtype, device)
+    stored = elementwise.rope_store(batch.qkv, batch.cos, batch.sin, batch.write_slots, *batch.copied(), heads)
+    expected = batch.meant(stored, window, softcap)
+    settings = {"page_tokens": 16, "scale": 0.3, "window": window, "softcap": softcap}
+    for programs in (2112, 3 * kv_heads):
+        monkeypatch.setattr(attention, "_PROGRAMS", programs)
+        k, v = batch.cache.k.clone(), batch.cache.v.clone()
+        scratch = batch.scratch()
+        got = decode_new(
+            batch.qkv,
+            batch.cos,
+            batch.sin,
+            batch.write_slots,
+            k,
+            v,
+            batch.table,
+            batch.lengths,
+            scratch,
+            heads=heads,
+            **settings,
+        )
+        batch.check(got, expected, close)
+        assert not scratch.counters.any()
+        for own, meant in zip((k, v), batch.kept, strict=True):
+            torch.testing.assert_close(own, meant, rtol=0, atol=0, equal_nan=True)
+        again = decode(stored, k, v, batch.table, batch.lengths, scratch, **settings)
+        batch.check(again, expected, close)
+        assert not scratch.counters.any()
+
+
+def test_company_changes_no_answer(dtype: torch.dtype, device: str) -> None:
+    """A sequence alone, and among others in a scratch for longer ones."""
+    batch = Batch(LENGTHS, 4, 2, 32, dtype, device)
+    k, v = batch.copied()
+    q = elementwise.rope_store(batch.qkv, batch.cos, batch.sin, batch.write_slots, k, v, 4)
+    together = decode(q, k, v, batch.table, batch.lengths, batch.scratch(), page_tokens=16, scale=0.3)
+    for row in (3, 5, 6):
+        one = slice(row, row + 1)
+        room = DecodeScratch(1, 4, 32, LENGTHS[row], device)
+        alone = decode(q[one], k, v, batch.table[one], batch.lengths[one], room, page_tokens=16, scale=0.3)
+        assert torch.equal(alone, together[one])
 
 
 def test_a_context_that_needs_no_split(dtype: torch.dtype, device: str, close: Close) -> None:
@@ -129,6 +210,10 @@ def test_prefill(window: int | None, softcap: float | None, dtype: torch.dtype, 
     spans = [(t0, t0 + count) for t0, count in zip(starts, new, strict=True)]
     q = torch.randn(99, 4, 24).to(dtype).to(device)
     out = torch.full_like(q, NAN)
+    if window:  # what no new token sees any more may hold anything
+        for own, length, count in zip(cache.slots, lengths, new, strict=True):
+            gone = own[: max(0, length - count - window + 1)]
+            cache.k[:, gone] = cache.v[:, gone] = NAN
     plan = PrefillPlan.make(
         [(t0, t1, length) for (t0, t1), length in zip(spans, lengths, strict=True)], cache.pages, device
     )
