@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from server.kernels.gpu.elementwise import turned
-from server.kernels.gpu.launch import multiply, power_of_two, precision
+from server.kernels.gpu.launch import multiply, power_of_two, precision, processors
 from server.kernels.gpu.paged import LOG2E, capped, pages_of, tile_of
 
 STEP = 64  # stored positions in one tile
 MOST = 32  # parts at most, into which a sequence is cut
-_PROGRAMS = 2112  # at most; where there are more parts, a program takes several, one after the other
+_PROGRAMS = 16  # of a processor at most; where there are more parts, a program takes several, one after the other
 _ROWS = 64  # sequences a program looks through for its own part, at least
 _WARPS = 4
 _STAGES = 2
@@ -133,7 +133,8 @@ def _launch(
     each = heads // kv_heads
     out = torch.empty(rows, heads, width, dtype=q.dtype, device=q.device)
     cos, sin, write_slots = rotation or (q, q, lengths)
-    _decode[(kv_heads, max(1, min(rows * parts, _PROGRAMS // kv_heads)))](
+    programs = _PROGRAMS * processors(q.device)
+    _decode[(kv_heads, max(1, min(rows * parts, programs // kv_heads)))](
         q,
         k,
         v,
