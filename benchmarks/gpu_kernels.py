@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_bench import Bench, Missing, Report
-from benchmarks.gpu_model import LLAMA_8B, PAGE, TINY, Shape, random_nf4
+from benchmarks.gpu_model import LLAMA_8B, TINY, Shape
 from server.kernels.gpu import attention, nf4, prompts
 from server.kernels.gpu.lora import LoraSites, lora_add, scratch
 from server.kernels.gpu.lora_plan import DECODE_TOKENS, LoraPlan
+from server.kernels.gpu.selfcheck import PAGE, random_weight
 
 BF16 = torch.bfloat16
 
@@ -22,7 +23,7 @@ def nf4_products(bench: Bench) -> Report:
     workspace = nf4.Workspace(bench.device)
     for name, (out, width) in shape.linears.items():
         copies = 1 if bench.tiny else max(4, (256 << 20) // (out * width // 2))
-        weights = [random_nf4(out, width, bench.device) for _ in range(copies)]
+        weights = [random_weight(out, width, bench.device) for _ in range(copies)]
         full = [torch.randn(out, width, dtype=BF16, device=bench.device) for _ in range(min(copies, 4))]
         for m in (1,) if bench.tiny else (1, 8, 16, 32, 64, 128):
             if bench.left() < 5:
@@ -50,7 +51,7 @@ def nf4_tilings(bench: Bench) -> Report:
     workspace = nf4.Workspace(bench.device, 1 << 24)
     rows = []
     for name, (out, width) in shape.linears.items():
-        weights = [random_nf4(out, width, bench.device) for _ in range(1 if bench.tiny else 4)]
+        weights = [random_weight(out, width, bench.device) for _ in range(1 if bench.tiny else 4)]
         for m in (1,) if bench.tiny else (1, 32):
             x = torch.randn(m, width, dtype=BF16, device=bench.device)
             tried = []

@@ -10,7 +10,7 @@ from torch import Tensor
 from server.kernels.gpu import attention, elementwise, nf4
 from server.kernels.gpu.lora import LoraSites, lora_add, scratch
 from server.kernels.gpu.lora_plan import DECODE_TOKENS, LoraPlan
-from server.kernels.gpu.nf4_levels import LEVELS
+from server.kernels.gpu.selfcheck import PAGE, random_weight
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,6 @@ class Shape:
 LLAMA_8B = Shape("8B", 32, 4096, 14336, 32, 8, 128, 128256)
 LLAMA_1B = Shape("1B", 16, 2048, 8192, 32, 8, 64, 128256)
 TINY = Shape("tiny", 1, 128, 192, 4, 2, 32, 96)
-
-PAGE = 16
-
-
-def random_nf4(out: int, width: int, device: str) -> nf4.Nf4Weight:
-    """Random codes, and scales under which the weight is about as large as a trained one."""
-    codes = torch.randint(0, 256, (out, width // 2), dtype=torch.uint8, device=device)
-    scales = (torch.rand(out, width // 64, device=device) + 0.5) * width**-0.5
-    return nf4.Nf4Weight(codes, scales.half(), torch.tensor(LEVELS, device=device))
-
-
-def dense(weight: nf4.Nf4Weight) -> Tensor:
-    """What it means, in float64, by plain torch."""
-    codes = torch.stack([weight.codes >> 4, weight.codes & 15], -1).flatten(1).long()
-    return weight.levels.double()[codes] * weight.scales.double().repeat_interleave(64, 1)
 
 
 class Step:
@@ -108,7 +93,7 @@ class Step:
         shape, pages = self.shape, self.rows * -(-self.context // PAGE)
         layer: dict = {"lora": {}, "norms": [torch.ones(shape.hidden, dtype=self.dtype, device=self.device)] * 2}
         for name, (out, width) in shape.linears.items():
-            layer[name] = random_nf4(out, width, self.device) if packed else self._random(out, width) * width**-0.5
+            layer[name] = random_weight(out, width, self.device) if packed else self._random(out, width) * width**-0.5
             if arena_rows:
                 sites = shape.sites[name]
                 a = [self._random(arena_rows, width) * width**-0.5 for _ in sites]

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.gpu_bench import Bench
-from benchmarks.gpu_model import LLAMA_8B, TINY, Shape, random_nf4
+from benchmarks.gpu_model import LLAMA_8B, TINY, Shape
 from hub.base import BaseIdentity
 from server.adapters.arena import row_bytes
 from server.adapters.weights import AdapterFiles
@@ -24,6 +24,7 @@ from server.engine.engine import Completion, Engine
 from server.engine.observer import Unobserved
 from server.engine.request import AdapterUse, Request, Stopping
 from server.kernels.gpu import door
+from server.kernels.gpu.selfcheck import random_weight
 from server.model import attention
 from server.model.base import BaseModel
 from server.model.gpu_linear import become
@@ -180,7 +181,7 @@ def random_base(shape: Shape, device: str, *, packed: bool, dtype: torch.dtype) 
         workspace = Workspace(device)
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
-                become(module, random_nf4(module.out_features, module.in_features, device), workspace, dtype)
+                become(module, random_weight(module.out_features, module.in_features, device), workspace, dtype)
     fill(model, device, dtype)
     model.set_attn_implementation(attention.ATTENTION_NAME)
     return BaseModel(

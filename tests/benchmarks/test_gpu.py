@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_checks, gpu_engine, gpu_sections
+from benchmarks import gpu, gpu_engine, gpu_sections
 from benchmarks.gpu_bench import Bench, Report
+from server.kernels.gpu import selfcheck
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -35,11 +36,12 @@ def test_every_section_runs_or_says_what_it_lacks(tmp_path: Path, capsys: pytest
 def test_wrong_kernels_are_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_checks, "CHECKS", {"a kernel that writes nothing": lambda bench, dtype: float("nan")})
+    wrong = {"a kernel that writes nothing": lambda device, dtype, sizes: float("nan")}
+    monkeypatch.setattr(selfcheck, "CHECKS", wrong)
     files = ["--json", str(tmp_path / "gpu.json"), "--markdown", str(tmp_path / "gpu.md")]
     report = gpu.main(["--tiny", "--sections", "correct", "nf4", *files])
     assert list(report["sections"]) == ["correct"]
-    assert report["sections"]["correct"]["why"].startswith("AssertionError: a kernel that writes nothing in")
+    assert report["sections"]["correct"]["why"].startswith("AssertionError: a kernel that writes nothing is off by nan")
     assert "nothing is timed" in capsys.readouterr().out
 
 

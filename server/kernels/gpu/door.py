@@ -3,6 +3,9 @@ none."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +17,8 @@ from server.kernels.gpu.interpreted import take_turns
 
 if TYPE_CHECKING:
     from server.kernels.gpu.nf4 import Workspace
+
+log = logging.getLogger(__name__)
 
 LEAST_CAPABILITY = (8, 0)  # bfloat16 in the tensor cores
 
@@ -41,9 +46,22 @@ def load(device: str, dtype: torch.dtype) -> GpuKernels | None:
     if capability < LEAST_CAPABILITY:
         raise Unsuitable(f"compute capability {capability[0]}.{capability[1]}, at least 8.0 is needed")
     try:
+        _check(device, dtype)
         return opened(device, dtype, CudaGraphs(device), SideStream(device))
     except ImportError as error:
         raise Unsuitable(f"{error.name or 'triton'} is not installed: pip install 'loraplex[gpu]'") from error
+
+
+def _check(device: str, dtype: torch.dtype) -> None:
+    """Raises `Unsuitable` where a kernel does not do here what it means. Seconds the first time, which compiles."""
+    from server.kernels.gpu import selfcheck
+
+    started = time.monotonic()
+    with torch.cuda.device(device) if device.startswith("cuda") else contextlib.nullcontext():
+        wrong = [str(found) for found in selfcheck.findings(device, dtype, selfcheck.SMALL) if not found.right]
+    if wrong:
+        raise Unsuitable("kernels of ours are wrong on this card: " + "; ".join(wrong))
+    log.info("the GPU's kernels agree with plain torch (%.1f s)", time.monotonic() - started)
 
 
 def opened(device: str, dtype: torch.dtype, graphs: Graphs | None, aside: Aside = in_line) -> GpuKernels:
