@@ -25,14 +25,14 @@ static inline void store_bf16(const float *c, bf16 *y, int64_t stride, int64_t r
     for (int64_t i = 0; i < columns; i++) y[r * stride + i] = narrow(c[r * 16 + i] + (bias ? bias[i] : 0.0f));
 }
 
+#ifdef __AVX512BF16__
 /* Without tiles: four rows by 32 outputs at a time. The last rows are repeated, so that all take the same way. */
-static void panel_by_fours(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, int64_t m, int64_t k,
-                           int64_t stride, int64_t columns) {
+static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, int64_t m, int64_t k,
+                                int64_t stride, int64_t columns) {
   for (int64_t t = 0; t < m; t += 4) {
     const bf16 *rows[4];
     for (int j = 0; j < 4; j++) rows[j] = x + (t + j < m ? t + j : m - 1) * k;
     float acc[4][32];
-#ifdef __AVX512BF16__
     __m512 sums[4][2];
     for (int j = 0; j < 4; j++) sums[j][0] = sums[j][1] = _mm512_setzero_ps();
     for (int64_t s = 0; s < k / 32; s++)
@@ -51,29 +51,77 @@ static void panel_by_fours(const bf16 *x, const bf16 *w, const float *bias, bf16
       _mm512_storeu_ps(acc[j], sums[j][0]);
       _mm512_storeu_ps(acc[j] + 16, sums[j][1]);
     }
-#else
-    memset(acc, 0, sizeof acc);
-    for (int64_t s = 0; s < k / 32; s++)
-      for (int64_t pair = 0; pair < 16; pair++) {
-        float even[32], odd[32];
-        for (int64_t o = 0; o < 32; o++) {
-          uint32_t both;
-          memcpy(&both, w + s * 1024 + o / 16 * 512 + pair * 32 + o % 16 * 2, 4);
-          const uint32_t low = both << 16, high = both & 0xffff0000u;
-          memcpy(even + o, &low, 4);
-          memcpy(odd + o, &high, 4);
-        }
-        for (int j = 0; j < 4; j++) {
-          const float x0 = widen(rows[j][s * 32 + pair * 2]), x1 = widen(rows[j][s * 32 + pair * 2 + 1]);
-          for (int64_t o = 0; o < 32; o++) acc[j][o] += x0 * even[o] + x1 * odd[o];
-        }
-      }
-#endif
     for (int64_t j = 0; j < 4 && t + j < m; j++)
       for (int64_t o = 0; o < columns; o++)
         y[(t + j) * stride + o] = narrow(acc[j][o] + (bias ? bias[o] : 0.0f));
   }
 }
+#else
+#define INPUTS 512 /* taken together: x of so many, widened, stays in the first cache */
+
+/* COUNT rows by 16 outputs over `inputs` inputs; sums in registers. x: [COUNT][INPUTS] widened; w: half a panel's tiles,
+ * 1,024 elements apart; acc: [COUNT][32] of which 16 are used. */
+#define BLOCK_OF(COUNT)                                                                                    \
+  static void block_of_##COUNT(const float x[][INPUTS], const bf16 *w, int64_t inputs, float acc[][32]) {  \
+    v8 sums[COUNT][2];                                                                                     \
+    for (int j = 0; j < COUNT; j++) {                                                                      \
+      sums[j][0] = load8_f32(acc[j]);                                                                      \
+      sums[j][1] = load8_f32(acc[j] + 8);                                                                  \
+    }                                                                                                      \
+    for (int64_t i = 0; i < inputs; i += 2) {                                                              \
+      const bf16 *at = w + i / 32 * 1024 + i % 32 * 16;                                                    \
+      v8bits left, right;                                                                                  \
+      memcpy(&left, at, 32);                                                                               \
+      memcpy(&right, at + 16, 32);                                                                         \
+      __builtin_prefetch(at + 4096, 0, 3);                                                                 \
+      const v8 even0 = (v8)(left << 16), even1 = (v8)(right << 16);                                        \
+      for (int j = 0; j < COUNT; j++) {                                                                    \
+        sums[j][0] += x[j][i] * even0;                                                                     \
+        sums[j][1] += x[j][i] * even1;                                                                     \
+      }                                                                                                    \
+      const v8 odd0 = (v8)(left & 0xffff0000u), odd1 = (v8)(right & 0xffff0000u);                          \
+      for (int j = 0; j < COUNT; j++) {                                                                    \
+        sums[j][0] += x[j][i + 1] * odd0;                                                                  \
+        sums[j][1] += x[j][i + 1] * odd1;                                                                  \
+      }                                                                                                    \
+    }                                                                                                      \
+    for (int j = 0; j < COUNT; j++) {                                                                      \
+      memcpy(acc[j], &sums[j][0], 32);                                                                     \
+      memcpy(acc[j] + 8, &sums[j][1], 32);                                                                 \
+    }                                                                                                      \
+  }
+BLOCK_OF(1)
+BLOCK_OF(2)
+BLOCK_OF(3)
+BLOCK_OF(4)
+BLOCK_OF(5)
+BLOCK_OF(6)
+
+/* For processors that know nothing of bfloat16: widened to float. Every row's sums run in the same order, however many
+ * rows there are. */
+static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, int64_t m, int64_t k,
+                                int64_t stride, int64_t columns) {
+  static void (*const blocks[])(const float[][INPUTS], const bf16 *, int64_t, float[][32]) = {
+      block_of_1, block_of_2, block_of_3, block_of_4, block_of_5, block_of_6};
+  for (int64_t t = 0; t < m; t += 6) {
+    const int64_t count = m - t < 6 ? m - t : 6;
+    float wide[6][INPUTS], acc[6][32];
+    memset(acc, 0, sizeof acc);
+    for (int64_t from = 0; from < k; from += INPUTS) {
+      const int64_t inputs = k - from < INPUTS ? k - from : INPUTS;
+      for (int64_t j = 0; j < count; j++)
+        for (int64_t i = 0; i < inputs; i++) wide[j][i] = widen(x[(t + j) * k + from + i]);
+      for (int64_t half = 0; half < 2; half++) {
+        float(*sums)[32] = (float(*)[32])(&acc[0][half * 16]);
+        blocks[count - 1]((const float(*)[INPUTS])wide, w + from * 32 + half * 512, inputs, sums);
+      }
+    }
+    for (int64_t j = 0; j < count; j++)
+      for (int64_t o = 0; o < columns; o++)
+        y[(t + j) * stride + o] = narrow(acc[j][o] + (bias ? bias[o] : 0.0f));
+  }
+}
+#endif
 
 /* 32 columns of y from one panel. x: rows of K up to whole tiles of 16 must be readable; what lies there beyond m is
  * not used. */
@@ -134,8 +182,23 @@ static void panel_bf16(const bf16 *x, const bf16 *w, const float *bias, bf16 *y,
     return;
   }
 #endif
-  panel_by_fours(x, w, bias, y, m, k, stride, columns);
+  panel_without_tiles(x, w, bias, y, m, k, stride, columns);
 }
+
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+/* The levels of eight codes, of which the lowest four bits count. */
+static inline __m256 level8(__m256i codes, __m256 below, __m256 above) {
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(below, codes), _mm256_permutevar8x32_ps(above, codes),
+                          _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+}
+
+/* Products as bfloat16 in the upper halves, ties to even; what is below is left over. Finite numbers only. */
+static inline __m256i rounded8(__m256 levels, __m256 factor) {
+  const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(levels, factor));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+#endif
 
 /* One NF4 panel as bitsandbytes rounds it: codes [K / 32][2][16][16] bytes, a pair of inputs each, the even one in the
  * low nibble; scales [K / 64][2][16]; w: the panel in bfloat16. */
@@ -143,6 +206,8 @@ static void widen_nf4(const uint8_t *codes, const float *scales, const float *le
 #ifdef __AVX512BF16__
   const __m512 table = _mm512_loadu_ps(levels);
   const __m512i nibble = _mm512_set1_epi32(15);
+#elif defined(__AVX2__)
+  const __m256 below = _mm256_loadu_ps(levels), above = _mm256_loadu_ps(levels + 8);
 #endif
   for (int64_t s = 0; s < k / 32; s++)
     for (int64_t half = 0; half < 2; half++) {
@@ -158,6 +223,18 @@ static void widen_nf4(const uint8_t *codes, const float *scales, const float *le
         const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(even, factor)));
         const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(odd, factor)));
         _mm512_storeu_si512(wide + pair * 32, _mm512_or_epi32(low, _mm512_slli_epi32(high, 16)));
+      }
+#elif defined(__AVX2__)
+      for (int64_t o = 0; o < 16; o += 8) {
+        const __m256 factor = _mm256_loadu_ps(scale + o);
+        for (int64_t pair = 0; pair < 16; pair++) {
+          const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(tile + pair * 16 + o)));
+          const __m256i high = rounded8(level8(_mm256_srli_epi32(both, 4), below, above), factor);
+          const __m256i low = rounded8(level8(both, below, above), factor);
+          const __m256i words = _mm256_or_si256(_mm256_srli_epi32(low, 16),
+                                                _mm256_and_si256(high, _mm256_set1_epi32((int)0xffff0000u)));
+          _mm256_storeu_si256((__m256i *)(wide + (pair * 16 + o) * 2), words);
+        }
       }
 #else
       for (int64_t pair = 0; pair < 16; pair++)
@@ -176,19 +253,40 @@ static void widen_nf4_into_bf16(const product *p, int64_t nb, bf16 *buffer) {
 
 #define PACKED_AT_f32(k, i, o) ((i) * 32 + (o))
 
+/* COUNT rows by 16 outputs of a panel [k][32]. */
+#define FLOATS_OF(COUNT)                                                                                         \
+  static void floats_of_##COUNT(const float *x, const float *w, int64_t k, float acc[][32]) {                    \
+    v8 sums[COUNT][2];                                                                                           \
+    memset(sums, 0, sizeof sums);                                                                                \
+    for (int64_t i = 0; i < k; i++) {                                                                            \
+      const v8 left = load8_f32(w + i * 32), right = load8_f32(w + i * 32 + 8);                                  \
+      for (int j = 0; j < COUNT; j++) {                                                                          \
+        sums[j][0] += x[j * k + i] * left;                                                                       \
+        sums[j][1] += x[j * k + i] * right;                                                                      \
+      }                                                                                                          \
+    }                                                                                                            \
+    for (int j = 0; j < COUNT; j++) {                                                                            \
+      memcpy(acc[j], &sums[j][0], 32);                                                                           \
+      memcpy(acc[j] + 8, &sums[j][1], 32);                                                                       \
+    }                                                                                                            \
+  }
+FLOATS_OF(1)
+FLOATS_OF(2)
+FLOATS_OF(3)
+FLOATS_OF(4)
+FLOATS_OF(5)
+FLOATS_OF(6)
+
 static void panel_f32(const float *x, const float *w, const float *bias, float *y, int64_t m, int64_t k,
                       int64_t stride, int64_t columns) {
-  for (int64_t t = 0; t < m; t += 4) {
-    const float *rows[4];
-    for (int j = 0; j < 4; j++) rows[j] = x + (t + j < m ? t + j : m - 1) * k;
-    float acc[4][32];
-    memset(acc, 0, sizeof acc);
-    for (int64_t i = 0; i < k; i++)
-      for (int j = 0; j < 4; j++) {
-        const float input = rows[j][i];
-        for (int64_t o = 0; o < 32; o++) acc[j][o] += input * w[i * 32 + o];
-      }
-    for (int64_t j = 0; j < 4 && t + j < m; j++)
+  static void (*const blocks[])(const float *, const float *, int64_t, float[][32]) = {
+      floats_of_1, floats_of_2, floats_of_3, floats_of_4, floats_of_5, floats_of_6};
+  for (int64_t t = 0; t < m; t += 6) {
+    const int64_t count = m - t < 6 ? m - t : 6;
+    float acc[6][32];
+    for (int64_t half = 0; half < 2; half++)
+      blocks[count - 1](x + t * k, w + half * 16, k, (float(*)[32])(&acc[0][half * 16]));
+    for (int64_t j = 0; j < count; j++)
       for (int64_t o = 0; o < columns; o++) y[(t + j) * stride + o] = acc[j][o] + (bias ? bias[o] : 0.0f);
   }
 }
