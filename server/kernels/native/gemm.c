@@ -59,8 +59,8 @@ static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias,
 #else
 #define INPUTS 512 /* taken together: x of so many, widened, stays in the first cache */
 
-/* COUNT rows by 16 outputs over `inputs` inputs; sums in registers. x: [COUNT][INPUTS] widened; w: half a panel's tiles,
- * 1,024 elements apart; acc: [COUNT][32] of which 16 are used. */
+/* COUNT rows by 16 outputs over `inputs` inputs; sums in registers. x: [COUNT][INPUTS] widened; w: from one of the first
+ * two tiles of a panel on, and every second one; acc: [COUNT][32] of which 16 are used. */
 #define BLOCK_OF(COUNT)                                                                                    \
   static void block_of_##COUNT(const float x[][INPUTS], const bf16 *w, int64_t inputs, float acc[][32]) {  \
     v8 sums[COUNT][2];                                                                                     \
@@ -90,8 +90,35 @@ static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias,
       memcpy(acc[j] + 8, &sums[j][1], 32);                                                                 \
     }                                                                                                      \
   }
-BLOCK_OF(1)
-BLOCK_OF(2)
+/* The same for 32 outputs: few rows take all tiles as memory has them. */
+#define WHOLE_OF(COUNT)                                                                            \
+  static void block_of_##COUNT(const float x[][INPUTS], const bf16 *w, int64_t inputs, float acc[][32]) {  \
+    v8 sums[COUNT][4];                                                                            \
+    for (int j = 0; j < COUNT; j++)                                                                        \
+      for (int o = 0; o < 4; o++) sums[j][o] = load8_f32(acc[j] + 8 * o);                         \
+    for (int64_t i = 0; i < inputs; i += 2)                                                                \
+      for (int half = 0; half < 2; half++) {                                                          \
+        const bf16 *at = w + i / 32 * 1024 + i % 32 * 16 + half * 512;                                     \
+        v8bits left, right;                                                                                \
+        memcpy(&left, at, 32);                                                                             \
+        memcpy(&right, at + 16, 32);                                                                       \
+        __builtin_prefetch(at + 4096, 0, 3);                                                               \
+        const v8 even0 = (v8)(left << 16), even1 = (v8)(right << 16);                                      \
+        for (int j = 0; j < COUNT; j++) {                                                                  \
+          sums[j][2 * half] += x[j][i] * even0;                                                            \
+          sums[j][2 * half + 1] += x[j][i] * even1;                                                        \
+        }                                                                                                  \
+        const v8 odd0 = (v8)(left & 0xffff0000u), odd1 = (v8)(right & 0xffff0000u);                        \
+        for (int j = 0; j < COUNT; j++) {                                                                  \
+          sums[j][2 * half] += x[j][i + 1] * odd0;                                                         \
+          sums[j][2 * half + 1] += x[j][i + 1] * odd1;                                                     \
+        }                                                                                                  \
+      }                                                                                                    \
+    for (int j = 0; j < COUNT; j++)                                                                        \
+      for (int o = 0; o < 4; o++) memcpy(acc[j] + 8 * o, &sums[j][o], 32);                        \
+  }
+WHOLE_OF(1)
+WHOLE_OF(2)
 BLOCK_OF(3)
 BLOCK_OF(4)
 BLOCK_OF(5)
@@ -111,7 +138,7 @@ static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias,
       const int64_t inputs = k - from < INPUTS ? k - from : INPUTS;
       for (int64_t j = 0; j < count; j++)
         for (int64_t i = 0; i < inputs; i++) wide[j][i] = widen(x[(t + j) * k + from + i]);
-      for (int64_t half = 0; half < 2; half++) {
+      for (int64_t half = 0; half < (count < 3 ? 1 : 2); half++) { /* few rows take both at once, as memory has them */
         float(*sums)[32] = (float(*)[32])(&acc[0][half * 16]);
         blocks[count - 1]((const float(*)[INPUTS])wide, w + from * 32 + half * 512, inputs, sums);
       }
