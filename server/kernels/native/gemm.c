@@ -8,6 +8,8 @@
 #ifndef GEMM_BF16
 #define GEMM_BF16
 
+#define AT_ONCE 4 /* rows: their sums fill the registers of AVX2 */
+
 #define PACKED_AT_bf16(k, i, o) ((((i) / 32) * 2 + (o) / 16) * 512 + ((i) % 32 / 2 * 16 + (o) % 16) * 2 + (i) % 2)
 
 static inline void store_bf16(const float *c, bf16 *y, int64_t stride, int64_t rows, int64_t columns,
@@ -121,23 +123,24 @@ WHOLE_OF(1)
 WHOLE_OF(2)
 BLOCK_OF(3)
 BLOCK_OF(4)
-BLOCK_OF(5)
-BLOCK_OF(6)
 
 /* For processors that know nothing of bfloat16: widened to float. Every row's sums run in the same order, however many
  * rows there are. */
 static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, int64_t m, int64_t k,
                                 int64_t stride, int64_t columns) {
   static void (*const blocks[])(const float[][INPUTS], const bf16 *, int64_t, float[][32]) = {
-      block_of_1, block_of_2, block_of_3, block_of_4, block_of_5, block_of_6};
-  for (int64_t t = 0; t < m; t += 6) {
-    const int64_t count = m - t < 6 ? m - t : 6;
-    float wide[6][INPUTS], acc[6][32];
+      block_of_1, block_of_2, block_of_3, block_of_4};
+  for (int64_t t = 0; t < m; t += AT_ONCE) {
+    const int64_t count = m - t < AT_ONCE ? m - t : AT_ONCE;
+    float wide[AT_ONCE][INPUTS], acc[AT_ONCE][32];
     memset(acc, 0, sizeof acc);
     for (int64_t from = 0; from < k; from += INPUTS) {
       const int64_t inputs = k - from < INPUTS ? k - from : INPUTS;
       for (int64_t j = 0; j < count; j++)
-        for (int64_t i = 0; i < inputs; i++) wide[j][i] = widen(x[(t + j) * k + from + i]);
+        for (int64_t i = 0; i < inputs; i += 8) {
+          const v8 eight = load8_bf16(x + (t + j) * k + from + i);
+          memcpy(wide[j] + i, &eight, 32);
+        }
       for (int64_t half = 0; half < (count < 3 ? 1 : 2); half++) { /* few rows take both at once, as memory has them */
         float(*sums)[32] = (float(*)[32])(&acc[0][half * 16]);
         blocks[count - 1]((const float(*)[INPUTS])wide, w + from * 32 + half * 512, inputs, sums);
@@ -301,16 +304,14 @@ FLOATS_OF(1)
 FLOATS_OF(2)
 FLOATS_OF(3)
 FLOATS_OF(4)
-FLOATS_OF(5)
-FLOATS_OF(6)
 
 static void panel_f32(const float *x, const float *w, const float *bias, float *y, int64_t m, int64_t k,
                       int64_t stride, int64_t columns) {
   static void (*const blocks[])(const float *, const float *, int64_t, float[][32]) = {
-      floats_of_1, floats_of_2, floats_of_3, floats_of_4, floats_of_5, floats_of_6};
-  for (int64_t t = 0; t < m; t += 6) {
-    const int64_t count = m - t < 6 ? m - t : 6;
-    float acc[6][32];
+      floats_of_1, floats_of_2, floats_of_3, floats_of_4};
+  for (int64_t t = 0; t < m; t += AT_ONCE) {
+    const int64_t count = m - t < AT_ONCE ? m - t : AT_ONCE;
+    float acc[AT_ONCE][32];
     for (int64_t half = 0; half < 2; half++)
       blocks[count - 1](x + t * k, w + half * 16, k, (float(*)[32])(&acc[0][half * 16]));
     for (int64_t j = 0; j < count; j++)
