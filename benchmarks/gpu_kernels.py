@@ -9,7 +9,8 @@ from torch import Tensor
 
 from benchmarks.gpu_bench import Bench, Missing, Report
 from benchmarks.gpu_model import LLAMA_8B, TINY, Shape
-from server.kernels.gpu import attention, nf4, prompts
+from server.kernels.gpu import attention, cuda, nf4, nf4_cuda, prompts
+from server.kernels.gpu.launch import processors
 from server.kernels.gpu.lora import LoraSites, lora_add, scratch
 from server.kernels.gpu.lora_plan import DECODE_TOKENS, LoraPlan
 from server.kernels.gpu.selfcheck import PAGE, random_weight
@@ -86,6 +87,51 @@ def _cuts(bench: Bench, given: nf4.Tiling, width: int) -> list[nf4.Tiling]:
         for stages in (4, 6)
         if splits <= most
     ]
+
+
+def nf4_cuts(bench: Bench) -> Report:
+    """Ways to cut the CUDA product, best first, beside what `nf4_cuda.best` chooses and what Triton's kernel takes."""
+    if bench.device == "cpu":
+        raise Missing("CUDA's kernels need a GPU")
+    if not cuda.available():
+        raise Missing("cuda-bindings or NVRTC is not installed")
+    rows, workspace = [], nf4.Workspace(bench.device)
+    count = processors(torch.device(bench.device, torch.cuda.current_device()))
+    limit = int(torch.cuda.get_device_properties(0).shared_memory_per_multiprocessor)
+    for name, (out, width) in LLAMA_8B.linears.items():
+        weights = [random_weight(out, width, bench.device) for _ in range(max(4, (120 << 20) // (out * width // 2)))]
+        for m in (1, 8, 16, 32):
+            x = torch.randn(m, width, dtype=BF16, device=bench.device)
+            cuts = sorted(nf4_cuda.cuts(m, width, limit), key=lambda cut: cut.cycles(out, width, count))
+            tried = []
+            for cut in cuts[:6]:
+                if bench.left() < 5:
+                    return {"rows": rows, "cut": f"no time left at {name}, {m} rows"}
+                calls = [lambda w=w, x=x, c=cut: _cut_product(x, w, workspace, c) for w in weights]
+                tried.append((bench.seconds(calls, 5), cut))
+            triton = nf4.tiling(m, out, width)
+            plain = bench.seconds([lambda w=w, x=x, c=triton: nf4.matmul(x, w, workspace, cut=c) for w in weights], 5)
+            best = min(tried, key=lambda pair: pair[0])
+            rows.append(
+                {
+                    "product": name,
+                    "rows": m,
+                    "best": str(best[1]),
+                    "us": best[0] * 1e6,
+                    "chosen us": tried[0][0] * 1e6,
+                    "predicted us": cuts[0].cycles(out, width, count) / 1755,
+                    "Triton us": plain * 1e6,
+                    "of bandwidth": bench.share_of_bandwidth(weights[0].nbytes, best[0]),
+                }
+            )
+    return {"rows": rows}
+
+
+def _cut_product(x: Tensor, weight: nf4.Nf4Weight, workspace: nf4.Workspace, cut: nf4_cuda.Cut) -> Tensor:
+    y = nf4_cuda.product(x, weight.codes, weight.scales, None, workspace.parts, workspace.counters, cut)
+    if y is None:
+        raise RuntimeError(f"{cut} cannot be launched")
+    return y
 
 
 def nf4_bitsandbytes(bench: Bench) -> Report:

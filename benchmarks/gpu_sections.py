@@ -36,5 +36,6 @@ SECTIONS = {
     "lora": Section(gpu_kernels.lora, 20),
     "attention": Section(gpu_kernels.attention_kernels, 25),
     "products": Section(gpu_kernels.nf4_bitsandbytes, 20),
+    "cuts": Section(gpu_kernels.nf4_cuts, 60),
     "tilings": Section(gpu_kernels.nf4_tilings, 60),
 }
