@@ -57,6 +57,19 @@ class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return str(value)
 
 
+class MetadataKey(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """The name of a text entry in gRPC's metadata."""
+
+    name = "key"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The key as it is; fails with wrong usage."""
+        key = str(value)
+        if not re.fullmatch(r"[0-9a-z_.-]{1,64}", key, re.ASCII) or key.endswith("-bin") or key.startswith("grpc-"):
+            self.fail(f"{value!r} is no metadata key: write lower-case letters, digits and _ . -", param, ctx)
+        return key
+
+
 @click.command(epilog="Example: hub serve --listen 0.0.0.0:50051 --quantize nf4 --adapter-memory 1GiB")
 @click.option(
     "--base",
@@ -170,6 +183,13 @@ class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     show_default=True,
     help="For how long the hub may not remove the versions held here; renewed meanwhile. 0: take no leases.",
 )
+@click.option(
+    "--tenant-header",
+    type=MetadataKey(),
+    metavar="KEY",
+    help="Metadata key, set by a proxy that you trust, that says whose share of the server a call uses. Default: all "
+    "callers share one.",
+)
 @trust_options
 def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> int:
     """Serve one base model with any mix of adapters, over gRPC.
@@ -198,6 +218,7 @@ def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> in
         metrics_port=options["metrics_port"],
         drain_seconds=options["drain_seconds"],
         lease_seconds=options["lease_seconds"],
+        tenant_header=options["tenant_header"],
         trusted_keys=trusted_keys,
     )
     bound_openmp(config.model.threads)

@@ -71,4 +71,5 @@ class ServerConfig:
     metrics_port: int = 9400  # 0 = any free port; negative = off
     drain_seconds: float = 30.0  # time for running requests after SIGTERM
     lease_seconds: float = 600.0  # of the leases on held versions, renewed at half of it; 0 = none
+    tenant_header: str | None = None  # metadata key that names a call's tenant; None: all callers are one
     trusted_keys: tuple[Path, ...] = ()  # files of public keys; none: adapters need no signature

@@ -88,8 +88,8 @@ class Admission:
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="loraplex-tokenize")
         self._resolving = ThreadPoolExecutor(8, thread_name_prefix="loraplex-resolve")
 
-    async def admit(self, message: wire.GenerateRequest) -> Admitted:
-        """The request a message asks for.
+    async def admit(self, message: wire.GenerateRequest, tenant: str = "") -> Admitted:
+        """The request a message asks for, on `tenant`'s share of the server.
 
         Raises `InvalidRequest`s, the hub's `RefInvalid`, `AdapterNotFound` and `HubUnavailable`, and `QueueFull`.
         """
@@ -108,6 +108,7 @@ class Admission:
             adapters=adapters,
             logprobs=parsed.logprobs,
             structure=parsed.structure,
+            tenant=tenant,
         )
         return Admitted(parsed.id, tuple(_candidate(first, index) for index in range(parsed.samples)))
 

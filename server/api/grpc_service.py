@@ -23,7 +23,7 @@ from server.adapters.directory import AdapterDirectory, ResolvedAdapter
 from server.api import encode
 from server.api.admission import Admission, Admitted
 from server.api.candidates import Candidates
-from server.api.parse import RequestParser
+from server.api.parse import RequestParser, tenant_of
 from server.engine.request import Delta
 
 if TYPE_CHECKING:
@@ -44,18 +44,24 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Generation and what goes with it."""
 
     def __init__(
-        self, engine: Engine, admission: Admission, parser: RequestParser, model_info: inference_pb2.ModelInfo
+        self,
+        engine: Engine,
+        admission: Admission,
+        parser: RequestParser,
+        model_info: inference_pb2.ModelInfo,
+        tenant_header: str | None = None,
     ) -> None:
         self._engine = engine
         self._admission = admission
         self._parser = parser
         self._model_info = model_info
+        self._tenant_header = tenant_header
 
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> inference_pb2.GenerateResponse:
         """Answer when generation ended."""
-        admitted = await self._admission.admit(request)
+        admitted = await self._admission.admit(request, self._tenant(context))
         deltas: list[list[Delta]] = [[] for _ in admitted.requests]
         with self._running(admitted) as answers:
             async for index, delta in answers:
@@ -69,7 +75,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         Written through the context rather than yielded: a failed or cancelled write is then raised in this frame,
         while an abandoned generator would be closed whenever the garbage collector finds it.
         """
-        admitted = await self._admission.admit(request)
+        admitted = await self._admission.admit(request, self._tenant(context))
         caller_id, adapters = admitted.caller_id, admitted.adapters
         with self._running(admitted) as answers:
             await context.write(encode.first_chunk(caller_id, adapters))
@@ -89,6 +95,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.ModelInfo:
         """What is served and the limits of a request."""
         return self._model_info
+
+    def _tenant(self, context: Context) -> str:
+        return tenant_of(context.invocation_metadata() or (), self._tenant_header)
 
     @contextmanager
     def _running(self, admitted: Admitted) -> Iterator[Candidates]:

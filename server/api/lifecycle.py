@@ -118,7 +118,9 @@ class Server:
         )
         administration = AdaptersService(engine, directory)
         self._closers += [admission.close, administration.close]
-        self._inference.servicer = InferenceService(engine, admission, parser, model_info(engine, self._config))
+        self._inference.servicer = InferenceService(
+            engine, admission, parser, model_info(engine, self._config), self._config.tenant_header
+        )
         self._adapters.servicer = administration
         self._engine = engine
         self._metrics.attach(engine.snapshot, lambda: residents(engine))

@@ -10,7 +10,7 @@ import itertools
 import math
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hub.refs import AdapterRef
@@ -21,6 +21,7 @@ from server.errors import ContextExceeded, InvalidRequest, PromptEmpty, Structur
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_ROUTING_KEY_CHARS = 256
+MAX_TENANT_CHARS = 128
 ROLES = frozenset({"system", "user", "assistant"})
 # Outside these bounds float32 arithmetic on logits overflows or divides by zero.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 100.0
@@ -287,6 +288,24 @@ def _routing_key(message: wire.GenerateRequest) -> str | None:
     if not 0 < len(message.routing_key) <= MAX_ROUTING_KEY_CHARS:
         raise InvalidRequest(f"routing_key must have 1 to {MAX_ROUTING_KEY_CHARS} characters, or be left out")
     return message.routing_key
+
+
+def tenant_of(metadata: Iterable[tuple[str, str | bytes]], key: str | None) -> str:
+    """The tenant whose share of the server a call uses; "" where it names none, or none is asked for.
+
+    Raises `InvalidRequest` for a name that is too long or not of printable ASCII, and for two different ones.
+    """
+    if key is None:
+        return ""
+    names = {value for name, value in metadata if name == key}
+    if len(names) > 1:
+        raise InvalidRequest(f"{key} names more than one tenant")
+    for name in names:
+        printable = isinstance(name, str) and all("\x20" <= char <= "\x7e" for char in name)
+        if not printable or not 0 < len(name) <= MAX_TENANT_CHARS:
+            raise InvalidRequest(f"{key} must have 1 to {MAX_TENANT_CHARS} printable ASCII characters")
+        return str(name)
+    return ""
 
 
 def _check_range(field: str, value: float, low: float, high: float, range_words: str) -> None:
