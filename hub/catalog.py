@@ -24,7 +24,7 @@ from hub.journal import Journal
 from hub.refs import LATEST, AdapterRef, Alias, Digest
 from hub.replay import State
 from hub.search import Query
-from hub.sqlite import WRITING
+from hub.sqlite import WRITING, cause
 from hub.versions import AliasState, Event, Lease
 
 __all__ = ["Catalog", "Publication", "Record", "Step", "now"]
@@ -387,10 +387,8 @@ class Catalog:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
-        # The driver's own words name no path, except when it cannot open the file.
-        cause = str(getattr(error, "orig", None) or type(error).__name__).partition("\n")[0]
-        raise HubUnavailable("the hub's catalog cannot be used", cause) from error
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError, UnicodeDecodeError) as error:
+        raise HubUnavailable("the hub's catalog cannot be used", cause(error)) from error
 
 
 def _check_expected(full_name: str, alias: str, held: AliasState | None, expect: int | None) -> None:

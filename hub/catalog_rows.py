@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from hub import canary, journal, tables
-from hub.errors import AdapterNotFound, AliasNotFound, VersionNotFound
+from hub.errors import AdapterNotFound, AliasNotFound, HubUnavailable, VersionNotFound
 from hub.refs import AdapterRef, Alias, Digest, Version
 from hub.versions import AliasState, Event, Held, Target
 
@@ -131,10 +131,17 @@ def select_events(
     return [_event(row) for row in connection.execute(query)]
 
 
+def _held(text: str | None) -> Held | None:
+    """What an event says of an alias; raises HubUnavailable where it is damaged."""
+    try:
+        return journal.held(json.loads(text)) if text else None
+    except (ValueError, TypeError) as error:
+        raise HubUnavailable("the hub's catalog cannot be used", "an event in it is damaged") from error
+
+
 def _event(row: Any) -> Event:
     return Event(
         row.seq, row.kind, row.full_name, row.alias, row.number, Digest(row.digest), row.time, row.actor,
-        journal.held(json.loads(row.before)) if row.before else None,
-        journal.held(json.loads(row.after)) if row.after else None,
+        _held(row.before), _held(row.after),
         row.note, row.batch,
     )  # fmt: skip

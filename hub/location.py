@@ -104,8 +104,8 @@ def _failures() -> Iterator[None]:
         yield
     except OSError as error:
         raise HubUnavailable(f"the hub cannot be opened: {os.strerror(error.errno or 0)}") from error
-    except sa.exc.DBAPIError as error:
-        raise HubUnavailable(f"the hub's catalog cannot be used: {_first_line(error)}") from error
+    except (sa.exc.DBAPIError, UnicodeDecodeError) as error:
+        raise HubUnavailable(f"the hub's catalog cannot be used: {sqlite.cause(error)}") from error
 
 
 def _open(place: Place, step: catalog.Step, away: StorageUnreachable | None) -> tuple[BlobStore, catalog.Catalog]:
@@ -158,7 +158,3 @@ def _without_catalog() -> HubUnavailable:
         "the hub has a journal and no catalog: open it by the URL its catalog is at (PostgreSQL?), or, where the "
         "catalog is lost, make it anew with `hub fsck --rebuild`"
     )
-
-
-def _first_line(error: sa.exc.DBAPIError) -> str:
-    return str(error.orig or type(error).__name__).partition("\n")[0]

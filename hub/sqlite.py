@@ -46,6 +46,16 @@ def open_for_reading(path: Path) -> sa.Engine:
         return _migrated_copy(driver)
 
 
+def cause(error: Exception) -> str:
+    """A driver's own words, which name no path, except when it cannot open the file; one line.
+
+    `UnicodeDecodeError`: sqlite3 quotes a damaged catalog, and fails over bytes that are no text.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        return "it holds text that is none"
+    return str(getattr(error, "orig", None) or type(error).__name__).partition("\n")[0]
+
+
 def _engine(path: Path) -> sa.Engine:
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from hub.errors import GrantInvalid, HubUnavailable, TokenNotFound, Unauthenticated
 from hub.registry.grants import Caller, Grant
-from hub.sqlite import WRITING
+from hub.sqlite import WRITING, cause
 
 MAX_LIFETIME_SECONDS: Final = 10 * 365 * 24 * 3600.0
 _TOKEN = re.compile(r"lpt_([0-9a-f]{16})_([A-Za-z0-9_-]{43})", re.ASCII)
@@ -153,9 +153,8 @@ class TokenStore:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
-        cause = str(getattr(error, "orig", None) or type(error).__name__).partition("\n")[0]
-        raise HubUnavailable("the hub's tokens cannot be read or written", cause) from error
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError, UnicodeDecodeError) as error:
+        raise HubUnavailable("the hub's tokens cannot be read or written", cause(error)) from error
 
 
 def _hash(salt: bytes, secret: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sqlite3
 from collections import Counter
 from pathlib import Path
 
@@ -135,3 +136,22 @@ def state(root: Path) -> tuple[list[tuple[object, ...]], object, object]:
             for each in hub.versions()
         ]
         return versions, hub.aliases("team/x"), hub.leases()
+
+
+def test_a_catalog_whose_words_are_no_text_is_refused(root: Path) -> None:
+    """Found by the test above: SQLite quotes the damaged schema, and Python's driver failed over the quotation."""
+    catalog = root / "catalog.sqlite"
+    words = bytearray(catalog.read_bytes())
+    words[words.index(b"CREATE TABLE") + 7] = 0xA0
+    catalog.write_bytes(words)
+    with pytest.raises(HubUnavailable, match="the hub's catalog cannot be used: it holds text that is none"):
+        Hub.open(str(root))
+
+
+def test_an_event_that_is_damaged_is_told(root: Path) -> None:
+    """Found by a full run of the flips: what an event says of an alias is JSON, which nobody had expected to break."""
+    with sqlite3.connect(root / "catalog.sqlite") as connection:
+        connection.execute("UPDATE events SET after = '[[1, 1]' WHERE after IS NOT NULL")
+    connection.close()
+    with Hub.open(str(root)) as hub, pytest.raises(HubUnavailable, match="an event in it is damaged"):
+        hub.fsck()
