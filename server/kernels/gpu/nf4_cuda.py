@@ -18,7 +18,7 @@ from server.kernels.gpu.launch import processors
 from server.kernels.gpu.nf4_levels import LEVELS
 
 _TABLE = 256 * 32 * 4 + 256  # bytes of static shared memory
-MOST_ROWS = 16  # from here on, on an H200, Triton's kernel was as fast or faster
+MOST_ROWS = 16  # beyond it, on an H200, Triton's kernel was as fast or faster
 _MOST = 256  # tiles that one group walks
 _RESERVED = 1024  # bytes of every group's shared memory, by the driver
 
@@ -149,7 +149,6 @@ def constants(cut: Cut, width: int, half: bool, wide: bool) -> tuple[tuple[str, 
         ("NP", cut.passes),
         ("HALF", int(half)),
         ("WIDE", int(wide)),
-        ("GROUPS", 1),
     )
 
 

@@ -2,7 +2,7 @@
 //
 // Written for memory's pace: codes go from memory to registers as bitsandbytes packed them, each byte becomes two
 // weights by one look-up in shared memory (a copy of the table for every lane, so that no two lanes meet in a bank),
-// the tensor cores multiply, and a block's scale multiplies its finished sum. See nf4_cuda.py for how it is cut up.
+// its block's scale multiplies both, and the tensor cores do the rest. See nf4_cuda.py for how it is cut up.
 //
 // Constants given by the compiler's command line:
 //   WIDTH   inputs, a multiple of 64
@@ -14,7 +14,6 @@
 //   NP      tiles of 8 rows whose sums are joined at a time
 //   HALF    1: x and y are float16, 0: bfloat16
 //   WIDE    1: scales are float32, 0: float16
-//   GROUPS  groups of threads that are to fit a processor
 #ifndef LORAPLEX_HOST
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -23,7 +22,7 @@ typedef unsigned long long u64;
 struct __align__(16) Quad { u32 x, y, z, w; };
 struct __align__(16) Floats { float x, y, z, w; };
 
-#define KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS, GROUPS)
+#define KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 #define SHARED_TABLE(type, name, count) __shared__ type name[count]
 #define SHARED_ROOM(name) extern __shared__ __align__(16) u8 name[]
 #define BARRIER() __syncthreads()

@@ -133,9 +133,9 @@ def test_a_large_models_products_fit_the_card() -> None:
                 assert cut.rows >= rows
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None and not cuda.compilable(), reason="no compiler for CUDA")
+@pytest.mark.skipif(not cuda.compilable(), reason="no NVRTC")
 @pytest.mark.parametrize("rows", [8, 16, 32, 64])
-def test_it_compiles_for_an_h200_without_spills(rows: int, tmp_path: Path) -> None:
+def test_it_compiles_for_an_h200(rows: int) -> None:
     for out, width in ((6144, 4096), (28672, 4096), (4096, 14336)):
         cut = nf4_cuda.best(rows, out, width, 132, 228 << 10)
         assert cut is not None
