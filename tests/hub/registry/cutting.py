@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 
 
 class CuttingProxy:
-    """Forwards to `target`; while `cuts` are left, a connection ends after `after` bytes in `direction`."""
+    """Forwards to `target`; while `cuts` are left, a connection ends after `after` bytes in `direction`.
 
-    def __init__(self, target: str, direction: str, after: int, cuts: int) -> None:
+    With `until`, the connection first stands still until that is true (20 s at most): what had been passed on may still
+    be on its way through gRPC, which drops it when the connection ends.
+    """
+
+    def __init__(
+        self, target: str, direction: str, after: int, cuts: int, until: Callable[[], bool] = lambda: True
+    ) -> None:
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
-        self._direction, self._after, self.cuts = direction, after, cuts
+        self._direction, self._after, self.cuts, self._until = direction, after, cuts, until
         self.done = 0  # cuts made
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -41,6 +49,9 @@ class CuttingProxy:
                 self.bytes[direction] += len(data)
                 sink.sendall(data)
                 if direction == self._direction and self.done < self.cuts and passed > self._after:
+                    give_up = time.monotonic() + 20
+                    while not self._until() and time.monotonic() < give_up:
+                        time.sleep(0.01)
                     self.done += 1
                     break
         for end in (source, sink):
