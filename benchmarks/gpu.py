@@ -34,19 +34,30 @@ def main(arguments: list[str] | None = None) -> Report:
     """Parse the command line, run the sections, write the reports."""
     from benchmarks.gpu_engine import close_worlds
     from benchmarks.gpu_sections import SECTIONS
+    from server.kernels.gpu import cuda, launch
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="NAME")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default 8)")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
     parser.add_argument("--markdown", type=Path, default=Path("gpu.md"))
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        choices=["cuda", "early"],
+        default=[],
+        metavar="WHAT",
+        help="kernels in CUDA C++ (cuda), launches before the one in front has ended (early)",
+    )
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to try the script itself")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.tiny:
         parser.error("no CUDA device here; --tiny tries the script without one")
+    cuda.refuse("cuda" in options.without)
+    launch.overlap("early" not in options.without)
     bench = Bench("cuda" if torch.cuda.is_available() else "cpu", options.tiny)
     deadline = time.monotonic() + options.minutes * 60
-    report: Report = {"machine": machine(), "tiny": options.tiny, "sections": {}}
+    report: Report = {"machine": machine(), "tiny": options.tiny, "without": options.without, "sections": {}}
     for name, section in SECTIONS.items():
         if name not in options.sections:
             continue

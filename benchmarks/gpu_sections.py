@@ -32,6 +32,8 @@ SECTIONS = {
     "dense": Section(gpu_engine.dense_steps, 70, engine=True),
     "continuous": Section(gpu_peers.continuous_batching, 45),
     "steps": Section(gpu_steps.decode_steps, 60),
+    "variants": Section(gpu_steps.variants, 60),
+    "profile": Section(gpu_steps.profile, 20),
     "nf4": Section(gpu_kernels.nf4_products, 30),
     "lora": Section(gpu_kernels.lora, 20),
     "attention": Section(gpu_kernels.attention_kernels, 25),

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_bench import Bench, Report
+from benchmarks.gpu_bench import Bench, Missing, Report
 from benchmarks.gpu_model import LLAMA_1B, LLAMA_8B, TINY, Step
+from server.kernels.gpu import attention, launch, lora, nf4_cuda
+from server.kernels.gpu.lora_cuda import Cut
 
 BF16 = torch.bfloat16
 
@@ -77,4 +85,128 @@ def decode_steps(bench: Bench) -> Report:
         del step
         if bench.device == "cuda":
             torch.cuda.empty_cache()
+    return {"rows": rows}
+
+
+Change = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@contextlib.contextmanager
+def _one_after_the_other() -> Iterator[None]:
+    launch.overlap(False)
+    try:
+        yield
+    finally:
+        launch.overlap(True)
+
+
+@contextlib.contextmanager
+def _cut_by(**costs: float) -> Iterator[None]:
+    """Cuts of the CUDA product by other costs than those that were fitted."""
+    nf4_cuda.best.cache_clear()
+    with patch.multiple(nf4_cuda, **costs):
+        yield
+    nf4_cuda.best.cache_clear()
+
+
+def _ahead(tiles: int) -> contextlib.AbstractContextManager[Any]:
+    chosen = nf4_cuda.best
+
+    def best(*arguments: Any) -> nf4_cuda.Cut | None:
+        cut = chosen(*arguments)
+        return cut and replace(cut, ahead=tiles)
+
+    return patch.object(nf4_cuda, "best", best)
+
+
+def _lora(cut: Any) -> contextlib.AbstractContextManager[Any]:
+    return patch.object(lora, "_CUT", cut)
+
+
+def variants(bench: Bench) -> Report:
+    """The decode step again with one thing changed at a time, in the same process and over the same memory."""
+    as_is: dict[str, Change] = {"as it is": contextlib.nullcontext}
+    products: dict[str, Change] = {
+        "no early launches": _one_after_the_other,
+        "0 tiles ahead": lambda: _ahead(0),
+        "1 tile ahead": lambda: _ahead(1),
+        "4 tiles ahead": lambda: _ahead(4),
+        "x staged at a third of the cost": lambda: _cut_by(STAGED=0.045),
+    }
+    rows_limit: dict[str, Change] = {
+        "CUDA products": lambda: patch.object(nf4_cuda, "MOST_ROWS", 64),
+        "Triton products": lambda: patch.object(nf4_cuda, "MOST_ROWS", 0),
+    }
+    adapters: dict[str, Change] = {
+        f"LoRA {name}": lambda cut=cut: _lora(cut)
+        for name, cut in {
+            "in Triton": lora._TILING,
+            "tiles of 64": Cut(blocks=1),
+            "8 and 6 groups": Cut(shrink_groups=8, expand_groups=5),
+            "4 and 3 groups": Cut(shrink_groups=4, expand_groups=3),
+            "2 turns": Cut(turns=2),
+        }.items()
+    }
+    seen: dict[str, Change] = {
+        "attention in tiles of 32": lambda: patch.object(attention, "STEP", 32),
+        "attention, 3 stages": lambda: patch.object(attention, "_STAGES", 3),
+    }
+    if bench.tiny:
+        cases = [(TINY, 2, 2, as_is | products | rows_limit | adapters)]
+    else:
+        cases = [
+            (LLAMA_8B, 8, 0, as_is | products | seen),
+            (LLAMA_8B, 32, 0, as_is | {"no early launches": _one_after_the_other} | rows_limit),
+            (LLAMA_8B, 32, 32, as_is | {"no early launches": _one_after_the_other} | adapters),
+            (LLAMA_8B, 1, 0, as_is | products),
+        ]
+    rows: list[dict[str, object]] = []
+    for shape, batch, count, changes in cases:
+        step = Step(shape, batch, 40 if bench.tiny else 320, bench.device, packed=True, adapters=count)
+        for name, change in changes.items():
+            if bench.left() < 5:
+                return {"rows": rows, "cut": f"no time left before {batch} rows, {name}"}
+            row: dict[str, object] = {"rows": batch, "adapters": count, "change": name}
+            try:
+                with change():
+                    row["ms"] = bench.seconds([step.run], 5) * 1e3
+            except Exception as error:  # one variant that cannot be launched hides no other
+                row["failure"] = f"{type(error).__name__}: {str(error)[:200]}"
+            rows.append(row)
+        del step
+        if bench.device == "cuda":
+            torch.cuda.empty_cache()
+    return {"rows": rows}
+
+
+def profile(bench: Bench) -> Report:
+    """Where the time of a decode step goes, kernel by kernel, none overlapping another; microseconds of one step."""
+    if bench.device == "cpu":
+        raise Missing("the profiler of kernels needs a GPU")
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recorded
+
+    rows: list[dict[str, object]] = []
+    for batch, count in ((1, 0), (8, 0), (32, 32)):
+        step = Step(LLAMA_8B, batch, 320, bench.device, packed=True, adapters=count)
+        with _one_after_the_other():
+            step.run()
+            torch.cuda.synchronize()
+            with recorded(activities=[ProfilerActivity.CUDA]) as record:
+                for _ in range(3):
+                    step.run()
+                torch.cuda.synchronize()
+        for event in sorted(record.key_averages(), key=lambda event: -event.device_time_total)[:9]:
+            name = event.key[:60]
+            rows.append(
+                {
+                    "rows": batch,
+                    "adapters": count,
+                    "kernel": name,
+                    "launches": event.count // 3,
+                    "us": event.device_time_total / 3,
+                }
+            )
+        del step
+        torch.cuda.empty_cache()
     return {"rows": rows}

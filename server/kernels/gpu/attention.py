@@ -13,7 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from server.kernels.gpu.elementwise import turned
-from server.kernels.gpu.launch import multiply, power_of_two, precision, processors
+from server.kernels.gpu.launch import (
+    early_start,
+    launch_dependents,
+    multiply,
+    power_of_two,
+    precision,
+    processors,
+    wait_for_writes,
+)
 from server.kernels.gpu.paged import LOG2E, capped, pages_of, tile_of
 
 STEP = 64  # stored positions in one tile
@@ -174,6 +182,7 @@ def _launch(
         num_warps=_WARPS,
         num_stages=_STAGES,
         maxnreg=_REGISTERS,
+        **early_start(q.device),
     )
     return out
 
@@ -271,6 +280,7 @@ def _decode(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ROTATE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Parts of sequences for the query heads of one key head.
@@ -278,6 +288,8 @@ def _decode(
     The parts of all sequences are counted through, and a program takes every so manieth. What it needs of memory is
     asked for before it is needed: the first tile before the queries are rotated, the next one while one is multiplied.
     """
+    launch_dependents(DEPENDENT)
+    wait_for_writes(DEPENDENT)
     EACH: tl.constexpr = HEADS // KV_HEADS
     ITEMS: tl.constexpr = 1 << 18  # more than all parts of all sequences
     HALF: tl.constexpr = WIDTH // 2

@@ -34,9 +34,22 @@ def compilable() -> bool:
     return True
 
 
-@functools.cache
+class _Refused:
+    by_anyone = False
+
+
+def refuse(refused: bool = True) -> None:
+    """From now on `available` is False, and Triton's kernels do the work."""
+    _Refused.by_anyone = refused
+
+
 def available() -> bool:
-    """Whether kernels can be compiled and launched here."""
+    """Whether kernels can be compiled and launched here, and nobody has refused them."""
+    return not _Refused.by_anyone and _present()
+
+
+@functools.cache
+def _present() -> bool:
     return torch.cuda.is_available() and compilable()
 
 
@@ -50,7 +63,7 @@ def compiled(name: str, constants: Sequence[tuple[str, int]], capability: tuple[
     source = (_HERE / f"{name}.cu").read_bytes()
     # 9.0 in full has instructions that later cards lack; what is compiled here runs on this card alone.
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"--std=c++17"]
-    options += [f"-D{key}={value}".encode() for key, value in constants]
+    options += [f"--include-path={_HERE}".encode(), *(f"-D{key}={value}".encode() for key, value in constants)]
     program = _checked(nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], []))
     try:
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)

@@ -53,12 +53,19 @@ def load(device: str, dtype: torch.dtype) -> GpuKernels | None:
 
 
 def _check(device: str, dtype: torch.dtype) -> None:
-    """Raises `Unsuitable` where a kernel does not do here what it means. Seconds the first time, which compiles."""
-    from server.kernels.gpu import selfcheck
+    """Raises `Unsuitable` where a kernel does not do here what it means. Seconds the first time, which compiles.
+
+    Where it may be one of those in CUDA C++, Triton's take their place, and are asked in turn.
+    """
+    from server.kernels.gpu import cuda, selfcheck
 
     started = time.monotonic()
     with torch.cuda.device(device) if device.startswith("cuda") else contextlib.nullcontext():
         wrong = [str(found) for found in selfcheck.findings(device, dtype, selfcheck.SMALL) if not found.right]
+        if wrong and cuda.available():
+            log.warning("kernels in CUDA C++ are left out, the slower ones in Triton serve: %s", "; ".join(wrong))
+            cuda.refuse()
+            wrong = [str(found) for found in selfcheck.findings(device, dtype, selfcheck.SMALL) if not found.right]
     if wrong:
         raise Unsuitable("kernels of ours are wrong on this card: " + "; ".join(wrong))
     log.info("the GPU's kernels agree with plain torch (%.1f s)", time.monotonic() - started)

@@ -7,7 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from server.kernels.gpu.launch import multiply, power_of_two, precision
+from server.kernels.gpu.launch import (
+    early_start,
+    launch_dependents,
+    multiply,
+    power_of_two,
+    precision,
+    wait_for_writes,
+)
 
 _SILU_COLUMNS = 1024
 
@@ -32,6 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, add: Tensor | None = None) -
         PADDED=power_of_two(width),
         ADD=add is not None,
         num_warps=8 if width > 2048 else 4,
+        **early_start(x.device),
     )
     return y
 
@@ -42,7 +50,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if not gate_up.is_contiguous() or both % 2:
         raise ValueError("gate and up lie side by side in contiguous rows")
     y = torch.empty(rows, both // 2, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(rows, -(-both // 2 // _SILU_COLUMNS))](gate_up, y, WIDTH=both // 2, COLUMNS=_SILU_COLUMNS, num_warps=4)
+    grid = (rows, -(-both // 2 // _SILU_COLUMNS))
+    early = early_start(gate_up.device)
+    _silu_mul[grid](gate_up, y, WIDTH=both // 2, COLUMNS=_SILU_COLUMNS, num_warps=4, **early)
     return y
 
 
@@ -109,10 +119,15 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rms_norm(x, add, weight, y, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr):
+def _rms_norm(
+    x, add, weight, y, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    launch_dependents(DEPENDENT)
     row = tl.program_id(0).to(tl.int64) * WIDTH
     k = tl.arange(0, PADDED)
     inside = k < WIDTH
+    gain = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    wait_for_writes(DEPENDENT)
     values = tl.load(x + row + k, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         total = values + tl.load(add + row + k, mask=inside, other=0.0).to(tl.float32)
@@ -120,14 +135,15 @@ def _rms_norm(x, add, weight, y, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr,
         tl.store(add + row + k, rounded, mask=inside)
         values = rounded.to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(values * values, 0) / WIDTH + eps)
-    scaled = values * factor * tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + row + k, scaled.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + row + k, (values * factor * gain).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _silu_mul(gate_up, y, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def _silu_mul(gate_up, y, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr):
+    launch_dependents(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    wait_for_writes(DEPENDENT)
     gate = tl.load(gate_up + row * (2 * WIDTH) + k, mask=k < WIDTH, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * (2 * WIDTH) + WIDTH + k, mask=k < WIDTH, other=0.0).to(tl.float32)
     product = gate / (1.0 + tl.exp(-gate)) * up

@@ -19,15 +19,32 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@functools.cache
+class _Overlap:
+    allowed = True
+
+
+def overlap(allowed: bool) -> None:
+    """Whether kernels may start before the one in front of them ends, where the device can; to compare with and
+    without. Holds for launches from here on, not for graphs already captured."""
+    _Overlap.allowed = allowed
+
+
 def dependent(device: torch.device) -> bool:
     """Whether a kernel may start before the one in front of it in its stream ends (programmatic dependent launch)."""
+    return _Overlap.allowed and _can_overlap(device)
+
+
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Launch options for kernels that start early: those whose every program calls `wait_for_writes`."""
-    return {"launch_pdl": True} if dependent(device) else {}
+def early_start(device: torch.device, wanted: bool = True) -> dict[str, bool]:
+    """Launch arguments for a kernel that takes `DEPENDENT`: all of its programs call `wait_for_writes` if that is set.
+
+    The wait is for all that was launched before, not only for the kernel in front: that one has waited itself.
+    """
+    return {"DEPENDENT": True, "launch_pdl": True} if wanted and dependent(device) else {"DEPENDENT": False}
 
 
 def precision(operand: Tensor) -> str:

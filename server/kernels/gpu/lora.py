@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from server.kernels.gpu import lora_cuda
-from server.kernels.gpu.launch import dependent, dependent_launch, multiply, precision, processors
+from server.kernels.gpu.launch import early_start, multiply, precision, processors
 from server.kernels.gpu.lora_decode import expand_rows, shrink_rows
 from server.kernels.gpu.lora_plan import GROUP, HEADER, PIECE, RANKS, LoraPlan
 
@@ -152,8 +152,6 @@ def _shrink_rows(
     if isinstance(tiling, lora_cuda.Cut):
         lora_cuda.shrink(x, plan.buffer, plan.piece_at, plan.pieces, sites.a, h, parts, share, tiling)
         return
-    early = tiling.early and dependent(x.device)
-    options = dependent_launch(x.device) if early else {}
     warps = 4 if share <= 512 else 8
     shrink_rows[(programs or min(tiling.shrink_programs * here, plan.pieces * sites.count * parts),)](
         x,
@@ -170,11 +168,10 @@ def _shrink_rows(
         TOKENS=plan.tokens,
         RANKS=RANKS,
         ALIGNED=sites.aligned,
-        DEPENDENT=early,
         PRECISION=precision(x),
         num_warps=warps,
         num_stages=1,  # a pipelined load would not wait where the kernel says so
-        **options,
+        **early_start(x.device, tiling.early),
     )
 
 
@@ -185,8 +182,6 @@ def _expand_rows(
     if isinstance(tiling, lora_cuda.Cut):
         lora_cuda.expand(y, plan.buffer, plan.piece_at, plan.groups, tiles, h, sites.count, parts, tiling)
         return
-    early = tiling.early and dependent(y.device)
-    options = dependent_launch(y.device) if early else {}
     expand_rows[(programs or min(tiling.expand_programs * here, plan.groups * tiles.shape[0]),)](
         y,
         plan.buffer,
@@ -201,12 +196,11 @@ def _expand_rows(
         RANKS=RANKS,
         COLUMNS=tiling.columns,
         ALIGNED=sites.aligned,
-        DEPENDENT=early,
         PRECISION=precision(y),
         num_warps=tiling.warps,
         num_stages=1,
         maxnreg=tiling.registers,
-        **options,
+        **early_start(y.device, tiling.early),
     )
 
 

@@ -15,20 +15,10 @@
 //   WIDTH   inputs
 //   BLOCKS  times 64 columns: a tile of the expand
 //   GROUPS  thread groups that are to fit a processor
-#ifndef LORAPLEX_HOST
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-struct __align__(16) Quad { u32 x, y, z, w; };
+#include "device.cuh"
 
+#ifndef LORAPLEX_HOST
 #define KERNEL extern "C" __global__ void __launch_bounds__(128, GROUPS)
-#define SHARED_TABLE(type, name, count) __shared__ type name[count]
-#define BARRIER() __syncthreads()
-#define THREAD ((int)threadIdx.x)
-#define DEVICE __device__ __forceinline__
-#define UNROLL _Pragma("unroll")
-#define SOME_AT_A_TIME _Pragma("unroll 4")
 
 // 16 bytes that nothing writes while a step runs, if they are wanted, else zeros.
 DEVICE Quad read_constant(const u16* at, bool wanted) {
@@ -63,53 +53,8 @@ DEVICE void write(void* at, const Quad& q) {
 
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 
-// The kernel behind this one may take what room there is as soon as all groups of this one have begun.
-DEVICE void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Until all that was launched before has ended and is seen.
-DEVICE void wait_for_writes() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// d += a b, one tile of 16 x 16 times 16 x 8.
-DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if HALF
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 DEVICE u32 lower_halves(u32 low, u32 high) { return __byte_perm(low, high, 0x5410); }
 DEVICE u32 upper_halves(u32 low, u32 high) { return __byte_perm(low, high, 0x7632); }
-
-DEVICE u16 narrow(float f) {
-    u16 bits;
-#if HALF
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-#endif
-    return bits;
-}
-
-DEVICE float widen(u16 bits) {
-#if HALF
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-    return f;
-#else
-    return __uint_as_float((u32)bits << 16);
-#endif
-}
 #endif
 
 DEVICE u32 side_by_side(float low, float high) { return (u32)narrow(low) | (u32)narrow(high) << 16; }

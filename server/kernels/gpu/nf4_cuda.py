@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from server.kernels.gpu import cuda
-from server.kernels.gpu.launch import processors
+from server.kernels.gpu.launch import dependent, processors
 from server.kernels.gpu.nf4_levels import LEVELS
 
 _TABLE = 256 * 32 * 4 + 256  # bytes of static shared memory
 MOST_ROWS = 16  # beyond it, on an H200, Triton's kernel was as fast or faster
+AHEAD = 2  # tiles of a group whose codes are asked for while x is being made
 _MOST = 256  # tiles that one group walks
+STAGED = 0.136  # cycles a byte of x takes to shared memory; see `Cut.cycles`
 _RESERVED = 1024  # bytes of every group's shared memory, by the driver
 
 
@@ -33,6 +35,7 @@ class Cut:
     steps: int = 1
     warps: int = 16
     together: int = 4  # tiles of 8 rows whose sums are joined at a time
+    ahead: int = AHEAD
 
     @property
     def inputs(self) -> int:
@@ -74,7 +77,7 @@ class Cut:
         """
         slices, rows = self.slices(width), max(8, self.rows)
         rounds = -(-self.tiles(out) // self.walkers(out, width, count))
-        once = 7950 + 0.136 * self.rows * self.inputs * 2 + (260 if slices > 1 else 0)
+        once = 7950 + STAGED * self.rows * self.inputs * 2 + (260 if slices > 1 else 0)
         size = self.outputs * self.inputs
         sums = 0.163 * self.warps * rows * self.outputs + 80 * (rows // 8) / self.passes
         joined = 0.02 * self.rows * self.outputs * slices if slices > 1 else 0.0
@@ -133,6 +136,7 @@ def product(
         (walkers, cut.slices(width)),
         32 * cut.warps,
         x, cuda.Wide(x.stride(0)), codes, scales, levels(x.device, x.dtype), bias, y, parts, counters, rows, out,
+        early=dependent(x.device),
     )  # fmt: skip
     return y
 
@@ -147,6 +151,7 @@ def constants(cut: Cut, width: int, half: bool, wide: bool) -> tuple[tuple[str, 
         ("KB", cut.blocks),
         ("STEPS", cut.steps),
         ("NP", cut.passes),
+        ("AHEAD", cut.ahead),
         ("HALF", int(half)),
         ("WIDE", int(wide)),
     )

@@ -12,73 +12,43 @@
 //   KB      blocks of 64 inputs that every warp has on their way at a time: 2 or 4
 //   STEPS   times KB: the blocks of one warp
 //   NP      tiles of 8 rows whose sums are joined at a time
+//   AHEAD   tiles of a group whose codes are asked for before x is there
 //   HALF    1: x and y are float16, 0: bfloat16
 //   WIDE    1: scales are float32, 0: float16
-#ifndef LORAPLEX_HOST
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-struct __align__(16) Quad { u32 x, y, z, w; };
-struct __align__(16) Floats { float x, y, z, w; };
+#include "device.cuh"
 
+#ifndef LORAPLEX_HOST
 #define KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
-#define SHARED_TABLE(type, name, count) __shared__ type name[count]
-#define SHARED_ROOM(name) extern __shared__ __align__(16) u8 name[]
-#define BARRIER() __syncthreads()
-#define FENCE() __threadfence()
-#define COUNT(address) atomicAdd(address, 1)
-#define THREAD ((int)threadIdx.x)
 
 // 32 codes, if they are wanted; without a branch, which would keep the loads apart from the arithmetic.
-__device__ __forceinline__ void read_codes(Quad& q, const u8* at, int wanted) {
+DEVICE void read_codes(Quad& q, const u8* at, int wanted) {
     asm volatile("{ .reg .pred yes; setp.ne.s32 yes, %5, 0;\n"
                  "@yes ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
                  : "+r"(q.x), "+r"(q.y), "+r"(q.z), "+r"(q.w)
                  : "l"(at), "r"(wanted));
 }
 
+// Into the card's cache, for later; a multiple of 16 bytes.
+DEVICE void fetch_ahead(const void* at, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes));
+#endif
+}
+
 // 16 bytes to shared memory, or zeros; finished by `arrived`.
-__device__ __forceinline__ void copy16(void* to, const void* from, bool there) {
+DEVICE void copy16(void* to, const void* from, bool there) {
     u32 address = (u32)__cvta_generic_to_shared(to);
     int bytes = there ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// d += a b, one tile of 16 outputs, 16 inputs and 8 rows.
-__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if HALF
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ float from_half(u16 bits) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-    return f;
-}
-
-__device__ __forceinline__ u16 narrow(float f) {
-    u16 bits;
-#if HALF
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-#endif
-    return bits;
-}
+DEVICE void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // The same number twice, in x's type.
-__device__ __forceinline__ u32 twice(float f) { return narrow(f) * 0x10001u; }
+DEVICE u32 twice(float f) { return narrow(f) * 0x10001u; }
 
 // Two numbers times two.
-__device__ __forceinline__ u32 times(u32 a, u32 b) {
+DEVICE u32 times(u32 a, u32 b) {
     u32 product;
 #if HALF
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
@@ -88,22 +58,11 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {
     return product;
 }
 
-__device__ __forceinline__ float widen(u16 bits) {
-#if HALF
-    return from_half(bits);
-#else
-    return __uint_as_float((u32)bits << 16);
-#endif
-}
-
-__device__ __forceinline__ Floats read_uncached(const Floats* at) {
+DEVICE Floats read_uncached(const Floats* at) {
     Floats f;
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w) : "l"(at));
     return f;
 }
-#define DEVICE __device__ __forceinline__
-#define UNROLL _Pragma("unroll")
-#define ROLLED _Pragma("unroll 1")
 #endif
 
 #define NT ((ROWS + 7) / 8)                   // tiles of 8 rows
@@ -171,6 +130,7 @@ DEVICE void finish(u16* y, const u16* bias, const Floats& sum, int c, int n, int
 // multiplication of the tensor cores is of no matter as long as x has the same: lane t's 4 * j ... 4 * j + 3 in the j-th.
 KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void* scales, const u16* levels,
                    const u16* bias, u16* y, float* parts, int* counters, int rows, int out) {
+    let_next_begin();
     SHARED_TABLE(u32, table, 256 * 32);
     SHARED_TABLE(u8, joins, MOST);
     SHARED_ROOM(room);
@@ -199,6 +159,12 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
         }
     }
 
+    // While x is still being made, memory has nothing to do: the codes of the first tiles go on their way.
+    for (int i = THREAD; i < AHEAD * R; i += THREADS) {
+        const int row = ((int)blockIdx.x + i / R * (int)gridDim.x) * R + i % R;
+        const int from = slice * (SLICE / 2), bytes = min(SLICE / 2, WIDTH / 2 - from);
+        if (row < out) fetch_ahead(codes + (long long)row * (WIDTH / 2) + from, bytes);
+    }
     // The table: entry e at 128 * e bytes, once for every lane. What is stored here is read only behind the barrier.
     if (THREAD < 256) {
         const int e = THREAD;
@@ -209,6 +175,7 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
     // Of 128 inputs, the q-th 16 bytes of all four lanes lie side by side. Every group begins elsewhere: all of them
     // asking for the same lines at the same moment had a third of the pace.
     const int begin = (int)(blockIdx.x * 5 % 16) * (rows * (SLICE / 8) / 16);
+    wait_for_writes();
     for (int at = THREAD; at < rows * (SLICE / 8); at += THREADS) {
         const int i = at + begin < rows * (SLICE / 8) ? at + begin : at + begin - rows * (SLICE / 8);
         const int row = i / (SLICE / 8), k = i % (SLICE / 8) * 8, chunk = k / 8 & 15;

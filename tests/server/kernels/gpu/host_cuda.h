@@ -1,5 +1,5 @@
 // A CUDA kernel of ours on the CPU: one block at a time, its threads as fibers that run until they wait for each other.
-// Stands in for what nf4_product.cu and lora_rows.cu define for the device; nothing here is fast.
+// Stands in for device.cuh and for what nf4_product.cu and lora_rows.cu define for the device; nothing here is fast.
 #pragma once
 #include <ucontext.h>
 
@@ -55,6 +55,15 @@ static inline int min(int a, int b) { return a < b ? a : b; }
 
 static inline void read_codes(Quad& q, const u8* at, int wanted) {
     if (wanted) memcpy(&q, at, 16);
+}
+
+static u64 asked_ahead;  // bytes
+
+static inline void fetch_ahead(const void* at, u32 bytes) {
+    if ((uintptr_t)at % 16 || bytes % 16 || !bytes) abort();
+    volatile u8 first = ((const u8*)at)[0], last = ((const u8*)at)[bytes - 1];  // both are there
+    (void)first, (void)last;
+    asked_ahead += bytes;
 }
 
 static inline Quad read_constant(const u16* at, bool wanted) {
