@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -90,41 +91,71 @@ def _cuts(bench: Bench, given: nf4.Tiling, width: int) -> list[nf4.Tiling]:
 
 
 def nf4_cuts(bench: Bench) -> Report:
-    """Ways to cut the CUDA product, best first, beside what `nf4_cuda.best` chooses and what Triton's kernel takes."""
+    """Ways to cut the CUDA product beside what `nf4_cuda.best` predicts and what Triton's kernel takes."""
     if bench.device == "cpu":
         raise Missing("CUDA's kernels need a GPU")
     if not cuda.available():
         raise Missing("cuda-bindings or NVRTC is not installed")
-    rows, workspace = [], nf4.Workspace(bench.device)
-    count = processors(torch.device(bench.device, torch.cuda.current_device()))
-    limit = int(torch.cuda.get_device_properties(0).shared_memory_per_multiprocessor)
+    device = torch.device(bench.device, torch.cuda.current_device())
+    count, rows, workspace = processors(device), [], nf4.Workspace(device)
+    fours = nf4_cuda.has_fours(device)
+    chosen = {
+        (name, m, wgmma): _different_cuts(m, *LLAMA_8B.linears[name], wgmma)
+        for m, wgmma in ((32, True), (8, False), (64, True), (16, True), (16, False), (1, False))
+        for name in ("gate_up", "down", "qkv", "out")
+        if fours or not wgmma
+    }
+    _compile([(cut, LLAMA_8B.linears[name][1]) for (name, _, _), cuts in chosen.items() for cut in cuts], device)
+    weights = {}
     for name, (out, width) in LLAMA_8B.linears.items():
-        weights = [random_weight(out, width, bench.device) for _ in range(max(4, (120 << 20) // (out * width // 2)))]
-        for m in (1, 8, 16, 32):
-            x = torch.randn(m, width, dtype=BF16, device=bench.device)
-            cuts = sorted(nf4_cuda.cuts(m, width, limit), key=lambda cut: cut.cycles(out, width, count))
-            tried = []
-            for cut in cuts[:6]:
-                if bench.left() < 5:
-                    return {"rows": rows, "cut": f"no time left at {name}, {m} rows"}
-                calls = [lambda w=w, x=x, c=cut: _cut_product(x, w, workspace, c) for w in weights]
-                tried.append((bench.seconds(calls, 5), cut))
-            triton = nf4.tiling(m, out, width)
-            plain = bench.seconds([lambda w=w, x=x, c=triton: nf4.matmul(x, w, workspace, cut=c) for w in weights], 5)
-            best = min(tried, key=lambda pair: pair[0])
+        copies = max(4, (120 << 20) // (out * width // 2))
+        weights[name] = [random_weight(out, width, bench.device) for _ in range(copies)]
+    for (name, m, wgmma), cuts in chosen.items():
+        out, width = LLAMA_8B.linears[name]
+        x = torch.randn(m, width, dtype=BF16, device=bench.device)
+        triton = nf4.tiling(m, out, width)
+        plain = bench.seconds([lambda w=w, x=x, c=triton: nf4.matmul(x, w, workspace, cut=c) for w in weights[name]], 3)
+        meant = nf4.matmul(x, weights[name][0], workspace, cut=triton).double()
+        for cut in cuts:
+            if bench.left() < 3:
+                return {"rows": rows, "cut": f"no time left at {name}, {m} rows"}
+            calls = [lambda w=w, x=x, c=cut: _cut_product(x, w, workspace, c) for w in weights[name]]
+            taken = bench.seconds(calls, 3)
+            off = float((calls[0]().double() - meant).norm() / meant.norm())
             rows.append(
                 {
                     "product": name,
                     "rows": m,
-                    "best": str(best[1]),
-                    "us": best[0] * 1e6,
-                    "chosen us": tried[0][0] * 1e6,
-                    "predicted us": cuts[0].cycles(out, width, count) / 1755,
+                    "wgmma": wgmma,
+                    "outputs": cut.outputs,
+                    "blocks": cut.blocks,
+                    "steps": cut.steps,
+                    "warps": cut.warps,
+                    "together": cut.together,
+                    "us": taken * 1e6,
+                    "predicted us": cut.cycles(out, width, count) / 1755,
                     "Triton us": plain * 1e6,
-                    "of bandwidth": bench.share_of_bandwidth(weights[0].nbytes, best[0]),
+                    "of bandwidth": bench.share_of_bandwidth(weights[name][0].nbytes, taken),
+                    "from Triton's": off,
                 }
             )
     return {"rows": rows}
+
+
+def _different_cuts(rows: int, out: int, width: int, wgmma: bool) -> list[nf4_cuda.Cut]:
+    """The four likeliest that differ in more than their number of slices."""
+    limit = int(torch.cuda.get_device_properties(0).shared_memory_per_multiprocessor)
+    likely: dict[tuple[int, ...], nf4_cuda.Cut] = {}
+    count = torch.cuda.get_device_properties(0).multi_processor_count
+    for cut in sorted(nf4_cuda.cuts(rows, width, limit, wgmma), key=lambda cut: cut.cycles(out, width, count)):
+        likely.setdefault((cut.outputs, cut.blocks, cut.warps), cut)
+    return list(likely.values())[:4]
+
+
+def _compile(wanted: list[tuple[nf4_cuda.Cut, int]], device: torch.device) -> None:
+    """On all cores."""
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda one: nf4_cuda.prepared(one[0], one[1], device), set(wanted)))
 
 
 def _cut_product(x: Tensor, weight: nf4.Nf4Weight, workspace: nf4.Workspace, cut: nf4_cuda.Cut) -> Tensor:

@@ -151,25 +151,38 @@ def variants(bench: Bench) -> Report:
         "attention in tiles of 32": lambda: patch.object(attention, "STEP", 32),
         "attention, 3 stages": lambda: patch.object(attention, "_STAGES", 3),
     }
+    early: dict[str, Change] = as_is | {"no early launches": _one_after_the_other}
+    cases: list[tuple[int, int, bool, dict[str, Change]]]  # rows, adapters, whether NF4
     if bench.tiny:
-        cases = [(TINY, 2, 2, as_is | products | rows_limit | adapters)]
+        cases = [(2, 2, True, as_is | products | rows_limit | adapters)]
     else:
         cases = [
-            (LLAMA_8B, 8, 0, as_is | products | seen),
-            (LLAMA_8B, 32, 0, as_is | {"no early launches": _one_after_the_other} | rows_limit),
-            (LLAMA_8B, 32, 32, as_is | {"no early launches": _one_after_the_other} | adapters),
-            (LLAMA_8B, 1, 0, as_is | products),
+            (32, 0, True, early | rows_limit),
+            (32, 32, True, as_is | adapters),
+            (8, 0, True, as_is | products | seen),
+            (1, 0, True, early | {"0 tiles ahead": products["0 tiles ahead"]}),
+            (64, 0, True, as_is),
+            (64, 64, True, as_is),
+            (32, 0, False, as_is),
+            (32, 32, False, as_is),
         ]
     rows: list[dict[str, object]] = []
-    for shape, batch, count, changes in cases:
-        step = Step(shape, batch, 40 if bench.tiny else 320, bench.device, packed=True, adapters=count)
+    shape, context = (TINY, 40) if bench.tiny else (LLAMA_8B, 320)
+    for batch, count, packed, changes in cases:
+        step = Step(shape, batch, context, bench.device, packed=packed, adapters=count)
+        size = step.weight_bytes() + step.cache_bytes() + (step.adapter_bytes if count else 0)
+        tokens = step.run()
         for name, change in changes.items():
-            if bench.left() < 5:
+            if bench.left() < 3:
                 return {"rows": rows, "cut": f"no time left before {batch} rows, {name}"}
-            row: dict[str, object] = {"rows": batch, "adapters": count, "change": name}
+            base = "NF4" if packed else "bf16"
+            row: dict[str, object] = {"base": base, "rows": batch, "adapters": count, "change": name}
             try:
                 with change():
-                    row["ms"] = bench.seconds([step.run], 5) * 1e3
+                    taken = bench.seconds([step.run], 5)
+                    same = float((step.run() == tokens).double().mean())
+                share = bench.share_of_bandwidth(size, taken)
+                row |= {"ms": taken * 1e3, "times the floor": 1 / share if share else None, "same tokens": same}
             except Exception as error:  # one variant that cannot be launched hides no other
                 row["failure"] = f"{type(error).__name__}: {str(error)[:200]}"
             rows.append(row)

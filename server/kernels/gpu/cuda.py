@@ -62,7 +62,8 @@ def compiled(name: str, constants: Sequence[tuple[str, int]], capability: tuple[
 
     source = (_HERE / f"{name}.cu").read_bytes()
     # 9.0 in full has instructions that later cards lack; what is compiled here runs on this card alone.
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"--std=c++17"]
+    architecture = f"sm_{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
     options += [f"--include-path={_HERE}".encode(), *(f"-D{key}={value}".encode() for key, value in constants)]
     program = _checked(nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], []))
     try:

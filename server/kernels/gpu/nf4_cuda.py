@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from server.kernels.gpu.launch import dependent, processors
 from server.kernels.gpu.nf4_levels import LEVELS
 
 _TABLE = 256 * 32 * 4 + 256  # bytes of static shared memory
-MOST_ROWS = 16  # beyond it, on an H200, Triton's kernel was as fast or faster
+MOST_ALONE = 16  # rows for warps that multiply by themselves; beyond it, on an H200, Triton's kernel was as fast
+MOST_ROWS = 64  # for fours of warps
 AHEAD = 2  # tiles of a group whose codes are asked for while x is being made
 _MOST = 256  # tiles that one group walks
 STAGED = 0.136  # cycles a byte of x takes to shared memory; see `Cut.cycles`
@@ -27,7 +28,10 @@ _RESERVED = 1024  # bytes of every group's shared memory, by the driver
 
 @dataclass(frozen=True)
 class Cut:
-    """Constants of nf4_product.cu, named there. rows: a power of two, outputs: a multiple of 16."""
+    """Constants of nf4_product.cu, named there. rows: a power of two, outputs: a multiple of `tile`.
+
+    wgmma: warps multiply by fours, which takes at least 8 rows and compute capability 9.0.
+    """
 
     rows: int
     outputs: int
@@ -36,11 +40,22 @@ class Cut:
     warps: int = 16
     together: int = 4  # tiles of 8 rows whose sums are joined at a time
     ahead: int = AHEAD
+    wgmma: bool = False
+
+    @property
+    def tile(self) -> int:
+        """Outputs that a warp, or four, have in one multiplication."""
+        return 64 if self.wgmma else 16
+
+    @property
+    def sharers(self) -> int:
+        """Of a slice: warps, or fours of them."""
+        return self.warps // 4 if self.wgmma else self.warps
 
     @property
     def inputs(self) -> int:
         """Of a slice."""
-        return self.warps * self.blocks * self.steps * 64
+        return self.sharers * self.blocks * self.steps * 64
 
     @property
     def passes(self) -> int:
@@ -49,8 +64,23 @@ class Cut:
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory of a group: x, then the warps' sums."""
-        return self.rows * (self.inputs + 32) * 2 + self.warps * 8 * self.passes * (self.outputs + 4) * 4
+        """Bytes of dynamic shared memory of a group: x, then the sharers' sums."""
+        x = self.inputs // 32 * (self.rows * 64 + 64) if self.wgmma else self.rows * (self.inputs + 32) * 2
+        return x + self.sharers * 8 * self.passes * (self.outputs + 4) * 4
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, for sums, codes, scales and what it multiplies."""
+        share = self.outputs // self.tile
+        sums, codes = share * max(8, self.rows) // 2, share * 4 * self.blocks
+        if self.wgmma:
+            return sums + codes + 8 * share + 16
+        return sums + codes + max(8, self.rows) // 2
+
+    @property
+    def under_way(self) -> int:
+        """Bytes of codes that a group has asked for and not yet got."""
+        return self.warps * 32 * 16 * (self.outputs // self.tile) * self.blocks
 
     def slices(self, width: int) -> int:
         """Of an input of `width`."""
@@ -79,30 +109,32 @@ class Cut:
         rounds = -(-self.tiles(out) // self.walkers(out, width, count))
         once = 7950 + STAGED * self.rows * self.inputs * 2 + (260 if slices > 1 else 0)
         size = self.outputs * self.inputs
-        sums = 0.163 * self.warps * rows * self.outputs + 80 * (rows // 8) / self.passes
+        sums = 0.163 * self.sharers * rows * self.outputs + 80 * (rows // 8) / self.passes
         joined = 0.02 * self.rows * self.outputs * slices if slices > 1 else 0.0
-        return once + rounds * (0.039 * size + 0.0009 * size * rows + sums + joined)
+        weight = 0.039 + 0.0009 * rows
+        if self.wgmma:  # guessed
+            weight = max(0.039, 750 / self.under_way) + 0.0003 * rows
+        return once + rounds * (weight * size + sums + joined)
 
 
-def cuts(rows: int, width: int, limit: int) -> list[Cut]:
+def cuts(rows: int, width: int, limit: int, wgmma: bool = False) -> list[Cut]:
     """All that `rows` of x could be multiplied by within `limit` bytes of shared memory a processor."""
     found = []
-    for outputs, blocks, slices, warps, together in itertools.product(
-        (16, 32, 48, 64), (2, 4), range(1, 17), (8, 16), (1, 2, 4)
-    ):
+    tiles = (64, 128) if wgmma else (16, 32, 48, 64)
+    for outputs, blocks, slices, warps, together in itertools.product(tiles, (2, 4), range(1, 33), (8, 16), (1, 2, 4)):
         each = -(-width // 64 // slices)  # blocks of a slice
-        cut = Cut(rows, outputs, blocks, -(-each // (warps * blocks)), warps, together)
-        registers = outputs * max(8, rows) // 64 + outputs * blocks // 4 + max(8, rows) // 2  # sums, codes, x
-        fits = cut.shared + _TABLE + _RESERVED <= limit
-        if together <= -(-rows // 8) and registers <= (84 if warps == 16 else 180) and fits and cut not in found:
+        cut = Cut(rows, outputs, blocks, 1, warps, together, wgmma=wgmma)
+        cut = replace(cut, steps=-(-each // (cut.sharers * blocks)))
+        fits = cut.shared + _TABLE + _RESERVED <= limit and cut.registers <= (84 if warps == 16 else 180)
+        if together <= -(-rows // 8) and fits and cut not in found:
             found.append(cut)
     return found
 
 
 @functools.cache
-def best(rows: int, out: int, width: int, count: int, limit: int) -> Cut | None:
+def best(rows: int, out: int, width: int, count: int, limit: int, wgmma: bool = False) -> Cut | None:
     """The cut for a product on a card of `count` processors; None where none fits."""
-    return min(cuts(rows, width, limit), key=lambda cut: cut.cycles(out, width, count), default=None)
+    return min(cuts(rows, width, limit, wgmma), key=lambda cut: cut.cycles(out, width, count), default=None)
 
 
 def product(
@@ -119,12 +151,13 @@ def product(
     rows, width = x.shape
     out = codes.shape[0]
     narrow = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and scales.dtype == torch.float16)
-    if rows > MOST_ROWS and given is None:
+    wgmma = rows > MOST_ALONE and has_fours(x.device)
+    if rows > (MOST_ROWS if wgmma else MOST_ALONE) and given is None:
         return None
     if not narrow or x.stride(0) % 8 or x.data_ptr() % 16 or codes.data_ptr() % 16 or not cuda.available():
         return None
     count = processors(x.device)
-    cut = given or best(_rounded(rows), out, width, count, _shared_limit(x.device))
+    cut = given or best(_rounded(rows), out, width, count, _shared_limit(x.device), wgmma)
     if cut is None or cut.parts(out, width) > parts.numel() or cut.tiles(out) > counters.numel():
         return None
     walkers = cut.walkers(out, width, count)
@@ -147,11 +180,12 @@ def constants(cut: Cut, width: int, half: bool, wide: bool) -> tuple[tuple[str, 
         ("WIDTH", width),
         ("ROWS", cut.rows),
         ("WARPS", cut.warps),
-        ("MT", cut.outputs // 16),
+        ("MT", cut.outputs // cut.tile),
         ("KB", cut.blocks),
         ("STEPS", cut.steps),
         ("NP", cut.passes),
         ("AHEAD", cut.ahead),
+        ("WGMMA", int(cut.wgmma)),
         ("HALF", int(half)),
         ("WIDE", int(wide)),
     )
@@ -169,6 +203,12 @@ def levels(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
+def has_fours(device: torch.device) -> bool:
+    """Whether four warps can multiply together."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
 def _shared_limit(device: torch.device) -> int:
     """Bytes of shared memory of one processor."""
     return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
@@ -177,3 +217,8 @@ def _shared_limit(device: torch.device) -> int:
 @functools.cache
 def _function(cut: Cut, width: int, half: bool, wide: bool, device: torch.device) -> cuda.Function:
     return cuda.Function("nf4_product", constants(cut, width, half, wide), cut.shared, device)
+
+
+def prepared(cut: Cut, width: int, device: torch.device) -> None:
+    """Compiled for bfloat16 rows and float16 scales, so that its first launch waits for nothing; from any thread."""
+    _function(cut, width, False, False, device)

@@ -7,7 +7,9 @@
 // Constants given by the compiler's command line:
 //   WIDTH   inputs, a multiple of 64
 //   ROWS    a power of two: the most rows of x
-//   WARPS   of a group of threads; they share its slice of 64 * WARPS * KB * STEPS inputs
+//   WGMMA   1: four warps multiply together, 64 outputs by all rows of x at once (compute capability 9.0 alone);
+//           0: every warp for itself, 16 outputs by 8 rows
+//   WARPS   of a group of threads; they, or their fours, share its slice of 64 * SHARERS * KB * STEPS inputs
 //   MT      tiles of 16 outputs that every warp has at a time
 //   KB      blocks of 64 inputs that every warp has on their way at a time: 2 or 4
 //   STEPS   times KB: the blocks of one warp
@@ -58,6 +60,62 @@ DEVICE u32 times(u32 a, u32 b) {
     return product;
 }
 
+// 16 bytes of what kernels before this one wrote.
+DEVICE Quad read_fresh(const u16* at) {
+    Quad q;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w) : "l"(at) : "memory");
+    return q;
+}
+
+#if WGMMA
+#if HALF
+#define WIDE_PRODUCT(shape) "wgmma.mma_async.sync.aligned." shape ".f32.f16.f16 "
+#else
+#define WIDE_PRODUCT(shape) "wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 "
+#endif
+#define FOUR(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define WITH(a, x) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x)
+
+// What shared memory holds of x, as the tensor cores are told: 8 rows by 16 bytes lie together, `across` bytes from
+// there to the next 8 inputs, `down` bytes to the next 8 rows.
+DEVICE u64 described(const void* at, u32 across, u32 down) {
+    const u32 address = (u32)__cvta_generic_to_shared(at);
+    return (u64)((address & 0x3ffff) >> 4) | (u64)(across >> 4) << 16 | (u64)(down >> 4) << 32;
+}
+
+// What was written to shared memory is seen by the tensor cores, once a barrier has followed.
+DEVICE void show_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Around the multiplications that take their a from registers; the second lets those before them end.
+DEVICE void begin_multiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void let_run() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+}
+DEVICE void finish_multiplying() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// d += a x, one tile of 64 x 16 times 16 x rows; d and a as in `multiply`, 16 rows of them a warp.
+template <int TILES>
+DEVICE void multiply_wide(float (&d)[TILES][4], const u32 (&a)[4], u64 x) {
+    if constexpr (TILES == 1)
+        asm volatile("{ .reg .pred add; setp.eq.u64 add, %8, %8;\n" WIDE_PRODUCT("m64n8k16")
+                     "{%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, add, 1, 1, 0; }" : FOUR(0) : WITH(a, x));
+    if constexpr (TILES == 2)
+        asm volatile("{ .reg .pred add; setp.eq.u64 add, %12, %12;\n" WIDE_PRODUCT("m64n16k16")
+                     "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, add, 1, 1, 0; }"
+                     : FOUR(0), FOUR(1) : WITH(a, x));
+    if constexpr (TILES == 4)
+        asm volatile("{ .reg .pred add; setp.eq.u64 add, %20, %20;\n" WIDE_PRODUCT("m64n32k16")
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, add, 1, 1, 0; }"
+                     : FOUR(0), FOUR(1), FOUR(2), FOUR(3) : WITH(a, x));
+    if constexpr (TILES == 8)
+        asm volatile("{ .reg .pred add; setp.eq.u64 add, %36, %36;\n" WIDE_PRODUCT("m64n64k16")
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+                     "%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, add, 1, 1, 0; }"
+                     : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7) : WITH(a, x));
+}
+#endif
+
 DEVICE Floats read_uncached(const Floats* at) {
     Floats f;
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w) : "l"(at));
@@ -67,13 +125,23 @@ DEVICE Floats read_uncached(const Floats* at) {
 
 #define NT ((ROWS + 7) / 8)                   // tiles of 8 rows
 #define BLOCKS (WIDTH / 64)
-#define OWN (KB * STEPS)                      // blocks of one warp
-#define SLICE (WARPS * OWN * 64)              // inputs of one group
-#define SLICES ((WIDTH + SLICE - 1) / SLICE)
+#define OWN (KB * STEPS)                      // blocks of one sharer
+#if WGMMA
+#define SHARERS (WARPS / 4)
+#define TILE 64                               // outputs
+#define CHUNK (NT * 512 + 64)                 // bytes of 32 inputs of x; 64 more, so that neighbours are in other banks
+#define X_BYTES (SLICE / 32 * CHUNK)
+#else
+#define SHARERS WARPS
+#define TILE 16
 #define ROOM (SLICE + 32)                     // elements from one row of x to the next: 64 bytes more, in other banks
-#define R (16 * MT)                           // outputs of a tile
+#define X_BYTES (ROWS * ROOM * 2)
+#endif
+#define SLICE (SHARERS * OWN * 64)            // inputs of one group
+#define SLICES ((WIDTH + SLICE - 1) / SLICE)
+#define R (TILE * MT)                         // outputs of a group at a time
 #define SUMS (R + 4)
-#define MOST 256                              // tiles that a group walks at most
+#define MOST 256                              // times R outputs that a group walks at most
 #define THREADS (32 * WARPS)
 
 // Of KB blocks, side by side.
@@ -134,21 +202,21 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
     SHARED_TABLE(u32, table, 256 * 32);
     SHARED_TABLE(u8, joins, MOST);
     SHARED_ROOM(room);
-    u16* rows_of_x = (u16*)room;
-    float* sums = (float*)(room + ROWS * ROOM * 2);
+    float* sums = (float*)(room + X_BYTES);
 
     const int warp = THREAD >> 5, lane = THREAD & 31, g = lane >> 2, t = lane & 3;
     const int tiles = (out + R - 1) / R, slice = blockIdx.y;
-    const int block0 = (slice * WARPS + warp) * OWN, second = t >> 1;  // of every two blocks, which is this lane's
+    const int sharer = WGMMA ? warp >> 2 : warp, lane_row = WGMMA ? (warp & 3) * 16 + g : g;
+    const int block0 = (slice * SHARERS + sharer) * OWN, second = t >> 1;  // of every two blocks, which is this lane's
 
     // What a warp has of its next step: a step is KB of its blocks, for all outputs of a tile.
     Quad packed[MT][2][KB / 2];
     Scales scale[MT][2], coming[MT][2];
     {
-        const int row0 = (int)blockIdx.x * R + g;
+        const int row0 = (int)blockIdx.x * R + lane_row;
         const u8* from = codes + (long long)row0 * (WIDTH / 2) + block0 * 32 + t * 16;
         UNROLL for (int m = 0; m < MT; m++) UNROLL for (int h = 0; h < 2; h++) {
-            const int row = m * 16 + h * 8;
+            const int row = m * TILE + h * 8;
             UNROLL for (int p = 0; p < KB / 2; p++) {
                 packed[m][h][p] = Quad{0, 0, 0, 0};
                 read_codes(packed[m][h][p], from + row * (WIDTH / 2) + p * 64,
@@ -172,10 +240,37 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
         Quad four = {both, both, both, both};
         UNROLL for (int i = 0; i < 8; i++) *(Quad*)(table + e * 32 + ((i + lane) & 7) * 4) = four;
     }
-    // Of 128 inputs, the q-th 16 bytes of all four lanes lie side by side. Every group begins elsewhere: all of them
-    // asking for the same lines at the same moment had a third of the pace.
-    const int begin = (int)(blockIdx.x * 5 % 16) * (rows * (SLICE / 8) / 16);
     wait_for_writes();
+    // Every group begins elsewhere: all of them asking for the same lines at the same moment had a third of the pace.
+#if WGMMA
+    // Of 128 inputs, four lanes have 32 each, of which the tensor cores get four at a time: two in each of two columns
+    // of 8 rows by 16 bytes. A warp moves 32 inputs a lane pair, of four rows at a time.
+    const int moves = SLICE / 64 * ((rows + 3) / 4), rotation = (int)(blockIdx.x * 5 % 16) * (moves / 16);
+    for (int at = warp; at < moves; at += 8 * WARPS) {
+        Quad got[8];
+        u8* to[8];
+        UNROLL for (int i = 0; i < 8; i++) {
+            const int turned = at + i * WARPS + rotation, move = turned < moves ? turned : turned - moves;
+            const int half = move % (SLICE / 64), n = move / (SLICE / 64) * 4 + (lane >> 3);
+            const int own = lane >> 1 & 3, q = (half & 1) * 2 + (lane & 1), k = (half >> 1) * 128 + own * 32 + q * 8;
+            const bool there = at + i * WARPS < moves && n < rows;
+            to[i] = there ? room + ((half >> 1) * 4 + q) * CHUNK + (n >> 3) * 128 + (n & 7) * 16 + own * 4 : nullptr;
+            got[i] = Quad{0, 0, 0, 0};
+            if (there && slice * SLICE + k < WIDTH) got[i] = read_fresh(x + n * x_stride + slice * SLICE + k);
+        }
+        UNROLL for (int i = 0; i < 8; i++)
+            if (to[i]) {
+                *(u32*)to[i] = got[i].x, *(u32*)(to[i] + NT * 128) = got[i].y;
+                *(u32*)(to[i] + 2 * NT * 128) = got[i].z, *(u32*)(to[i] + 3 * NT * 128) = got[i].w;
+            }
+    }
+    show_tensor_cores();
+    BARRIER();
+    const u64 own_x = described(room + sharer * (OWN * 2) * CHUNK, NT * 128, 128);
+#else
+    // Of 128 inputs, the q-th 16 bytes of all four lanes lie side by side.
+    u16* rows_of_x = (u16*)room;
+    const int begin = (int)(blockIdx.x * 5 % 16) * (rows * (SLICE / 8) / 16);
     for (int at = THREAD; at < rows * (SLICE / 8); at += THREADS) {
         const int i = at + begin < rows * (SLICE / 8) ? at + begin : at + begin - rows * (SLICE / 8);
         const int row = i / (SLICE / 8), k = i % (SLICE / 8) * 8, chunk = k / 8 & 15;
@@ -189,6 +284,7 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
     const u16* own_x[NT];  // rows past the last stand for the first: nobody reads what comes of them
     UNROLL for (int n = 0; n < NT; n++)
         own_x[n] = rows_of_x + (n * 8 + g < rows ? n * 8 + g : 0) * ROOM + warp * OWN * 64 + 8 * t;
+#endif
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         float total[MT][NT][4];
         UNROLL for (int m = 0; m < MT; m++) UNROLL for (int n = 0; n < NT; n++) UNROLL for (int i = 0; i < 4; i++)
@@ -196,54 +292,70 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
         ROLLED for (int step = 0; step < STEPS; step++) {
             const bool same = step + 1 < STEPS;
             const int next = same ? tile : tile + gridDim.x;
-            const int next_block = block0 + (same ? (step + 1) * KB : 0), row0 = next * R + g;
+            const int next_block = block0 + (same ? (step + 1) * KB : 0), row0 = next * R + lane_row;
             const u8* from = codes + (long long)row0 * (WIDTH / 2) + next_block * 32 + t * 16;
             if (next < tiles) {
                 UNROLL for (int m = 0; m < MT; m++) UNROLL for (int h = 0; h < 2; h++)
-                    read_scales(coming[m][h], scales, (u32)min(row0 + m * 16 + h * 8, out - 1), next_block);
+                    read_scales(coming[m][h], scales, (u32)min(row0 + m * TILE + h * 8, out - 1), next_block);
             }
             UNROLL for (int p = 0; p < KB / 2; p++) {
                 u32 factor[MT][2];
                 UNROLL for (int m = 0; m < MT; m++) UNROLL for (int h = 0; h < 2; h++)
                     factor[m][h] = scale_of(scale[m][h], p, second);
                 UNROLL for (int q = 0; q < 4; q++) {
+#if !WGMMA
                     Quad given[NT];
                     UNROLL for (int n = 0; n < NT; n++)
                         given[n] = *(const Quad*)(own_x[n] + step * KB * 64 + p * 128 + q * 32);
+#endif
                     UNROLL for (int m = 0; m < MT; m++) {
                         const Quad& upper = packed[m][0][p];
                         const Quad& lower = packed[m][1][p];
                         const u32 up = q == 0 ? upper.x : q == 1 ? upper.y : q == 2 ? upper.z : upper.w;
                         const u32 low = q == 0 ? lower.x : q == 1 ? lower.y : q == 2 ? lower.z : lower.w;
+                        u32 a[2][4];
                         UNROLL for (int j = 0; j < 2; j++) {
-                            const u32 a0 = times(LOOK_UP(up, 2 * j), factor[m][0]);
-                            const u32 a1 = times(LOOK_UP(low, 2 * j), factor[m][1]);
-                            const u32 a2 = times(LOOK_UP(up, 2 * j + 1), factor[m][0]);
-                            const u32 a3 = times(LOOK_UP(low, 2 * j + 1), factor[m][1]);
+                            a[j][0] = times(LOOK_UP(up, 2 * j), factor[m][0]);
+                            a[j][1] = times(LOOK_UP(low, 2 * j), factor[m][1]);
+                            a[j][2] = times(LOOK_UP(up, 2 * j + 1), factor[m][0]);
+                            a[j][3] = times(LOOK_UP(low, 2 * j + 1), factor[m][1]);
+#if !WGMMA
                             UNROLL for (int n = 0; n < NT; n++)
-                                multiply(total[m][n], a0, a1, a2, a3, j ? given[n].z : given[n].x,
+                                multiply(total[m][n], a[j][0], a[j][1], a[j][2], a[j][3], j ? given[n].z : given[n].x,
                                          j ? given[n].w : given[n].y);
+#endif
                         }
+#if WGMMA
+                        begin_multiplying();
+                        UNROLL for (int j = 0; j < 2; j++)
+                            multiply_wide(total[m], a[j],
+                                          own_x + (((step * KB / 2 + p) * 4 + q) * CHUNK + j * 2 * NT * 128) / 16);
+                        let_run();
+#endif
                     }
                 }
                 // What was used makes room for the same place of the next step: all of one is always on its way.
                 UNROLL for (int m = 0; m < MT; m++) UNROLL for (int h = 0; h < 2; h++)
-                    read_codes(packed[m][h][p], from + (m * 16 + h * 8) * (WIDTH / 2) + p * 64,
-                               row0 + m * 16 + h * 8 < out && next_block + 2 * p + second < BLOCKS);
+                    read_codes(packed[m][h][p], from + (m * TILE + h * 8) * (WIDTH / 2) + p * 64,
+                               row0 + m * TILE + h * 8 < out && next_block + 2 * p + second < BLOCKS);
             }
             UNROLL for (int m = 0; m < MT; m++) UNROLL for (int h = 0; h < 2; h++) scale[m][h] = coming[m][h];
         }
 
-        // The warps' sums, joined in the warps' order.
+#if WGMMA
+        finish_multiplying();
+#endif
+        // The sharers' sums, joined in their order.
         UNROLL for (int n0 = 0; n0 < NT; n0 += NP) {
             if (n0) BARRIER();
             UNROLL for (int m = 0; m < MT; m++) UNROLL for (int n = 0; n < NP; n++) UNROLL for (int i = 0; i < 4; i++)
-                sums[(warp * 8 * NP + n * 8 + 2 * t + (i & 1)) * SUMS + m * 16 + (i >> 1) * 8 + g] = total[m][n0 + n][i];
+                sums[(sharer * 8 * NP + n * 8 + 2 * t + (i & 1)) * SUMS + m * TILE + (i >> 1) * 8 + lane_row] =
+                    total[m][n0 + n][i];
             BARRIER();
             for (int i = THREAD; i < min(rows - 8 * n0, 8 * NP) * (R / 4); i += THREADS) {
                 const int own = i / (R / 4), c = 8 * n0 + own, r = i % (R / 4) * 4;
                 Floats sum = *(const Floats*)(sums + own * SUMS + r);
-                UNROLL for (int w = 1; w < WARPS; w++) {
+                UNROLL for (int w = 1; w < SHARERS; w++) {
                     const Floats other = *(const Floats*)(sums + (w * 8 * NP + own) * SUMS + r);
                     sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
                 }

@@ -99,6 +99,11 @@ def meaning(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None) -> Tensor:
         (Cut(32, 16, 2, together=2), 31, 20, 2048, False, 1),  # sums in two passes
         (Cut(64, 16, 2, warps=8), 64, 17, 2048, False, 2),
         (Cut(64, 32, 2, warps=8, together=1), 33, 40, 576, True, 2),
+        (Cut(32, 64, 2, warps=8, wgmma=True), 31, 70, 576, True, 1),  # by fours; two tiles, the last not full
+        (Cut(32, 128, 2, 2, warps=8, wgmma=True), 18, 300, 1024, False, 2),  # two slices, two steps
+        (Cut(16, 64, 4, warps=16, wgmma=True), 11, 64, 1088, False, 1),
+        (Cut(64, 64, 2, 2, warps=16, together=2, wgmma=True), 64, 65, 1024, False, 2),
+        (Cut(8, 64, 2, 3, warps=8, wgmma=True), 7, 50, 704, False, 1),
     ],
 )
 def test_the_source_on_the_cpu(
@@ -126,8 +131,11 @@ def test_a_large_models_products_fit_the_card() -> None:
     """An H200 has 132 processors of 228 KiB, an L4 58 of 100 KiB."""
     for count, limit in ((132, 228 << 10), (58, 100 << 10)):
         for out, width in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (1024, 64), (960, 576)):
-            for rows in (1, 2, 4, 8, nf4_cuda.MOST_ROWS):
-                cut = nf4_cuda.best(rows, out, width, count, limit)
+            for rows in (1, 2, 4, 8, nf4_cuda.MOST_ALONE, 32, nf4_cuda.MOST_ROWS):
+                wgmma = rows > nf4_cuda.MOST_ALONE
+                cut = nf4_cuda.best(rows, out, width, count, limit, wgmma)
+                if wgmma and limit < 200 << 10:
+                    continue  # no card of that size has it
                 assert cut is not None, (limit, rows)
                 assert cut.parts(out, width) <= nf4.PARTS
                 assert cut.rows >= rows
@@ -137,7 +145,7 @@ def test_a_large_models_products_fit_the_card() -> None:
 @pytest.mark.parametrize("rows", [8, 16, 32, 64])
 def test_it_compiles_for_an_h200(rows: int) -> None:
     for out, width in ((6144, 4096), (28672, 4096), (4096, 14336)):
-        cut = nf4_cuda.best(rows, out, width, 132, 228 << 10)
+        cut = nf4_cuda.best(rows, out, width, 132, 228 << 10, rows > nf4_cuda.MOST_ALONE)
         assert cut is not None
         assert cuda.compiled("nf4_product", nf4_cuda.constants(cut, width, False, False), (9, 0))
 
