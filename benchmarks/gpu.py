@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> Report:
     """Parse the command line, run the sections, write the reports."""
     from benchmarks.gpu_engine import close_worlds
     from benchmarks.gpu_sections import SECTIONS
-    from server.kernels.gpu import cuda, launch
+    from server.kernels.gpu import cuda, launch, nf4_cuda
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="NAME")
@@ -42,22 +42,32 @@ def main(arguments: list[str] | None = None) -> Report:
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
     parser.add_argument("--markdown", type=Path, default=Path("gpu.md"))
     parser.add_argument(
-        "--without",
+        "--with",
+        dest="also",
         nargs="+",
-        choices=["cuda", "early"],
+        choices=["early", "wide"],
         default=[],
         metavar="WHAT",
-        help="kernels in CUDA C++ (cuda), launches before the one in front has ended (early)",
+        help="what is off until a card has shown it: launches before the one in front has ended (early), products of "
+        "17 to 64 rows in CUDA C++ (wide)",
     )
+    parser.add_argument("--triton", action="store_true", help="no kernels in CUDA C++")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to try the script itself")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.tiny:
         parser.error("no CUDA device here; --tiny tries the script without one")
-    cuda.refuse("cuda" in options.without)
-    launch.overlap("early" not in options.without)
+    cuda.refuse(options.triton)
+    launch.overlap("early" in options.also)
+    nf4_cuda.MOST_ROWS = 64 if "wide" in options.also else nf4_cuda.MOST_ALONE
     bench = Bench("cuda" if torch.cuda.is_available() else "cpu", options.tiny)
     deadline = time.monotonic() + options.minutes * 60
-    report: Report = {"machine": machine(), "tiny": options.tiny, "without": options.without, "sections": {}}
+    report: Report = {
+        "machine": machine(),
+        "tiny": options.tiny,
+        "with": options.also,
+        "triton": options.triton,
+        "sections": {},
+    }
     for name, section in SECTIONS.items():
         if name not in options.sections:
             continue

@@ -92,12 +92,20 @@ Change = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 @contextlib.contextmanager
-def _one_after_the_other() -> Iterator[None]:
-    launch.overlap(False)
+def _early(allowed: bool) -> Iterator[None]:
+    before = launch.overlap(allowed)
     try:
         yield
     finally:
-        launch.overlap(True)
+        launch.overlap(before)
+
+
+@contextlib.contextmanager
+def _all(*changes: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(change)
+        yield
 
 
 @contextlib.contextmanager
@@ -126,16 +134,17 @@ def _lora(cut: Any) -> contextlib.AbstractContextManager[Any]:
 def variants(bench: Bench) -> Report:
     """The decode step again with one thing changed at a time, in the same process and over the same memory."""
     as_is: dict[str, Change] = {"as it is": contextlib.nullcontext}
-    products: dict[str, Change] = {
-        "no early launches": _one_after_the_other,
-        "0 tiles ahead": lambda: _ahead(0),
+    early: dict[str, Change] = {"early": lambda: _early(True)}
+    products: dict[str, Change] = early | {
         "1 tile ahead": lambda: _ahead(1),
-        "4 tiles ahead": lambda: _ahead(4),
+        "early, 1 tile ahead": lambda: _all(_early(True), _ahead(1)),
+        "early, 4 tiles ahead": lambda: _all(_early(True), _ahead(4)),
         "x staged at a third of the cost": lambda: _cut_by(STAGED=0.045),
     }
     rows_limit: dict[str, Change] = {
-        "CUDA products": lambda: patch.object(nf4_cuda, "MOST_ROWS", 64),
-        "Triton products": lambda: patch.object(nf4_cuda, "MOST_ROWS", 0),
+        "wide": lambda: patch.object(nf4_cuda, "MOST_ROWS", 64),
+        "wide, early": lambda: _all(patch.object(nf4_cuda, "MOST_ROWS", 64), _early(True)),
+        "wide, early, 1 tile ahead": lambda: _all(patch.object(nf4_cuda, "MOST_ROWS", 64), _early(True), _ahead(1)),
     }
     adapters: dict[str, Change] = {
         f"LoRA {name}": lambda cut=cut: _lora(cut)
@@ -151,18 +160,18 @@ def variants(bench: Bench) -> Report:
         "attention in tiles of 32": lambda: patch.object(attention, "STEP", 32),
         "attention, 3 stages": lambda: patch.object(attention, "_STAGES", 3),
     }
-    early: dict[str, Change] = as_is | {"no early launches": _one_after_the_other}
     cases: list[tuple[int, int, bool, dict[str, Change]]]  # rows, adapters, whether NF4
     if bench.tiny:
-        cases = [(2, 2, True, as_is | products | rows_limit | adapters)]
+        few = {name: change for name, change in (rows_limit | adapters).items() if name in ("wide", "LoRA in Triton")}
+        cases = [(2, 2, True, as_is | few)]
     else:
         cases = [
-            (32, 0, True, early | rows_limit),
-            (32, 32, True, as_is | adapters),
+            (32, 0, True, as_is | early | rows_limit),
+            (32, 32, True, as_is | early | adapters),
             (8, 0, True, as_is | products | seen),
-            (1, 0, True, early | {"0 tiles ahead": products["0 tiles ahead"]}),
-            (64, 0, True, as_is),
-            (64, 64, True, as_is),
+            (1, 0, True, as_is | products),
+            (64, 0, True, as_is | rows_limit),
+            (64, 64, True, as_is | rows_limit),
             (32, 0, False, as_is),
             (32, 32, False, as_is),
         ]
@@ -202,7 +211,7 @@ def profile(bench: Bench) -> Report:
     rows: list[dict[str, object]] = []
     for batch, count in ((1, 0), (8, 0), (32, 32)):
         step = Step(LLAMA_8B, batch, 320, bench.device, packed=True, adapters=count)
-        with _one_after_the_other():
+        with _early(False):
             step.run()
             torch.cuda.synchronize()
             with recorded(activities=[ProfilerActivity.CUDA]) as record:

@@ -29,9 +29,11 @@ def test_every_section_runs_or_says_what_it_lacks(
     report = gpu.main(["--tiny", "--sections", *names, *files])
     status = {name: section["status"] for name, section in report["sections"].items()}
     assert list(status) == names
-    assert {name for name, state in status.items() if state == "missing"} <= {"continuous", "products", "cuts"}
+    assert {name for name, state in status.items() if state == "missing"} <= {"continuous", "products", "cuts", "profile"}
     assert all(state != "failed" for state in status.values()), report
     assert all(section["rows"] for name, section in report["sections"].items() if status[name] == "done")
+    variants = report["sections"].get("variants", {"rows": []})["rows"]
+    assert not [row for row in variants if "failure" in row]
     assert json.loads((tmp_path / "gpu.json").read_text()) == report
     page = (tmp_path / "gpu.md").read_text()
     assert "the times mean nothing" in page

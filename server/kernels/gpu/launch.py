@@ -20,13 +20,16 @@ def processors(device: torch.device) -> int:
 
 
 class _Overlap:
-    allowed = True
+    allowed = False  # until a card has shown that it is right and what it gains
 
 
-def overlap(allowed: bool) -> None:
-    """Whether kernels may start before the one in front of them ends, where the device can; to compare with and
-    without. Holds for launches from here on, not for graphs already captured."""
-    _Overlap.allowed = allowed
+def overlap(allowed: bool) -> bool:
+    """Whether kernels may start before the one in front of them ends, where the device can; returns what held before.
+
+    Holds for launches from here on, not for graphs already captured.
+    """
+    before, _Overlap.allowed = _Overlap.allowed, allowed
+    return before
 
 
 def dependent(device: torch.device) -> bool:

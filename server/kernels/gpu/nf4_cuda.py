@@ -19,8 +19,8 @@ from server.kernels.gpu.nf4_levels import LEVELS
 
 _TABLE = 256 * 32 * 4 + 256  # bytes of static shared memory
 MOST_ALONE = 16  # rows for warps that multiply by themselves; beyond it, on an H200, Triton's kernel was as fast
-MOST_ROWS = 64  # for fours of warps
-AHEAD = 2  # tiles of a group whose codes are asked for while x is being made
+MOST_ROWS = MOST_ALONE  # for fours of warps: 64 are possible, but no card has shown that it is right and faster
+AHEAD = 0  # tiles of a group whose codes are asked for while x is being made; what it gains is not measured
 _MOST = 256  # tiles that one group walks
 STAGED = 0.136  # cycles a byte of x takes to shared memory; see `Cut.cycles`
 _RESERVED = 1024  # bytes of every group's shared memory, by the driver
