@@ -13,6 +13,7 @@ from hub.cli_output import base_text, lora_text, print_json, print_pairs, progre
 from hub.cli_trust import key_option
 from hub.opening import open_hub
 from hub.refs import AdapterRef
+from hub.stated_facts import directory_with, metric_facts
 from hub.versions import PushResult
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 hub push out/sentiment team/sentiment --base smollm2-135m
 hub push out/sentiment team/sentiment --alias prod --alias canary
 hub push out/sentiment team/sentiment --parent team/sentiment@1
+hub push out/sentiment team/sentiment --dataset reviews.jsonl --metrics f1=0.83
 hub push out/sentiment team/sentiment --sign --key release.key
 """
     )
@@ -34,6 +36,20 @@ hub push out/sentiment team/sentiment --sign --key release.key
 @click.option("--base", metavar="NAME|DIR", help="The base it was trained on; every tensor is checked against it.")
 @click.option("--alias", "aliases", multiple=True, metavar="ALIAS", help="Also point this alias at it; repeatable.")
 @click.option("--parent", "parents", multiple=True, metavar="REF", help="A version it was made from; repeatable.")
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Record the digest of a file it was trained on; repeatable.",
+)
+@click.option(
+    "--metrics",
+    multiple=True,
+    metavar="NAME=N|FILE",
+    help="Record a metric, or those in a file with a JSON object; repeatable.",
+)
 @click.option("--sign", is_flag=True, help="Sign the version; --alias moves only when it is signed.")
 @key_option
 @hub_option
@@ -44,6 +60,8 @@ def push(
     base: str | None,
     aliases: tuple[str, ...],
     parents: tuple[str, ...],
+    datasets: tuple[Path, ...],
+    metrics: tuple[str, ...],
     sign: bool,
     key_file: Path | None,
     hub_url: str | None,
@@ -59,22 +77,26 @@ def push(
     A whole model is a directory with config.json and model.safetensors, as `hub train --method full` and `hub merge`
     write it; `hub serve --base REF` serves it.
 
+    --dataset and --metrics add to what loraplex.json records, in the version that is stored; DIRECTORY stays as it is.
+    `hub search --metric` and gates ask for these metrics.
+
     Without --base the base is what loraplex.json or the config says, "unverified" where nobody has hashed it.
     """
     if key_file is not None and not sign:
         raise click.UsageError("--key is for --sign")
     signing_key = _signing_key(key_file) if sign else None
+    stated = metric_facts(metrics)
     with open_hub(hub_url) as hub:
-        with progress_bar() as progress:
+        with directory_with(Path(directory), datasets, stated) as source, progress_bar() as progress:
             how: dict[str, Any] = {
                 "base": base, "aliases": aliases, "parents": parents, "creator": current_user(), "progress": progress,
             }  # fmt: skip
             if signing_key is None:
-                result = hub.push(directory, ref, **how)
+                result = hub.push(source, ref, **how)
             else:
                 from hub.signing.pushing import push_signed
 
-                result, _ = push_signed(hub, Path(directory), AdapterRef.parse(ref), signing_key, **how)
+                result, _ = push_signed(hub, source, AdapterRef.parse(ref), signing_key, **how)
         version = result.version
         held = [alias for alias, state in hub.aliases(version.full_name).items() if state.holds(version.number)]
     if as_json:

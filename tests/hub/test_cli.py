@@ -275,3 +275,17 @@ def test_the_hub_works_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_what_a_push_states_can_be_searched_for(tmp_path: Path, run: Run, data: Callable[..., Any]) -> None:
+    reviews = tmp_path / "reviews.jsonl"
+    reviews.write_text("{}\n")
+    stated = ("--dataset", str(reviews), "--metrics", "f1=0.83", "--metrics", "sentiment.accuracy=0.9")
+    assert run("push", adapter(tmp_path, 1), "team/x", *stated)[0] == 0
+    run("push", adapter(tmp_path, 2), "team/y")
+    assert [found["version"] for found in data("search", "--metric", "f1>0.8")] == ["team/x@1"]
+    shown = run("show", "team/x")[1]
+    assert "sentiment.accuracy" in shown
+    assert "reviews.jsonl" in shown
+    status, _, err = run("push", adapter(tmp_path, 3), "team/z", "--metrics", "f1=much")
+    assert (status, "the metric f1 is no number: 'much'" in err) == (1, True)
