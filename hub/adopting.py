@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from hub.arrivals import MAX_ARRIVALS, Adopted, AliasArrival, Arrival, LayOut, read_as_told
 from hub.blobs import BlobStore
@@ -14,7 +15,7 @@ from hub.errors import AdapterNotFound, BlobsSwept, BundleRefused
 from hub.fingerprint import known_shapes
 from hub.manifest import MAX_MANIFEST_BYTES
 from hub.progress import Progress
-from hub.publishing import check_manifest, store_files
+from hub.publishing import check_manifest, check_profile, store_files
 from hub.refs import AdapterRef, Alias, Digest
 from hub.splitting import checked_split
 from hub.versions import Version
@@ -27,6 +28,7 @@ class AdoptedVersions:
 
     _blobs: BlobStore
     _catalog: Catalog
+    profile_file: Path | None
 
     def adopt(
         self,
@@ -43,10 +45,13 @@ class AdoptedVersions:
         version keeps its digest; its number too, or with `renumber` it gets the next one where that was given here
         before. What is here already is left as it is, signatures are added.
 
-        Raises VersionClash, BundleRefused, SignatureInvalid, a subclass of AdapterRejected.
+        Raises VersionClash, BundleRefused, SignatureInvalid, a subclass of AdapterRejected (ProfileRefused among them).
         """
         self._catalog.check_writable()
         check(arrivals, aliases)
+        for arrival in arrivals:
+            if not self._is_here(arrival):
+                check_profile(self.profile_file, arrival.manifest)
         for attempt in range(_ATTEMPTS):
             adoptions = [self._take_in(arrival, lay_out, progress) for arrival in arrivals]
             try:

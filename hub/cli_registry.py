@@ -37,6 +37,13 @@ hub registry --without-tokens                             # on this machine, for
     help="Where unfinished pushes are kept, for a day.  [default: in your cache directory]",
 )
 @click.option(
+    "--profile",
+    type=_FILE,
+    metavar="FILE",
+    help="What pushes must keep to: ranks, targets, sizes, bases (TOML); read at every push.  "
+    "[default: profile.toml in the hub's directory]",
+)
+@click.option(
     "--metrics-port",
     type=click.IntRange(-1, 65535),
     default=-1,
@@ -57,6 +64,7 @@ def registry(
     tls_key: Path | None,
     without_tokens: bool,
     uploads: Path | None,
+    profile: Path | None,
     metrics_port: int,
     drain_seconds: float,
 ) -> None:
@@ -68,6 +76,7 @@ def registry(
     from hub.errors import CredentialsUnsafe, HubUnavailable
     from hub.hub import Hub
     from hub.opening import named
+    from hub.profile import Profile
     from hub.registry.server import RegistryConfig, RegistryServer
     from hub.registry.tokens import TokenStore
     from hub.remote.address import Address, is_remote
@@ -87,6 +96,9 @@ def registry(
     )  # fmt: skip
     ending = threading.Event()
     with Hub.open(hub_url) as hub:
+        hub.profile_file = profile or hub.profile_file
+        if hub.profile_file is not None:
+            Profile.read(hub.profile_file)  # one that cannot be read is said now, not at the first push
         tokens = None if without_tokens else TokenStore(hub.database)
         if tokens is not None and not any(token.revoked is None for token in tokens.list()):
             click.echo("there is no token yet: `hub token create admin --grant '*:admin'` makes the first", err=True)

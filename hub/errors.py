@@ -360,6 +360,12 @@ class FactsMalformed(AdapterRejected):
     reason = "FACTS_MALFORMED"
 
 
+class ProfileRefused(AdapterRejected):
+    """The adapter is sound, but not what this hub's servers take (see `hub.profile`); the message names all of it."""
+
+    reason = "PROFILE_REFUSED"
+
+
 class BaseMismatch(AdapterRejected):
     """The adapter's own record names another base than the one it is pushed for."""
 
@@ -370,6 +376,12 @@ class NotAnAdapter(AdapterRejected):
     """The version is a whole model where an adapter is needed; `hub serve --base` takes it."""
 
     reason = "NOT_AN_ADAPTER"
+
+
+class ProfileMalformed(HubError):
+    """The hub's own profile.toml is not as `hub.profile` says: nothing is pushed until it is mended."""
+
+    reason = "PROFILE_MALFORMED"
 
 
 class EvaluationsUnsupported(HubError):

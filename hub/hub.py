@@ -27,6 +27,7 @@ from hub.gate_evaluation import Scores
 from hub.lineage import Lineage, relation, trace
 from hub.manifest import Manifest
 from hub.parsing import Parsed, parse_directory
+from hub.profile import profile_of
 from hub.progress import Progress
 from hub.publishing import identity_of, pushed_aliases, warnings_of
 from hub.refs import AdapterRef, Alias, Digest
@@ -50,9 +51,11 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
     Where a method takes `ref`, an AdapterRef or its text will do; text raises RefInvalid where it is none.
     """
 
-    def __init__(self, blobs: BlobStore, entries: catalog.Catalog) -> None:
+    def __init__(self, blobs: BlobStore, entries: catalog.Catalog, profile_file: Path | None = None) -> None:
+        """`profile_file`: what pushes must keep to, see `hub.profile`; it need not be there, and is read every time."""
         self._blobs = blobs
         self._catalog = entries
+        self.profile_file = profile_file
         # A version's record never changes.
         self._manifest = lru_cache(maxsize=4096)(partial(verify.read_manifest, blobs))
 
@@ -62,7 +65,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
 
         None means the environment's LORAPLEX_HUB, else this user's data directory. Raises HubUnavailable.
         """
-        return cls(*location.open_parts(url))
+        return cls(*location.open_parts(url), profile_of(url))
 
     @classmethod
     def open_existing(cls, url: str | None = None) -> Self:
@@ -70,11 +73,11 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
 
         Raises HubNotFound where there is none, HubUnavailable.
         """
-        return cls(*location.open_existing(url))
+        return cls(*location.open_existing(url), profile_of(url))
 
     def acting_as(self, actor: str | None) -> Hub:
         """This hub; what is written through the result is written by `actor`. Close only one of the two."""
-        return Hub(self._blobs, self._catalog.acting_as(actor))
+        return Hub(self._blobs, self._catalog.acting_as(actor), self.profile_file)
 
     def close(self) -> None:
         """Give back the connections."""
@@ -146,6 +149,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
             adapter, name=ref.full_name, base=identity, parents=parents, creator=creator, created=catalog.now(),
         )  # fmt: skip
         publishing.check_manifest(manifest)
+        publishing.check_profile(self.profile_file, manifest)
         record, created = publishing.publish(self._blobs, self._catalog, adapter, manifest, wanted, progress)
         return PushResult(self._version(record), created, warnings_of(adapter, identity))
 

@@ -14,6 +14,7 @@ from hub.catalog import Catalog, Publication, Record
 from hub.errors import AdapterChanged, BaseMismatch, BlobsSwept, FactsMalformed, RefInvalid
 from hub.manifest import MAX_MANIFEST_BYTES, Manifest
 from hub.parsing import Parsed
+from hub.profile import Profile
 from hub.progress import Progress
 from hub.refs import LATEST, AdapterRef, Alias, Digest
 
@@ -66,6 +67,12 @@ def check_manifest(manifest: Manifest) -> None:
             raise FactsMalformed("the base's fingerprint is no digest") from error
     if len(manifest.canonical()) > MAX_MANIFEST_BYTES:
         raise FactsMalformed(f"the version's manifest would have more than {MAX_MANIFEST_BYTES} bytes")
+
+
+def check_profile(file: Path | None, manifest: Manifest) -> None:
+    """Raise ProfileRefused where the hub's profile in `file` forbids the adapter, ProfileMalformed."""
+    if file is not None:
+        Profile.read(file).check(manifest)
 
 
 def pushed_aliases(ref: AdapterRef) -> list[str]:

@@ -36,6 +36,7 @@ STATUSES: Final[Mapping[type[Exception], grpc.StatusCode]] = {
     errors.NotRestorable: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NothingToRollBack: grpc.StatusCode.FAILED_PRECONDITION,
     errors.GateRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ProfileMalformed: grpc.StatusCode.FAILED_PRECONDITION,
     errors.HubReadOnly: grpc.StatusCode.FAILED_PRECONDITION,
     errors.BaseError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.AdapterRejected: grpc.StatusCode.FAILED_PRECONDITION,
