@@ -5,13 +5,15 @@
     {"schema": "loraplex.evaluation/1", "version": "team/x@3", "digest": …, "task": …, "data": {"digest", "examples"},
      "base": {"name", "quantization"}, "metrics": {name: number}, "intervals": {name: [low, high]}, "at": …, "by": …}
 
-Records are added, never changed; of several for a task the newest counts. They lie with the hub's catalog and are for
+Records are added, never changed; of several for a task the newest counts. A sweep takes those of versions it forgot.
+They lie with the hub's catalog and are for
 hubs that have a directory on this machine: not for those behind a server, nor for PostgreSQL with S3.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Mapping
@@ -21,10 +23,9 @@ from typing import Any, Final, Self
 
 from hub import json_text
 from hub.errors import BlobCorrupt, EvaluationsUnsupported, HubUnavailable
-from hub.opening import named
-from hub.place import Place
+from hub.place import Place, named
 from hub.refs import Digest
-from hub.versions import Version
+from hub.versions import Problem, Version
 
 SCHEMA: Final = "loraplex.evaluation/1"
 MAX_RECORD_BYTES: Final = 64 * 1024
@@ -113,3 +114,39 @@ class Evaluations:
     def metrics(self, version: Version) -> dict[str, dict[str, float]]:
         """The newest scores of each task, {task: {metric: number}}: what a gate may ask for as "task.metric"."""
         return {each.task: dict(each.metrics) for each in self.all_of(version)}
+
+    def digests(self) -> list[Digest]:
+        """Of the versions that have records; raises HubUnavailable."""
+        try:
+            return [
+                Digest.of_hex(entry.name) for entry in sorted(self._root.glob("[0-9a-f]*")) if len(entry.name) == 64
+            ]
+        except OSError as error:
+            raise HubUnavailable(f"the evaluations cannot be read: {os.strerror(error.errno or 0)}") from error
+
+    def discard(self, digest: Digest, *, dry_run: bool = False) -> int:
+        """Delete the records of a version that is forgotten; their bytes. Raises HubUnavailable."""
+        directory = self._root / digest.hex
+        try:
+            size = sum(file.stat().st_size for file in directory.iterdir())
+            if not dry_run:
+                shutil.rmtree(directory)
+        except OSError as error:
+            raise HubUnavailable(f"the evaluations cannot be swept: {os.strerror(error.errno or 0)}") from error
+        return size
+
+    def problems(self) -> list[Problem]:
+        """Records that cannot be read, or are about another version than they lie with."""
+        found = []
+        for digest in self.digests():
+            for file in sorted((self._root / digest.hex).glob("[0-9]*.json")):
+                try:
+                    about = Evaluation.parse(file.read_bytes())
+                    if about.digest == digest:
+                        continue
+                    what = f"an evaluation's record of {about.version} is about another version"
+                except (BlobCorrupt, OSError) as error:
+                    what = str(error)
+                name = f"evaluations/{digest.hex[:16]}…/{file.name}"
+                found.append(Problem(f"sha256:{digest.hex[:16]}…", name, BlobCorrupt.reason, what))
+        return found

@@ -21,13 +21,14 @@ from hub.errors import (
     AliasMoved,
     BlobCorrupt,
 )
+from hub.evaluations import Evaluations
 from hub.fingerprint import known_shapes
 from hub.gate import Gate, Promotion
 from hub.gate_evaluation import Scores
 from hub.lineage import Lineage, relation, trace
 from hub.manifest import Manifest
 from hub.parsing import Parsed, parse_directory
-from hub.profile import profile_of
+from hub.profile import PROFILE_FILE
 from hub.progress import Progress
 from hub.publishing import identity_of, pushed_aliases, warnings_of
 from hub.refs import AdapterRef, Alias, Digest
@@ -51,11 +52,14 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
     Where a method takes `ref`, an AdapterRef or its text will do; text raises RefInvalid where it is none.
     """
 
-    def __init__(self, blobs: BlobStore, entries: catalog.Catalog, profile_file: Path | None = None) -> None:
-        """`profile_file`: what pushes must keep to, see `hub.profile`; it need not be there, and is read every time."""
+    def __init__(self, blobs: BlobStore, entries: catalog.Catalog, directory: Path | None = None) -> None:
+        """`directory`: the hub's own, where it has one, with evaluations and a profile."""
         self._blobs = blobs
         self._catalog = entries
-        self.profile_file = profile_file
+        self._directory = directory
+        self._evaluations = Evaluations(directory) if directory is not None else None
+        # What pushes must keep to, see `hub.profile`; it need not be there, and is read every time.
+        self.profile_file = directory / PROFILE_FILE if directory is not None else None
         # A version's record never changes.
         self._manifest = lru_cache(maxsize=4096)(partial(verify.read_manifest, blobs))
 
@@ -65,7 +69,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
 
         None means the environment's LORAPLEX_HUB, else this user's data directory. Raises HubUnavailable.
         """
-        return cls(*location.open_parts(url), profile_of(url))
+        return cls(*location.open_parts(url), location.Place.parse(url).directory)
 
     @classmethod
     def open_existing(cls, url: str | None = None) -> Self:
@@ -73,11 +77,13 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
 
         Raises HubNotFound where there is none, HubUnavailable.
         """
-        return cls(*location.open_existing(url), profile_of(url))
+        return cls(*location.open_existing(url), location.Place.parse(url).directory)
 
     def acting_as(self, actor: str | None) -> Hub:
         """This hub; what is written through the result is written by `actor`. Close only one of the two."""
-        return Hub(self._blobs, self._catalog.acting_as(actor), self.profile_file)
+        other = Hub(self._blobs, self._catalog.acting_as(actor), self._directory)
+        other.profile_file = self.profile_file
+        return other
 
     def close(self) -> None:
         """Give back the connections."""
@@ -309,7 +315,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         dry_run: bool = False,
     ) -> Swept:
         """Give back what nothing needs; see `hub.sweep`. With `dry_run` say what that would be."""
-        return collect(self._blobs, self._catalog, retention_seconds, grace_seconds, dry_run=dry_run)
+        return collect(self._blobs, self._catalog, self._evaluations, retention_seconds, grace_seconds, dry_run=dry_run)
 
     def lease(self, ref: AdapterRef | str, holder: str, seconds: float | None = None) -> Lease:
         """Keep the version `ref` names from being removed, for `seconds` from now or (None) until released: a pin.
@@ -360,7 +366,8 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
 
     def fsck(self, progress: Progress | None = None) -> list[Problem]:
         """Compare the catalog with the journal and the blobs' presence; what is wrong. `verify` reads the bytes."""
-        return fsck.check(self._blobs, self._catalog, progress)
+        problems = fsck.check(self._blobs, self._catalog, progress)
+        return problems + (self._evaluations.problems() if self._evaluations is not None else [])
 
     def _relation(self, a: Version, b: Version) -> str:
         return relation(self.lineage(_exact(a)), self.lineage(_exact(b)))

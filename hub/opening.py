@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 from hub.facade import HubFacade
 from hub.hub import Hub
-from hub.location import ENVIRONMENT
+from hub.place import named
+
+__all__ = ["named", "open_existing", "open_hub"]
 
 
 def open_hub(url: str | None = None) -> HubFacade:
@@ -20,11 +20,6 @@ def open_hub(url: str | None = None) -> HubFacade:
 def open_existing(url: str | None = None) -> HubFacade:
     """The hub at `url`, which is there; raises HubNotFound where there is none, HubUnavailable."""
     return _remote(url) or Hub.open_existing(url)
-
-
-def named(url: str | None) -> str:
-    """`url`, else LORAPLEX_HUB, else empty: the default directory."""
-    return url or os.environ.get(ENVIRONMENT) or ""
 
 
 def _remote(url: str | None) -> HubFacade | None:

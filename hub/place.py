@@ -28,6 +28,11 @@ from hub.errors import HubUnavailable
 ENVIRONMENT: Final = "LORAPLEX_HUB"
 
 
+def named(url: str | None) -> str:
+    """`url`, else LORAPLEX_HUB, else empty: the default directory."""
+    return url or os.environ.get(ENVIRONMENT) or ""
+
+
 @dataclass(frozen=True)
 class Place:
     """A hub's place, parsed from its URL."""
@@ -42,7 +47,7 @@ class Place:
 
         Raises HubUnavailable.
         """
-        text = url or os.environ.get(ENVIRONMENT) or default_url()
+        text = named(url) or default_url()
         scheme = text.partition("://")[0] if "://" in text else ""
         if scheme.partition("+")[0] in ("postgresql", "postgres"):
             return cls._with_postgres(text)

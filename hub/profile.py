@@ -26,7 +26,6 @@ from typing import Any, Final, Self
 
 from hub.errors import ProfileMalformed, ProfileRefused
 from hub.manifest import Manifest
-from hub.place import Place
 
 PROFILE_FILE: Final = "profile.toml"
 MAX_PROFILE_BYTES: Final = 64 * 1024
@@ -117,12 +116,6 @@ class Profile:
         matching = (found for pattern, found in self.names.items() if fnmatch.fnmatchcase(manifest.name, pattern))
         if broken := next(matching, self.limits).broken_by(manifest):
             raise ProfileRefused(f"{manifest.name} is not what this hub's servers take: {'; '.join(broken)}")
-
-
-def profile_of(url: str | None) -> Path | None:
-    """Where the profile of the hub at `url` lies: in its directory, if it has one."""
-    directory = Place.parse(url).directory
-    return directory / PROFILE_FILE if directory is not None else None
 
 
 def _count(key: str, value: Any) -> int:

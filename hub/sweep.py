@@ -1,4 +1,5 @@
-"""Gives back what nothing needs: versions removed long ago, blobs no version names, leavings of pushes that died.
+"""Gives back what nothing needs: versions removed long ago, blobs no version names, leavings of pushes that died,
+scores of versions that are forgotten.
 
 Safe beside pushes from other processes, without clocks: a blob is deleted while holding the catalog's write lock, after
 asking there whether a version names it; and a push enters its version while holding the same lock, after asking whether
@@ -15,6 +16,7 @@ from hub.blobs import BlobStore
 from hub.catalog import Catalog
 from hub.catalog_writer import stamp
 from hub.errors import HubUnavailable
+from hub.evaluations import Evaluations
 from hub.refs import Digest
 from hub.versions import Swept
 
@@ -24,7 +26,13 @@ _TOGETHER: Final = 200  # blobs deleted under one lock
 
 
 def collect(
-    blobs: BlobStore, catalog: Catalog, retention_seconds: float, grace_seconds: float, *, dry_run: bool
+    blobs: BlobStore,
+    catalog: Catalog,
+    evaluations: Evaluations | None,
+    retention_seconds: float,
+    grace_seconds: float,
+    *,
+    dry_run: bool,
 ) -> Swept:
     """Sweep once; with `dry_run` change nothing. Raises HubUnavailable, also where what is needed is not known."""
     if catalog.behind_journal():
@@ -44,6 +52,9 @@ def collect(
     if not dry_run:
         for left in leftovers:
             blobs.discard(left)
+    if evaluations is not None and (recorded := evaluations.digests()):
+        for digest in catalog.unreferenced(recorded, leaving):
+            size += evaluations.discard(digest, dry_run=dry_run)
     return Swept(
         tuple(record.text for record in leaving), count, len(leftovers), size + sum(left.bytes for left in leftovers)
     )

@@ -103,3 +103,42 @@ def test_show_shows_them(tmp_path: Path, versions: tuple[Version, Version]) -> N
     # A sweep of the hub, and its check, take no notice.
     with Hub.open(hub) as opened:
         assert opened.fsck() == [] and opened.verify() == []
+
+
+def test_a_sweep_takes_the_records_of_versions_that_it_forgot(
+    tmp_path: Path, versions: tuple[Version, Version]
+) -> None:
+    first, second = versions
+    kept = Evaluations.of(str(tmp_path / "hub"))
+    for version in versions:
+        kept.add(version, scored(version))
+    with Hub.open(str(tmp_path / "hub")) as hub:
+        hub.remove(first.text)
+        hub.sweep(grace_seconds=0)  # it can still be restored
+        assert len(kept.all_of(first)) == 1
+        would = hub.sweep(retention_seconds=0, grace_seconds=0, dry_run=True)
+        assert len(kept.all_of(first)) == 1
+        assert hub.sweep(retention_seconds=0, grace_seconds=0) == would
+        assert would.bytes > sum(entry.bytes for entry in first.manifest.files.values() if entry.bytes > 4096)
+    assert kept.digests() == [second.digest]
+    assert kept.all_of(first) == [] and len(kept.all_of(second)) == 1
+
+
+def test_fsck_reads_the_records(tmp_path: Path, versions: tuple[Version, Version]) -> None:
+    first, second = versions
+    kept = Evaluations.of(str(tmp_path / "hub"))
+    with Hub.open(str(tmp_path / "hub")) as hub:
+        kept.add(first, scored(first))
+        assert hub.fsck() == []
+        [file] = (tmp_path / "hub" / "evaluations" / first.digest.hex).iterdir()
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-9])
+        [problem] = hub.fsck()
+        assert (problem.reason, problem.file) == ("BLOB_CORRUPT", f"evaluations/{first.digest.hex[:16]}…/{file.name}")
+        file.write_bytes(whole)
+        file.rename(tmp_path / "moved")
+        kept.add(second, scored(second))
+        (tmp_path / "moved").rename(tmp_path / "hub" / "evaluations" / second.digest.hex / file.name)
+        assert [found.message for found in hub.fsck()] == [
+            "an evaluation's record of team/x@1 is about another version"
+        ]
