@@ -166,8 +166,8 @@ class MetadataKey(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @click.option(
     "--deterministic",
     is_flag=True,
-    help="A request gives the same tokens and log-probabilities whatever shares its batch, in the served precision. "
-    "Slower; refused where it cannot be promised.",
+    help="A request gives the same tokens and log-probabilities whatever shares its batch, in the served precision, "
+    "with every kind of adapter. Slower; refused where it cannot be promised.",
 )
 @click.option(
     "--drain-seconds",

@@ -23,7 +23,7 @@ class AffineParts:
 
     def takes(self, path: str, parts: ModuleParts) -> bool:
         """Whether these parts of a module are scale and shift alone, in a layer that runs natively."""
-        return path in self._places and parts.replacement is None and parts.tokens is None and parts.low_rank is None
+        return path in self._places and parts.elementwise
 
     def plan(self, spans: Iterable[PartSpan]) -> AffinePlan | None:
         """What `takes` took of these parts; None for nothing."""

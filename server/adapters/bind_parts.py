@@ -141,7 +141,8 @@ class _Binder:
     ) -> ModuleParts:
         scaling = 0.0 if pair is None else self._config.scaling(path, pair[0].shape[0])
         own_bias: Any = getattr(module, "bias", None)
-        out = _weight(module).shape[-1 if isinstance(module, nn.Embedding) else 0]
+        # Not the weight's own shape where that may be packed.
+        out = module.out_features if isinstance(module, nn.Linear) else _weight(module).shape[-1]
         scale = factor = None
         shift = torch.zeros(out)
         magnitude = given.pop(("magnitude", "weight"), None)

@@ -15,7 +15,8 @@ A DoRA adapter with a weight, or among others, counts by that delta against the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -57,6 +58,11 @@ class ModuleParts:
     scale: Tensor | None = None  # [out] float32
     shift: Tensor | None = None  # [out] float32
     low_rank: LowRank | None = None
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether scale and shift are all there is."""
+        return self.replacement is None and self.tokens is None and self.low_rank is None
 
     @property
     def bytes(self) -> int:
@@ -126,35 +132,52 @@ class PartsHooks:
     plain LoRA runs the base's own code. Used by the engine's thread only.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], head: str | None, native: AffineParts | None = None) -> None:
-        """native: what the layers can do without calling their single modules."""
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        head: str | None,
+        native: AffineParts | None = None,
+        singly: bool = False,
+    ) -> None:
+        """native: what the layers can do without calling their single modules; singly: take one row at a time through
+        everything whose rounding could depend on the number of rows, so that a row's bits are its own."""
         self._modules = modules
         self._head = head
         self._native = native
+        self._singly = singly
         self._hooked: set[str] = set()
         self._active: dict[str, list[tuple[int, int, float, ModuleParts]]] = {}
         self._rows = (0, 0)
 
-    def activate(self, tokens: Sequence[PartSpan], sampled: Sequence[PartSpan], rows: tuple[int, int]) -> None:
-        """Say what applies to the batch about to run, until `clear`; both empty: nothing does.
+    @contextmanager
+    def applied(self, tokens: Sequence[PartSpan], sampled: Sequence[PartSpan], rows: tuple[int, int]) -> Iterator[None]:
+        """What applies to the batch that runs within; both empty: nothing does.
 
         `sampled` counts the rows whose logits are wanted: the output head sees only these. `rows`: how many rows
         there are in all, and how many of them are sampled.
         """
         self._rows = rows
-        for spans, wanted in ((tokens, False), (sampled, True)):
-            for span in spans:
-                for path, parts in span.parts.modules.items():
-                    if (path == self._head) is wanted:
-                        self._hook(path)
-                        self._active.setdefault(path, []).append((span.t0, span.t1, span.weight, parts))
+        try:
+            for spans, wanted in ((tokens, False), (sampled, True)):
+                for span in spans:
+                    for path, parts in span.parts.modules.items():
+                        if (path == self._head) is wanted:
+                            self._hook(path)
+                            self._active.setdefault(path, []).extend(self._pieces(span, parts))
+            yield
+        finally:
+            self._active.clear()  # an unloaded adapter's tensors shall not live on here
 
-    def inside(self, tokens: Sequence[PartSpan]) -> bool:
+    def _pieces(self, span: PartSpan, parts: ModuleParts) -> list[tuple[int, int, float, ModuleParts]]:
+        rows = 1 if self._singly and not parts.elementwise else span.t1 - span.t0
+        return [(t, t + rows, span.weight, parts) for t in range(span.t0, span.t1, rows)]
+
+    def inside(self, used: Iterable[AdapterParts]) -> bool:
         """Whether any of the parts needs the decoder's layers to call their single modules.
 
         Those of embedding and head do not: these are called the same way always. Nor does what native layers do.
         """
-        return any(self._calls_modules(path, parts) for span in tokens for path, parts in span.parts.modules.items())
+        return any(self._calls_modules(path, parts) for each in used for path, parts in each.modules.items())
 
     def _calls_modules(self, path: str, parts: ModuleParts) -> bool:
         if path == self._head or isinstance(self._modules[path], nn.Embedding):
@@ -164,10 +187,6 @@ class PartsHooks:
     def native_plan(self, tokens: Sequence[PartSpan]) -> AffinePlan | None:
         """What native layers do of a batch's parts."""
         return None if self._native is None else self._native.plan(tokens)
-
-    def clear(self) -> None:
-        """Let go of the last batch's parts."""
-        self._active.clear()
 
     def _hook(self, path: str) -> None:
         if path not in self._hooked:
@@ -188,9 +207,11 @@ class PartsHooks:
         # All from the base's own output, before any is added.
         deltas = [(t0, t1, w * _affine(parts, out[t0:t1])) for t0, t1, w, parts in active if _has_affine(parts)]
         for t0, t1, w, parts in active:
-            _replace(parts, inputs[t0:t1], out[t0:t1])
+            # A copy begins where every copy does: how its memory is aligned must not depend on its place either.
+            own = inputs[t0:t1].clone() if self._singly else inputs[t0:t1]
+            _replace(parts, own, out[t0:t1])
             if parts.low_rank is not None:
-                out[t0:t1] += w * _low_rank(parts.low_rank, inputs[t0:t1], embedding)
+                out[t0:t1] += w * _low_rank(parts.low_rank, own, embedding)
         for t0, t1, delta in deltas:
             out[t0:t1] += delta
         return y

@@ -77,12 +77,10 @@ def parse_adapter(
     dtype: torch.dtype,
     max_rank: int,
     modules: BaseWeights,
-    parts: bool = True,
 ) -> LoraWeights:
     """Bind every tensor of the adapter to a module of the base.
 
-    `shapes` maps a module path to (out, in); without `parts` only plain rank rows are taken. Raises `BaseMismatch`,
-    `RankTooLarge`, `UnsupportedAdapter`,
+    `shapes` maps a module path to (out, in). Raises `BaseMismatch`, `RankTooLarge`, `UnsupportedAdapter`,
     `TensorUnbound` or the hub's `AdapterRejected`, each naming what it is about.
     """
     if files.base_fingerprint and base.fingerprint and files.base_fingerprint != base.fingerprint:
@@ -124,9 +122,6 @@ def parse_adapter(
         dtype,
         max_rank,
     )
-    if bound.parts.modules and not parts:
-        module = next(iter(bound.parts.modules))
-        raise UnsupportedAdapter(f"with --deterministic only plain LoRA is served; this adapter also changes {module}")
     for module, factor in bound.factors.items():
         pairs[module] = Pair(pairs[module].a, pairs[module].b.float() * factor[:, None])
     sites = rank_rows(pairs, config, dtype)

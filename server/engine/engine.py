@@ -86,7 +86,7 @@ class Engine:
             if fused:
                 native_parts = fuse(base.model, arena, self._active, kernels)
             pack_weights(base.model)
-        self._part_hooks = PartsHooks(modules.modules, modules.head, native_parts)
+        self._part_hooks = PartsHooks(modules.modules, modules.head, native_parts, singly=limits.deterministic)
         self._listed_tokens = LISTED_TOKENS if kernels is not None else 0
         if gpu is None:
             modules.settle()
@@ -99,11 +99,8 @@ class Engine:
             forward = partial(gpu.run, launch=self._run)
             choose = gpu.sampler
         if limits.deterministic:
-            steps: RowByRow | FixedRows
-            if fused:
-                steps = RowByRow(base, self._runner, self._active, limits.page_tokens)
-            else:
-                steps = FixedRows(base, self._runner, self._active, limits.page_tokens, limits.max_adapter_rank)
+            given = (base, self._runner, self._active, self._part_hooks, limits.page_tokens)
+            steps = RowByRow(*given) if fused else FixedRows(*given, limits.max_adapter_rank)
             steps.check()
             forward = steps.run
         self._pages = PageTable(pages, limits.page_tokens)
@@ -115,7 +112,6 @@ class Engine:
             dtype=base.dtype,
             max_rank=limits.max_adapter_rank,
             modules=modules,
-            parts=not limits.deterministic,
         )
         self.adapters = Residency(
             arena,
@@ -231,18 +227,18 @@ class Engine:
 
     def _run(self, batch: StepBatch) -> Tensor:
         tokens, sampled = part_spans(batch)
-        plain = not self._part_hooks.inside(tokens)
+        plain = not self._part_hooks.inside(span.parts for span in tokens)
         affine = self._part_hooks.native_plan(tokens) if plain else None
         self._active.use(batch.segments, batch.decodes, plain, affine)
-        self._part_hooks.activate(tokens, sampled, (batch.packed.token_ids.shape[0], len(batch.sampling)))
         rope = self._runner.long_rope
         if rope is not None:
             rope.select(((s.tokens, len(s.sequence.tokens)) for s in batch.shares), self.base.device)
+        rows = (batch.packed.token_ids.shape[0], len(batch.sampling))
         try:
-            return self._runner.run(batch.packed) if self._gpu is None else self._gpu.forward(batch.packed)
+            with self._part_hooks.applied(tokens, sampled, rows):
+                return self._runner.run(batch.packed) if self._gpu is None else self._gpu.forward(batch.packed)
         finally:
             self._active.affine = None
-            self._part_hooks.clear()  # an unloaded adapter's tensors shall not live on here
 
     # -- a request on its way in ----------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ request's bits would depend on its company. Here nothing has a shape that depend
   output head runs on all of them or on none.
 - Every token attends by itself over its own pages, whether it belongs to a prompt or to an answer, so that it does
   not matter either where a prompt was cut into chunks or which part of it was in the cache.
-- An adapter's two GEMMs run over all ROWS rows, with what is not its own masked, one adapter after the other in
-  the order of the request.
+- An adapter's two GEMMs run over all ROWS rows, with what is not its own masked, one adapter after the other.
+- What else an adapter multiplies by (`PartsHooks`, made with `singly`) takes one row at a time.
 
 What is left to believe is that at a fixed shape a row's result depends neither on its place nor on the other rows.
 No library promises that, so `check` tries it with the loaded model before anything is served.
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from server.adapters.arena import BLOCK_ROWS
 from server.adapters.linear import ActiveAdapters
+from server.adapters.parts import PartsHooks
 from server.engine.batch import slot
-from server.engine.rows import ROWS, Row, StepOfRows, check_rows, refuse_coupled, rows_of
+from server.engine.rows import ROWS, Row, StepOfRows, check_rows, part_spans, refuse_coupled, rows_of
 from server.engine.scheduler import Share
 from server.errors import DeterminismUnavailable
 from server.kernels.cpu import LoraBlock
@@ -37,12 +38,19 @@ class FixedRows:
     """Runs steps for one engine. Raises `DeterminismUnavailable` when made for a model it cannot promise for."""
 
     def __init__(
-        self, base: BaseModel, runner: Runner, active: ActiveAdapters, page_tokens: int, max_rank: int
+        self,
+        base: BaseModel,
+        runner: Runner,
+        active: ActiveAdapters,
+        hooks: PartsHooks,
+        page_tokens: int,
+        max_rank: int,
     ) -> None:
         refuse_coupled(base)
         self._base = base
         self._runner = runner
         self._active = active
+        self._hooks = hooks
         self._page_tokens = page_tokens
         self._max_rank = max_rank
 
@@ -61,14 +69,17 @@ class FixedRows:
         wanted = [index for index, row in enumerate(rows) if row.samples]
         alone = [self._alone(row, device) for row in rows]
         self._active.use_blocks(adapter_blocks(rows, self._base.dtype, device))
-        logits = self._runner.run(
-            PackedBatch(
-                token_ids=torch.tensor([row.token_id for row in rows] + padding, device=device),
-                positions=torch.tensor([row.position for row in rows] + padding, device=device),
-                attention=_plan([slot(row.pages, row.position, self._page_tokens) for row in rows], alone, device),
-                sample_rows=torch.arange(ROWS if wanted else 0, device=device),
+        spans = part_spans(enumerate(rows))
+        sampled = part_spans((index, rows[index]) for index in wanted)
+        with self._hooks.applied(spans, sampled, (ROWS, ROWS if wanted else 0)):
+            logits = self._runner.run(
+                PackedBatch(
+                    token_ids=torch.tensor([row.token_id for row in rows] + padding, device=device),
+                    positions=torch.tensor([row.position for row in rows] + padding, device=device),
+                    attention=_plan([slot(row.pages, row.position, self._page_tokens) for row in rows], alone, device),
+                    sample_rows=torch.arange(ROWS if wanted else 0, device=device),
+                )
             )
-        )
         return logits[wanted]
 
     def _alone(self, row: Row, device: str) -> AttentionPlan:

@@ -3,13 +3,15 @@ anything is served."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from server.adapters.parts import AdapterParts, PartSpan
 from server.engine.scheduler import Share
 from server.errors import DeterminismUnavailable
 from server.model.base import BaseModel
@@ -20,13 +22,14 @@ ROWS = 16  # of a fixed step, and places that the trial tries
 
 @dataclass(frozen=True)
 class Row:
-    """One token to compute: what it is, where it stands, which pages and adapter rows are its sequence's."""
+    """One token to compute: what it is, where it stands, which pages, adapter rows and parts are its sequence's."""
 
     token_id: int
     position: int
     pages: Seq[int]
     adapter_rows: tuple[tuple[int, int, float], ...] = ()
     samples: bool = False
+    parts: tuple[tuple[AdapterParts, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,19 @@ def rows_of(share: Share) -> list[Row]:
             sequence.pages,
             sequence.adapter_rows,
             share.samples and position == stop - 1,
+            sequence.parts,
         )
         for position in range(sequence.computed, stop)
     ]
+
+
+def part_spans(placed: Iterable[tuple[int, Row]]) -> list[PartSpan]:
+    """What the adapters of rows do beside their rank rows; (place in the batch, row) by rising place."""
+    spans = []
+    for (parts, _), run in groupby(enumerate(placed), key=lambda at: (at[1][1].parts, at[1][0] - at[0])):
+        places = [place for _, (place, _) in run]
+        spans += [PartSpan(places[0], places[-1] + 1, weight, each) for each, weight in parts]
+    return spans
 
 
 def check_rows(forward: Callable[[Seq[Row]], Tensor], base: BaseModel, runner: Runner, page_tokens: int) -> None:

@@ -187,13 +187,11 @@ class Scheduler:
         known = len(sequence.pages)
         sequence.computed = known * self._pages.page_tokens
         sequence.kept = known
-        sequence.adapter_rows = tuple(
-            (*self._residency.rows(use.digest), use.weight) for use in sequence.request.adapters if use.weight
-        )
+        # In one order, whatever the request's: sums depend on it in their last bits, and pages are found in any.
+        uses = sorted(sequence.request.adapters, key=lambda use: (use.digest, use.weight))
+        sequence.adapter_rows = tuple((*self._residency.rows(use.digest), use.weight) for use in uses if use.weight)
         try:
-            sequence.parts = self._residency.parts(
-                [(use.digest, use.version, use.weight) for use in sequence.request.adapters]
-            )
+            sequence.parts = self._residency.parts([(use.digest, use.version, use.weight) for use in uses])
         except InvalidRequest as error:
             sequence.refused = error  # `failed` finds it; until then it takes no turn
         self.waiting.start(sequence)

@@ -14,51 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server.errors import InvalidRequest, TensorUnbound, UnsupportedAdapter
-from tests.conftest import ALL_LINEARS, write_byte_tokenizer, write_tiny_llama
-from tests.equivalence.reference import World, ask, assert_same, build, load, write_moved_adapter
+from server.kernels import native
+from tests.conftest import write_byte_tokenizer, write_tiny_llama
+from tests.equivalence.kinds import ALONE, TOKENS, write_kinds
+from tests.equivalence.reference import World, ask, assert_same, build, load
 from tests.equivalence.reference import random_prompt as any_prompt
 
 # PEFT warns of biases it has no merged form for, of tied weights, and that it saves embeddings.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
-]
-
-TOKENS = [3, 65, 66, 100, 200, 299]
-SOME = ["q_proj", "v_proj", "down_proj"]
-
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {"r": 8},
-    "plain-24": {"r": 24, "lora_alpha": 12},
-    "lora-bias": {"r": 8, "lora_bias": True, "target_modules": SOME},
-    "trained-bias": {"r": 4, "bias": "lora_only"},
-    "all-biases": {"r": 4, "bias": "all", "target_modules": SOME},
-    "dora": {"r": 8, "use_dora": True},
-    "dora-rslora": {"r": 12, "lora_alpha": 6, "use_dora": True, "use_rslora": True, "target_modules": SOME},
-    "dora-head": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "lm_head"]},
-    "dora-bias": {"r": 4, "use_dora": True, "bias": "lora_only", "target_modules": SOME},
-    "saved-head": {"r": 4, "modules_to_save": ["lm_head"]},
-    "saved-embedding": {"r": 4, "modules_to_save": ["embed_tokens"], "target_modules": SOME},
-    "saved-both": {"r": 4, "modules_to_save": ["embed_tokens", "lm_head"], "target_modules": SOME},
-    "saved-norms": {"r": 4, "modules_to_save": ["norm"], "target_modules": SOME},
-    "saved-linear": {"r": 4, "modules_to_save": ["o_proj", "0.mlp"], "target_modules": ["q_proj"]},
-    "lora-head": {"r": 6, "target_modules": ["lm_head", *SOME]},
-    "lora-embedding": {"r": 6, "target_modules": ["embed_tokens", *SOME]},
-    "lora-both": {"r": 6, "target_modules": ["embed_tokens", "lm_head"]},
-    "tokens": {"r": 4, "trainable_token_indices": TOKENS},
-    "tokens-head": {"r": 4, "trainable_token_indices": {"lm_head": TOKENS}, "target_modules": SOME},
-    "tokens-both": {
-        "r": 4,
-        "trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS[:3]},
-        "target_modules": SOME,
-    },
-}
-# Replace values of the base, so they have no meaning at another weight or beside another adapter.
-ALONE = [
-    "trained-bias",
-    "all-biases",
-    "dora-bias",
-    *(kind for kind in KINDS if kind.startswith(("saved", "tokens"))),
 ]
 
 
@@ -83,11 +48,7 @@ def world(
         weights = load_file(base / "model.safetensors")
         drawn = {key: torch.randn_like(w) * 0.2 if key.endswith("bias") else w for key, w in weights.items()}
         save_file(drawn, base / "model.safetensors", metadata={"format": "pt"})
-    adapters = {
-        kind: write_moved_adapter(base, root / kind, **{"lora_alpha": 16, "target_modules": ALL_LINEARS, **settings})
-        for kind, settings in KINDS.items()
-        if biased or settings.get("bias", "none") == "none"
-    }
+    adapters = write_kinds(base, root, biased)
     engine = build(base, directory_fetch(adapters))
     yield World(base, adapters, engine)
     engine.check_integrity()
@@ -106,6 +67,27 @@ def test_all_kinds_in_one_batch_equal_peft(world: World) -> None:
     answers = world.engine.generate(
         [ask(prompt, *([kind] if kind else [])) for kind, prompt in zip(kinds, prompts, strict=True)]
     )
+    for kind, prompt, answer in zip(kinds, prompts, answers, strict=True):
+        assert_same(answer, world.load(kind), prompt, kind)
+
+
+@pytest.mark.parametrize("way", ["native", "torch"])
+def test_deterministic_answers_are_pefts(
+    world: World, directory_fetch: Any, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "torch":
+        monkeypatch.setattr(native, "load", lambda dtype: None)
+    engine = build(world.base, directory_fetch(world.adapters), deterministic=True)
+    dora = [kind for kind in world.adapters if kind.startswith("dora")]
+    kinds = [*dora, None, *random.sample(sorted(world.adapters.keys() - set(dora)), 5)]
+    random.shuffle(kinds)
+    prompts = [random_prompt() for _ in kinds]
+    try:
+        answers = engine.generate(
+            [ask(prompt, *([kind] if kind else [])) for kind, prompt in zip(kinds, prompts, strict=True)]
+        )
+    finally:
+        engine.close()
     for kind, prompt, answer in zip(kinds, prompts, answers, strict=True):
         assert_same(answer, world.load(kind), prompt, kind)
 

@@ -251,11 +251,10 @@ class PretendEngine:
         assert sum(share.tokens for share in batch.shares) <= self.engine.limits.max_batch_tokens
         for share in batch.shares:
             sequence, asked = share.sequence, share.sequence.request
-            held = [use for use in asked.adapters if use.weight]
-            for use, (start, stop, weight) in zip(held, sequence.adapter_rows, strict=True):
-                assert weight == use.weight
-                assert stop - start == RANK * -(-self.hub.ranks.get(use.digest, RANK) // RANK)
-                assert arena.a["site"][start, 0] == mark(use.digest), "foreign rows"
+            for (digest, wanted), (start, stop, weight) in zip(who(asked), sequence.adapter_rows, strict=True):
+                assert weight == wanted
+                assert stop - start == RANK * -(-self.hub.ranks.get(digest, RANK) // RANK)
+                assert arena.a["site"][start, 0] == mark(digest), "foreign rows"
             if self._poisoned(asked):
                 continue
             for position in range(sequence.computed + share.tokens):

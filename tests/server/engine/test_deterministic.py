@@ -1,7 +1,11 @@
 """--deterministic: a request's bits are its own, in the served precision, alone and in any company and order."""
 
+import itertools
 import random
+from collections import defaultdict
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +13,20 @@ import pytest
 import torch
 
 from server.config import EngineLimits, ModelConfig
-from server.engine.engine import Completion, Engine
+from server.engine.engine import Engine
 from server.engine.request import AdapterUse, Request, Sampling, Stopping, Structure
-from server.errors import DeterminismUnavailable, UnsupportedAdapter
+from server.engine.scheduler import Share
+from server.errors import DeterminismUnavailable
+from server.kernels import native
+from server.model.attention import PagedKv
 from tests.conftest import write_byte_tokenizer, write_tiny_llama
+from tests.equivalence.kinds import ALONE, TOKENS, write_kinds
+from tests.server.engine.pretend import Counts
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 
 _ids = iter(range(10**9))
 RANKS = {"a": 8, "b": 5, "c": 24, "d": 16}
@@ -24,7 +38,22 @@ def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, make_ada
     return {name: make_adapter(tiny_base, root / name, seed=rank, r=rank) for name, rank in RANKS.items()}
 
 
-def build(base: str, fetch: Any, quantization: Any, dtype: str, **limits: Any) -> Engine:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """A base with biases, and adapters of all kinds for it."""
+    root = tmp_path_factory.mktemp("many")
+    write_tiny_llama(root / "base", attention_bias=True, mlp_bias=True)
+    write_byte_tokenizer(root / "base")
+    return root / "base", write_kinds(root / "base", root, biased=True)
+
+
+LOGITS: dict[str, list[bytes]] = defaultdict(list)  # by request id: what every one of its tokens was chosen from
+
+
+def build(
+    base: str, fetch: Any, quantization: Any, dtype: str, threads: int = 1, told: Any = None, **limits: Any
+) -> Engine:
+    """An engine that fills LOGITS."""
     settings = {
         "adapter_memory_bytes": 4 << 20,
         "kv_memory_bytes": 4 << 20,
@@ -33,19 +62,32 @@ def build(base: str, fetch: Any, quantization: Any, dtype: str, **limits: Any) -
         "deterministic": True,
         **limits,
     }
-    return Engine.build(
-        ModelConfig(base=base, quantization=quantization, dtype=dtype, threads=1), EngineLimits(**settings), fetch
-    )
+    model = ModelConfig(base=base, quantization=quantization, dtype=dtype, threads=threads)
+    engine = Engine.build(model, EngineLimits(**settings), fetch, told)
+    forward = engine._loop._forward
+
+    def watched(shares: Seq[Share]) -> Any:
+        step, logits = forward(shares)
+        for share, row in zip(step.sampling, logits, strict=True):
+            LOGITS[share.sequence.request.id].append(row.numpy().tobytes())
+        return step, logits
+
+    engine._loop._forward = watched
+    return engine
 
 
-def draw(rng: random.Random, names: list[str], vocabulary: int, longest: int = 90) -> Request:
-    chosen = rng.sample(names, min(rng.choice([0, 1, 1, 2]), len(names)))
+def draw(
+    rng: random.Random, names: list[str], vocabulary: int, longest: int = 90, counts: Seq[int] = (0, 1, 1, 2)
+) -> Request:
+    chosen = rng.sample(names, min(rng.choice(counts), len(names)))
     return Request(
         id=str(next(_ids)),
         prompt=tuple(rng.randrange(vocabulary) for _ in range(rng.randrange(1, longest))),
         stopping=Stopping(max_new_tokens=rng.randrange(1, 14), ignore_eos=True),
         sampling=Sampling(temperature=rng.choice([0.0, 0.9]), seed=rng.getrandbits(40)),
-        adapters=tuple(AdapterUse(name, f"t/{name}@1", rng.choice([1.0, 0.5, -1.25])) for name in chosen),
+        adapters=tuple(
+            AdapterUse(name, f"t/{name}@1", 1.0 if name in ALONE else rng.choice([1.0, 0.5, -1.25])) for name in chosen
+        ),
         logprobs=3,
         structure=Structure("regex", "[a-z]{1,20}") if rng.random() < 0.2 else None,
     )
@@ -56,20 +98,28 @@ def again(request: Request) -> Request:
     return Request(id=str(next(_ids)), **fields)
 
 
-def bits(answer: Completion) -> tuple[Any, ...]:
-    assert answer.error is None
-    return answer.token_ids, [place for delta in answer.deltas for place in delta.logprobs]
+def run(engine: Engine, requests: Seq[Request]) -> list[tuple[Any, ...]]:
+    """What each request, sent again, got: its tokens, their log-probabilities and all bits of all logits."""
+    sent = [again(request) for request in requests]
+    answers = engine.generate(sent)
+    for request, answer in zip(requests, answers, strict=True):
+        if answer.error is not None:
+            answer.error.add_note(str(request.adapters))
+            raise answer.error
+    return [
+        (answer.token_ids, [place for delta in answer.deltas for place in delta.logprobs], LOGITS.pop(request.id))
+        for request, answer in zip(sent, answers, strict=True)
+    ]
 
 
 def check_invariant(engine: Engine, other: Engine, requests: list[Request], rng: random.Random) -> None:
     """Alone, all at once, in another order, and on an engine that cuts prompts elsewhere: the same bits."""
-    alone = [bits(engine.generate([again(request)])[0]) for request in requests]
+    alone = [run(engine, [request])[0] for request in requests]
     for runner in (engine, engine, other):
         order = list(range(len(requests)))
         rng.shuffle(order)
-        answers = runner.generate([again(requests[i]) for i in order])
-        for i, answer in zip(order, answers, strict=True):
-            assert bits(answer) == alone[i], f"request {i} of {len(requests)} changed in company"
+        for i, got in zip(order, run(runner, [requests[i] for i in order]), strict=True):
+            assert got == alone[i], f"request {i} of {len(requests)} changed in company: {requests[i].adapters}"
 
 
 @pytest.mark.parametrize(
@@ -106,14 +156,10 @@ def test_the_answers_are_those_of_the_ordinary_engine(
         for deterministic in (True, False)
     )
     try:
-        pairs = zip(
-            ours.generate([again(r) for r in requests]), plain.generate([again(r) for r in requests]), strict=True
-        )
-        for one, two in pairs:
-            assert one.token_ids == two.token_ids
-            for (_, left), (_, right) in zip([bits(one)], [bits(two)], strict=True):
-                for a, b in zip(left, right, strict=True):
-                    assert a.logprob == pytest.approx(b.logprob, abs=2e-4)
+        for one, two in zip(run(ours, requests), run(plain, requests), strict=True):
+            assert one[0] == two[0]
+            for a, b in zip(one[1], two[1], strict=True):
+                assert a.logprob == pytest.approx(b.logprob, abs=2e-4)
     finally:
         ours.close()
         plain.close()
@@ -162,17 +208,99 @@ def test_smollm2_in_bfloat16(real_adapters: dict[str, Path], directory_fetch: Ca
         engine.close()
 
 
-def test_an_adapter_that_is_more_than_rank_rows_is_refused_not_served_wrong(
-    tiny_base: Path, tmp_path: Path, make_adapter: Any, directory_fetch: Callable[..., Any]
-) -> None:
-    dora = make_adapter(tiny_base, tmp_path / "dora", use_dora=True)
-    engine = build(str(tiny_base), directory_fetch({"dora": dora}), "none", "float32")
-    try:
-        asked = Request(
-            id="dora", prompt=(1, 2), stopping=Stopping(max_new_tokens=2), adapters=(AdapterUse("dora", "t/dora@1"),)
+def all_kinds(rng: random.Random, names: Seq[str]) -> list[Request]:
+    """Each kind once by itself, mixes of those that mix, with trained tokens in the prompts, and some structure."""
+    mixed = [name for name in names if name not in ALONE]
+    requests = [draw(rng, [name], 256, longest=50, counts=[1]) for name in names]
+    requests += [draw(rng, mixed, 256, longest=50, counts=[0, 2, 3]) for _ in range(8)]
+    structure = Structure("regex", "[a-z]{1,20}")
+    return [
+        replace(
+            request,
+            prompt=(*request.prompt, *rng.sample(TOKENS, 3)),
+            structure=structure if i % 4 == 0 else request.structure,
         )
-        error = engine.generate([asked])[0].error
+        for i, request in enumerate(requests)
+    ]
+
+
+@pytest.fixture(params=["native", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Layers in one native call, or as on a machine without a C compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "load", lambda dtype: None)
+    return str(request.param)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "threads"),
+    [("none", "bfloat16", 2), ("none", "float32", 1), ("nf4", "bfloat16", 1)],
+)
+def test_every_kind_of_adapter_keeps_its_bits(
+    many: tuple[Path, dict[str, Path]], directory_fetch: Any, way: str, quantization: Any, dtype: str, threads: int
+) -> None:
+    """DoRA, biases, replaced modules, adapted heads and embeddings, trained tokens, mixes of them, and structure."""
+    rng = random.Random()
+    base, adapters = many
+    given = (str(base), directory_fetch(adapters), quantization, dtype, threads)
+    engine, other = build(*given), build(*given, max_batch_tokens=23, max_sequences=7)
+    try:
+        check_invariant(engine, other, all_kinds(rng, list(adapters)), rng)
     finally:
         engine.close()
-    assert isinstance(error, UnsupportedAdapter)
-    assert "deterministic" in str(error)
+        other.close()
+        engine.check_integrity()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_cached_or_computed_anew_has_the_same_bits(
+    many: tuple[Path, dict[str, Path]], directory_fetch: Any, way: str, dtype: str
+) -> None:
+    """Pages found in the prefix cache, and sequences that gave their pages up and came back."""
+    rng = random.Random()
+    base, adapters = many
+    requests = [  # of two pages at first and four or five in the end: two of them fill the six below
+        replace(
+            request,
+            prompt=(*rng.choices(range(256), k=rng.randrange(14, 18)), *rng.sample(TOKENS, 3)),
+            stopping=Stopping(max_new_tokens=45, ignore_eos=True),
+            structure=None,
+        )
+        for request in rng.sample(all_kinds(rng, list(adapters)), 5)
+    ]
+    page = PagedKv.page_bytes(2, 2, 16, 16, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    counts = Counts()
+    given = (str(base), directory_fetch(adapters), "none", dtype)
+    fresh, tight = build(*given, prefix_cache=False), build(*given, told=counts, kv_memory_bytes=6 * page)
+    cached = build(*given, told=(hits := Counts()))
+    try:
+        expected = run(fresh, requests)
+        for engine in (cached, cached, tight):
+            assert run(engine, requests) == expected
+        assert hits.hit_tokens > 0
+        assert counts.preemptions > 0
+    finally:
+        for engine in (fresh, cached, tight):
+            engine.close()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_order_of_a_mix_does_not_count(
+    many: tuple[Path, dict[str, Path]], directory_fetch: Any, way: str, dtype: str
+) -> None:
+    """Both orders find the same pages in the prefix cache, so both must compute the same bits."""
+    base, adapters = many
+    uses = [
+        AdapterUse(name, f"t/{name}@1", weight) for name, weight in (("plain-24", 0.7), ("dora", -0.4), ("plain", 1))
+    ]
+    asked = Request(
+        id="", prompt=tuple(range(50)), stopping=Stopping(max_new_tokens=8, ignore_eos=True), adapters=tuple(uses)
+    )
+    engine = build(str(base), directory_fetch(adapters), "none", dtype, prefix_cache=False)
+    try:
+        first, *others = (
+            run(engine, [replace(asked, adapters=tuple(order))])[0] for order in itertools.permutations(uses)
+        )
+        assert all(other == first for other in others)
+    finally:
+        engine.close()
