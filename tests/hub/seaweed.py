@@ -20,6 +20,8 @@ BUCKET = "adapters"
 _RIGHTS = {KEY: [], READ_KEY: [], ADMIN_KEY: ["Admin", "Read", "Write", "List"]}
 _RIGHTS[KEY] = [f"{right}:{BUCKET}" for right in ("Read", "Write", "List")]
 _RIGHTS[READ_KEY] = [f"{right}:{BUCKET}" for right in ("Read", "List")]
+# A master without peers need not wait 10 s for them, and at a second start 10 to 20, before it leads.
+_ALONE = ("-master.electionTimeout=500ms", "-master.heartbeatInterval=100ms")
 
 
 def binary() -> Path | None:
@@ -62,7 +64,7 @@ class Seaweed:
                     f"-volume.port.grpc={_grpc(volume)}", "-filer", f"-filer.port={filer}",
                     f"-filer.port.grpc={_grpc(filer)}", "-s3", f"-s3.port={s3}", f"-s3.port.grpc={_grpc(s3)}",
                     f"-s3.config={self._root / 's3.json'}", "-master.volumeSizeLimitMB=128", "-volume.max=40",
-                    "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+                    "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", *_ALONE,
                 ],
                 cwd=self._root, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
