@@ -59,7 +59,8 @@ class Seaweed:
         with (self._root / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    self._weed, "server", f"-dir={self._root / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+                    self._weed, f"-logdir={self._root}", "server",
+                    f"-dir={self._root / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
                     f"-master.port={master}", f"-volume.port={volume}", f"-master.port.grpc={_grpc(master)}",
                     f"-volume.port.grpc={_grpc(volume)}", "-filer", f"-filer.port={filer}",
                     f"-filer.port.grpc={_grpc(filer)}", "-s3", f"-s3.port={s3}", f"-s3.port.grpc={_grpc(s3)}",
