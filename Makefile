@@ -12,7 +12,7 @@ PROTOS := protos/loraplex/v1/*.proto
 BOUNDED := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-hub test-serving test-training test-streams bench check lint types imports stubs-fresh docs-fresh protos docs serve clean
+.PHONY: help venv demo test test-hub test-serving test-training test-streams test-real bench check lint types imports stubs-fresh docs-fresh protos docs serve clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,14 +35,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: venv ## data, training, hub, serving, hot swap and merge on the embedded model (12 minutes on 2 cores)
 	$(BOUNDED) $(VENV)/bin/hub demo
 
-# Four parts, two at a time: one waits for disks and services, the others compute. What is new is in the second.
+# Two at a time, the longest first: both lanes then end together. One waits for services, the others compute.
 HUB_TESTS := tests/hub tests/faults tests/hostile
 TRAINING_TESTS := tests/training
 STREAM_TESTS := tests/training/continual tests/training/sweep
 
-test: check ## the checks, then every test: the quick ones first, then those with the real model
-	$(MAKE) --no-print-directory -k -j2 test-hub test-serving test-training test-streams
-	$(BOUNDED) $(PY) -m pytest -q -m real
+test: lint imports stubs-fresh docs-fresh ## the quick checks, then types and every test, two parts at a time
+	$(MAKE) --no-print-directory -k -j2 test-serving test-hub test-streams test-training test-real types
 
 test-hub: venv
 	$(BOUNDED) $(PY) -m pytest -q -m "not real" $(HUB_TESTS)
@@ -55,6 +54,10 @@ test-training: venv
 
 test-streams: venv
 	$(BOUNDED) $(PY) -m pytest -q -m "not real" $(STREAM_TESTS)
+
+# Those files alone: to collect all others for eleven tests takes most of a minute.
+test-real: venv
+	$(BOUNDED) $(PY) -m pytest -q -m real $$(grep -rl 'mark\.real' tests --include='*.py')
 
 bench: venv ## every benchmark in sequence, tables to benchmarks/results/ (about 20 quiet minutes)
 	$(BOUNDED) $(PY) -m benchmarks $(BENCH_ARGS)

@@ -1,4 +1,4 @@
-"""What all tests share: threads bounded, a tiny random base with a byte tokenizer, PEFT adapters made on it."""
+"""What all tests share: bounded threads, files in memory, a tiny random base and its tokenizer, PEFT adapters on it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,38 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before anything is written: hubs, databases and buckets that fsync at every step lie in memory, where there is room
+# and libraries may be loaded from it. TMPDIR names another place.
+MEMORY = Path("/dev/shm")
+if (
+    "TMPDIR" not in os.environ
+    and os.access(MEMORY, os.W_OK)
+    and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC
+    and shutil.disk_usage(MEMORY).free > 4 * 2**30
+):
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
 # Before Triton is imported anywhere: without a GPU, its kernels run in its interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from typing import Any
 
-import pytest
+def pytest_collection_finish() -> None:
+    """Where kernels will be interpreted, nothing is interpreted for nothing."""
+    if "triton.runtime.interpreter" in sys.modules:
+        from tests.interpreter import spare
+
+        spare()
+
 
 ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -15,7 +15,7 @@ from server.engine.engine import Completion, Engine
 from server.engine.request import AdapterUse, Request, Stopping
 from tests.equivalence.reference import NEW_TOKENS, generated, own_logprobs
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]  # half a minute each, alone
 
 QUESTION = "Tell me a story about the number {} and its friends in the wood."
 

@@ -20,6 +20,8 @@ BUCKET = "adapters"
 _RIGHTS = {KEY: [], READ_KEY: [], ADMIN_KEY: ["Admin", "Read", "Write", "List"]}
 _RIGHTS[KEY] = [f"{right}:{BUCKET}" for right in ("Read", "Write", "List")]
 _RIGHTS[READ_KEY] = [f"{right}:{BUCKET}" for right in ("Read", "List")]
+# A master without peers need not wait 10 s for them, and at a second start 10 to 20, before it leads.
+_ALONE = ("-master.electionTimeout=500ms", "-master.heartbeatInterval=100ms")
 
 
 def binary() -> Path | None:
@@ -57,12 +59,13 @@ class Seaweed:
         with (self._root / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    self._weed, "server", f"-dir={self._root / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+                    self._weed, f"-logdir={self._root}", "server",
+                    f"-dir={self._root / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
                     f"-master.port={master}", f"-volume.port={volume}", f"-master.port.grpc={_grpc(master)}",
                     f"-volume.port.grpc={_grpc(volume)}", "-filer", f"-filer.port={filer}",
                     f"-filer.port.grpc={_grpc(filer)}", "-s3", f"-s3.port={s3}", f"-s3.port.grpc={_grpc(s3)}",
                     f"-s3.config={self._root / 's3.json'}", "-master.volumeSizeLimitMB=128", "-volume.max=40",
-                    "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+                    "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", *_ALONE,
                 ],
                 cwd=self._root, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
