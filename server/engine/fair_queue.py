@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from server.engine.sequence import Sequence
 
 AGEING = 16  # tokens of service that one step of waiting without any is worth
+LATELY = 256  # steps
 
 
 @dataclass(eq=False)
@@ -65,6 +66,9 @@ class FairQueue:
         self._step = 0
         self._order = itertools.count(1)
         self._length = 0
+        # The line that began last and the last one that was another, each with the step.
+        self._newest: tuple[object, int] = (None, -LATELY)
+        self._other: tuple[object, int] = (None, -LATELY)
 
     def __len__(self) -> int:
         return self._length
@@ -98,6 +102,15 @@ class FairQueue:
         self._unwait(tenant, flow, sequence)
         tenant.running += 1
         flow.running += 1
+        line = (sequence.request.tenant, _flow_of(sequence))
+        if line != self._newest[0]:
+            self._other = self._newest
+        self._newest = (line, self._step)
+
+    @property
+    def several_of_late(self) -> bool:
+        """Whether requests of more than one line have begun in the last `LATELY` steps."""
+        return self._step - self._other[1] < LATELY
 
     def put_back(self, sequence: Sequence) -> None:
         """A running sequence waits again, before the others of its flow."""

@@ -3,6 +3,9 @@
 A prompt that joins a step makes everybody's next token late by what it costs. How late is a matter of the machine and
 the model, so it is measured: prompts may stretch a step to `STRETCH` times what the answers alone would take. Where
 reading the weights is what costs, that is many tokens; where arithmetic does, few.
+
+Where no answer is being written, a step of prompts makes nobody late but him who comes while it runs. Who is alone may
+have it; beside others he may not, or a flood whose answers all ended at once would stand in everybody's way.
 """
 
 from __future__ import annotations
@@ -27,9 +30,12 @@ class Pace:
         elif answers and prompt_tokens >= _LEAST and self._answers is not None:
             self._token = _mean(self._token, max(0.0, seconds - self._answers) / prompt_tokens)
 
-    def prompt_tokens(self, answers: int) -> int | None:
-        """How many the next step may take beside `answers` sequences; None for any number."""
-        if not answers or self._answers is None or not self._token:
+    def prompt_tokens(self, answers: int, *, others: bool = False) -> int | None:
+        """How many the next step may take beside `answers` sequences; None for any number.
+
+        others: whether more than one line has had requests of late.
+        """
+        if not (answers or others) or self._answers is None or not self._token:
             return None
         tokens = int((self._stretch - 1.0) * self._answers / self._token)
         return max(_LEAST, tokens // _LEAST * _LEAST)

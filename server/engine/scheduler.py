@@ -122,7 +122,8 @@ class Scheduler:
         """Prompt tokens the next step may have beside its answers."""
         if self._pace is None:
             return self._max_batch_tokens
-        allowed = self._pace.prompt_tokens(sum(s.pending == 1 for s in self.running))
+        answers = sum(s.pending == 1 for s in self.running)
+        allowed = self._pace.prompt_tokens(answers, others=self.waiting.several_of_late)
         return self._max_batch_tokens if allowed is None else allowed
 
     def has_work(self) -> bool:

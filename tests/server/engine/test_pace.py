@@ -15,6 +15,7 @@ def test_it_allows_what_doubles_a_step() -> None:
     # A token costs half a millisecond more, so 80 take as long as the answers alone.
     assert pace.prompt_tokens(8) == 80
     assert pace.prompt_tokens(0) is None  # nobody waits for a next token
+    assert pace.prompt_tokens(0, others=True) == 80  # but somebody may come
 
 
 def test_it_follows_the_machine_and_never_starves_prompts() -> None:
@@ -43,7 +44,7 @@ def test_a_crowd_of_one_line_is_paced_and_a_newcomer_is_not(newcomer: bool) -> N
             pretend.step()
         pace = pretend.engine._loop._pace
         pace.saw = lambda *seen: None  # type: ignore[method-assign]
-        pace.prompt_tokens = lambda answers: 16 if answers else None  # type: ignore[method-assign]
+        pace.prompt_tokens = lambda answers, others: 16 if answers else None  # type: ignore[method-assign]
         asked = request("b" if newcomer else "a", prompt=[1] * 48, new=3)
         reader = pretend.submit(asked)
         before = pretend.counts.steps
@@ -51,5 +52,27 @@ def test_a_crowd_of_one_line_is_paced_and_a_newcomer_is_not(newcomer: bool) -> N
         assert reader.token_ids == expected(asked)
         steps = pretend.counts.step_of_first_token[asked.id] - before
         assert steps == (1 if newcomer else 3)
+    finally:
+        pretend.close()
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_crowd_that_begins_together_takes_the_whole_step_only_where_nobody_else_comes(others: bool) -> None:
+    pretend = PretendEngine(pages=400, prefix_cache=False, max_batch_tokens=64, max_sequences=8)
+    try:
+        pretend.run(request("a", new=1))
+        if others:
+            pretend.run(request("b", new=1))
+        pace = pretend.engine._loop._pace
+        pace.saw = lambda *seen: None  # type: ignore[method-assign]
+        pace._answers, pace._token = 0.040, 0.0025  # sixteen tokens double a step
+        computed = []
+        run = pretend.engine._run
+        pretend.engine._run = lambda batch: computed.append(sum(s.tokens for s in batch.shares)) or run(batch)  # type: ignore[method-assign, func-returns-value, return-value]
+        readers = [pretend.submit(request("a", prompt=[1] * 24, new=2)) for _ in range(4)]
+        for reader in readers:
+            pretend.finish(reader)
+        assert computed[0] == (16 if others else 64)
+        assert max(computed) <= (16 + 4 if others else 64)
     finally:
         pretend.close()

@@ -48,16 +48,17 @@ LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def on_the_cpu(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     """The kernel's source as a C++ program."""
     assert COMPILER is not None
-    folder = Path(tempfile.mkdtemp())
-    (folder / "run.cpp").write_text(source)
-    defined = [f"-D{name}={value}" for name, value in constants]
-    subprocess.run(
-        [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-DLORAPLEX_HOST", *defined,
-         "-include", "host_cuda.h", "-I", str(HERE), "-I", str(Path(lora_cuda.__file__).parent),
-         str(folder / "run.cpp"), "-o", str(folder / "run.so")],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return ctypes.CDLL(str(folder / "run.so"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "run.cpp").write_text(source)
+        defined = [f"-D{name}={value}" for name, value in constants]
+        subprocess.run(
+            [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-DLORAPLEX_HOST", *defined,
+             "-include", "host_cuda.h", "-I", str(HERE), "-I", str(Path(lora_cuda.__file__).parent),
+             str(folder / "run.cpp"), "-o", str(folder / "run.so")],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        return ctypes.CDLL(str(folder / "run.so"))  # loaded, it needs its file no more
 
 
 def add(y: Tensor, x: Tensor, sites: LoraSites, plan: LoraPlan, cut: Cut = CUT, groups: int = 2) -> None:
