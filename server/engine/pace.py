@@ -16,12 +16,13 @@ _MEMORY = 0.9  # of the running means, a step
 
 
 class Pace:
-    """Learns from steps; knows nothing until it has seen steps with and without prompts."""
+    """Learns from steps; knows nothing until it has seen some with answers and some with prompts."""
 
     def __init__(self, stretch: float = STRETCH) -> None:
         self._stretch = stretch
         self._answers: float | None = None  # seconds of a step without prompts
         self._token: float | None = None  # seconds more for a prompt token
+        self._prompt_token: float | None = None  # the same from steps of prompts alone: an upper bound
 
     def saw(self, answers: int, prompt_tokens: int, seconds: float) -> None:
         """A step of `answers` sequences with one token each and of `prompt_tokens` more took so long."""
@@ -29,15 +30,18 @@ class Pace:
             self._answers = _mean(self._answers, seconds)
         elif answers and prompt_tokens >= _LEAST and self._answers is not None:
             self._token = _mean(self._token, max(0.0, seconds - self._answers) / prompt_tokens)
+        elif not answers and prompt_tokens >= _LEAST:
+            self._prompt_token = _mean(self._prompt_token, seconds / prompt_tokens)
 
     def prompt_tokens(self, answers: int, *, others: bool = False) -> int | None:
         """How many the next step may take beside `answers` sequences; None for any number.
 
         others: whether more than one line has had requests of late.
         """
-        if not (answers or others) or self._answers is None or not self._token:
+        token = self._prompt_token if self._token is None else self._token
+        if not (answers or others) or self._answers is None or not token:
             return None
-        tokens = int((self._stretch - 1.0) * self._answers / self._token)
+        tokens = int((self._stretch - 1.0) * self._answers / token)
         return max(_LEAST, tokens // _LEAST * _LEAST)
 
 

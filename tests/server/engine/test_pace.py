@@ -18,6 +18,16 @@ def test_it_allows_what_doubles_a_step() -> None:
     assert pace.prompt_tokens(0, others=True) == 80  # but somebody may come
 
 
+def test_before_it_has_seen_both_together_it_knows_a_bound() -> None:
+    pace = Pace(stretch=2.0)
+    pace.saw(answers=1, prompt_tokens=0, seconds=0.040)
+    assert pace.prompt_tokens(0, others=True) is None
+    pace.saw(answers=0, prompt_tokens=100, seconds=0.100)
+    assert pace.prompt_tokens(0, others=True) == pace.prompt_tokens(4) == 32
+    pace.saw(answers=4, prompt_tokens=100, seconds=0.090)
+    assert pace.prompt_tokens(4) == 80
+
+
 def test_it_follows_the_machine_and_never_starves_prompts() -> None:
     pace = Pace()
     for _ in range(200):
