@@ -140,12 +140,10 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         parents: Sequence[Digest] = (),
         creator: str | None = None,
         progress: Progress | None = None,
-        ours: bool = False,
     ) -> PushResult:
         """The second half of `push`: store an adapter that was read, whose base was `located` (None: not given).
 
-        `shapes` are those of the base's tensors; without them those that this machine knows of it are used. `ours`:
-        the files may become the hub's own, see `hub.publishing.store_files`.
+        `shapes` are those of the base's tensors; without them those that this machine knows of it are used.
         """
         wanted = [*aliases, *pushed_aliases(ref)]
         identity = identity_of(adapter, located)
@@ -158,7 +156,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         )  # fmt: skip
         publishing.check_manifest(manifest)
         publishing.check_profile(self.profile_file, manifest)
-        record, created = publishing.publish(self._blobs, self._catalog, adapter, manifest, wanted, progress, ours=ours)
+        record, created = publishing.publish(self._blobs, self._catalog, adapter, manifest, wanted, progress)
         return PushResult(self._version(record), created, warnings_of(adapter, identity))
 
     def resolve(self, ref: AdapterRef | str, key: str | None = None) -> Version:

@@ -24,12 +24,12 @@ _ATTEMPTS: Final = 5
 
 def publish(
     blobs: BlobStore, entries: Catalog, adapter: Parsed, manifest: Manifest, aliases: Sequence[str],
-    progress: Progress | None, *, ours: bool = False,
+    progress: Progress | None,
 ) -> tuple[Record, bool]:  # fmt: skip
-    """Store the bytes (see `store_files`) and enter the version; once more where a sweep took some in between."""
+    """Store the bytes and enter the version; once more where a sweep took some of them in between."""
     for attempt in range(_ATTEMPTS):
         try:
-            store_files(blobs, adapter, progress, ours=ours)
+            store_files(blobs, adapter, progress)
             # Known content keeps its manifest; storing that again mends a damaged copy.
             known = entries.find(manifest.name, manifest.content)
             data = known.manifest if known is not None else manifest.canonical()
@@ -112,22 +112,14 @@ def warnings_of(adapter: Parsed, identity: BaseIdentity) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def store_files(blobs: BlobStore, adapter: Parsed, progress: Progress | None, *, ours: bool = False) -> None:
-    """Store an adapter's files; raises AdapterChanged where one is not what was read before.
-
-    `ours`: nobody else can write them, and they have not been written since they were read, so that they may become
-    the blobs themselves.
-    """
+def store_files(blobs: BlobStore, adapter: Parsed, progress: Progress | None) -> None:
+    """Store an adapter's files; raises AdapterChanged where one is not what was read before."""
     done = 0
     for file in adapter.files.values():
-        path = adapter.directory / file.name
-        if ours:
-            blobs.take(path, file.sha256)
-        else:
-            with path.open("rb") as source:
-                digest, _ = blobs.put(source)
-            if digest != file.sha256:
-                raise AdapterChanged(f"{file.name} changed while it was being pushed; nothing was published")
+        with (adapter.directory / file.name).open("rb") as source:
+            digest, _ = blobs.put(source)
+        if digest != file.sha256:
+            raise AdapterChanged(f"{file.name} changed while it was being pushed; nothing was published")
         done += file.bytes
         if progress is not None:
             progress("storing", done, adapter.bytes)

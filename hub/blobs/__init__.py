@@ -6,10 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
-from hub.errors import BlobCorrupt, BlobNotFound
+from hub.errors import BlobNotFound
 from hub.refs import Digest
 
 
@@ -47,16 +46,6 @@ class BlobStore(ABC):
     @abstractmethod
     def put(self, source: BinaryIO) -> tuple[Digest, int]:
         """Store what is left of `source`; its digest and length in bytes."""
-
-    def take(self, file: Path, digest: Digest) -> None:
-        """As `put`, for a file that nobody writes any more, whose bytes the caller has just found to have this digest.
-
-        Where that spares a copy, the stored blob is the same file; the caller may remove its name, and nothing else.
-        """
-        with file.open("rb") as source:
-            stored, _ = self.put(source)
-        if stored != digest:
-            raise BlobCorrupt("a file changed on its way into the hub's storage")
 
     @abstractmethod
     def open(self, digest: Digest) -> BinaryIO:

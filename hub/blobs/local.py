@@ -56,37 +56,6 @@ class LocalBlobStore(BlobStore):
                 temporary.unlink(missing_ok=True)
         return digest, size
 
-    def take(self, file: Path, digest: Digest) -> None:
-        """A second name for the file, once its bytes are on the disk; see `BlobStore.take`.
-
-        A copy where it lies on another file system, or on one without hard links.
-        """
-        linked = self._staging / uuid.uuid4().hex
-        try:
-            self._make_directories()
-            self._step("blob:create")
-            try:
-                os.link(file, linked)
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-                    raise
-                super().take(file, digest)
-                return
-            linked.chmod(0o444)
-            os.utime(linked)  # it is new here: a sweep beside this leaves it alone
-            with linked.open("rb") as held:
-                self._step("blob:sync")
-                os.fsync(held.fileno())
-                size = os.fstat(held.fileno()).st_size
-            self._publish(linked, self._path(digest), size)
-        except FileNotFoundError as error:
-            raise BlobsSwept("a sweep took what was being stored: push again") from error
-        except OSError as error:
-            raise storage_unavailable(error) from error
-        finally:
-            with suppress(OSError):
-                linked.unlink(missing_ok=True)
-
     def open(self, digest: Digest) -> BinaryIO:
         """The blob as a binary file for the caller to close; raises BlobNotFound."""
         try:

@@ -80,7 +80,6 @@ class PushingCalls(Access):
             result = self._acting(caller, context).publish(
                 adapter, ref, located=messages.base_of(request.base) if request.HasField("base") else None,
                 aliases=aliases, parents=parents, creator=request.creator if request.HasField("creator") else None,
-                ours=True,
             )  # fmt: skip
         for _, digest, _ in files:
             self._uploads.drop(owner, digest)

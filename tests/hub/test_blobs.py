@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
-import os
 import random
 import threading
 import time
@@ -98,43 +96,6 @@ def test_a_put_that_fails_leaves_nothing(store: BlobStore, tmp_path: Path) -> No
     assert str(tmp_path) not in str(caught.value)
     assert list(store.digests()) == []
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_a_file_that_is_taken_can_be_read_when_its_own_name_is_gone(store: BlobStore, tmp_path: Path) -> None:
-    data = random.randbytes(100_000)
-    digest = Digest.of_hex(hashlib.sha256(data).hexdigest())
-    for name in ("one", "the same again"):
-        (tmp_path / name).write_bytes(data)
-        store.take(tmp_path / name, digest)
-        (tmp_path / name).unlink()
-        assert (read(store, digest), list(store.digests())) == (data, [digest])
-    assert list(store.unfinished()) == []
-
-
-def test_a_local_store_takes_the_file_itself_or_else_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, file = LocalBlobStore(tmp_path / "blobs"), tmp_path / "file"
-    file.write_bytes(b"taken")
-    digest = Digest.of_hex(hashlib.sha256(b"taken").hexdigest())
-    store.take(file, digest)
-    [blob] = (tmp_path / "blobs" / "sha256").glob("??/*")
-    assert blob.stat().st_ino == file.stat().st_ino
-    assert blob.stat().st_mode & 0o777 == 0o444
-    store.delete(digest)
-    link = os.link
-
-    def elsewhere(source: Path, target: Path) -> None:
-        if source == file:
-            raise OSError(errno.EXDEV, "another file system")
-        link(source, target)
-
-    monkeypatch.setattr(os, "link", elsewhere)
-    store.take(file, digest)
-    assert blob.read_bytes() == b"taken"
-    assert blob.stat().st_ino != file.stat().st_ino
-    with pytest.raises(BlobCorrupt):  # while it copies, it looks
-        store.take(file, Digest.of_hex("0" * 64))
-    with pytest.raises(HubUnavailable):
-        store.take(tmp_path, digest)
 
 
 @pytest.mark.parametrize("damage", [b"", b"x", b"goof"])
