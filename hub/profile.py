@@ -17,19 +17,18 @@ Every key is optional. It holds for adapters, not for whole models, and for what
 from __future__ import annotations
 
 import fnmatch
-import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Self
 
+from hub.byte_size import parse_size
 from hub.errors import ProfileMalformed, ProfileRefused
 from hub.manifest import Manifest
 
 PROFILE_FILE: Final = "profile.toml"
 MAX_PROFILE_BYTES: Final = 64 * 1024
-_UNITS: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,11 @@ def _count(key: str, value: Any) -> int:
 def _bytes(key: str, value: Any) -> int:
     if not isinstance(value, str):
         return _count(key, value)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", value.strip().lower())
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{key} is no size such as 200 MB: {value[:60]!a}")
-    return _count(key, int(float(match[1]) * _UNITS[match[2]]))
+    try:
+        size = parse_size(value)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    return _count(key, size)
 
 
 def _names(key: str, value: Any) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import shutil
 import tempfile
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hub import json_text
-from hub.errors import FactsMalformed, HubError
+from hub.errors import FactsMalformed, HubError, QueryInvalid
 from hub.facts import FACTS_FILE, MAX_FACTS_BYTES, Facts
+from hub.search import parse_bound
 
 
 def dataset_facts(file: Path) -> dict[str, Any]:
@@ -90,12 +90,9 @@ def _put(metrics: dict[str, Any], name: str, value: Any) -> None:
 
 def _number(name: str, text: str) -> float:
     try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise FactsMalformed(f"the metric {name} is no number: {text!a}")
-    return number
+        return parse_bound(text)
+    except QueryInvalid as error:
+        raise FactsMalformed(f"the metric {name} is no number: {text!a}") from error
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from hub.byte_size import ByteSize, as_option
 from hub.cli_trust import trust_options
-from server.byte_size import ByteSize, as_option
 from server.config import EngineLimits, ModelConfig, Quantization, ServerConfig
 from server.errors import BaseUnavailable
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from server.byte_size import as_text
+from hub.byte_size import as_text
 
 if TYPE_CHECKING:
     from server.client import Answer, Options

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from server.byte_size import as_text
+from hub.byte_size import as_text
 from server.config import EngineLimits
 from server.errors import BaseUnavailable
 from server.model.base import BaseModel

@@ -93,7 +93,7 @@ def test_what_is_imported_keeps_to_it(place: Path, tmp_path: Path) -> None:
         ("max_rank = 0", "max_rank is no positive number"),
         ("max_rank = true", "max_rank is no positive number"),
         ('targets = "q_proj"', "targets is no list of names"),
-        ('max_bytes = "much"', "max_bytes is no size such as 200 MB: 'much'"),
+        ('max_bytes = "much"', "max_bytes: 'much' is no size: write 512MiB"),
         ("verified_base = 1", "verified_base is neither true nor false"),
         ("max_ranks = 4", "has the unknown key 'max_ranks'; known: bases, dtypes, "),
         ("[for.x]\nfor = 1", "has the unknown key 'for'"),

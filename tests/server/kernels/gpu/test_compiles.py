@@ -24,7 +24,7 @@ WIDE = {
     "_expand",
     "_matmul",
     "_dequantize",
-    "_decode",
+    "decode_rows",
     "_prefill",
     "_rms_norm",
     "_silu_mul",

@@ -3,7 +3,7 @@
 import click
 import pytest
 
-from server.byte_size import ByteSize, as_option, as_text
+from hub.byte_size import ByteSize, as_option, as_text
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,14 @@ _UNITS |= {f"{prefix}b": 1000 ** (power + 1) for power, prefix in enumerate("kmg
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", re.ASCII)
 
 
+def parse_size(text: str) -> int:
+    """Bytes; raises ValueError where it is no size."""
+    match = _SIZE.fullmatch(text.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{text[:60]!r} is no size: write 512MiB, 2GiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
 class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic only in new releases
     """A command-line option that is a number of bytes."""
 
@@ -22,10 +30,10 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
         """Bytes; fails with wrong usage."""
         if isinstance(value, int):
             return value
-        match = _SIZE.fullmatch(str(value).lower())
-        if match is None or match[2] not in _UNITS:
-            self.fail(f"{value!r} is no size: write 512MiB, 2GiB or a number of bytes", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def as_option(size: int) -> str:
