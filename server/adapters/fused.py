@@ -71,6 +71,7 @@ class FusedLayers(nn.Module):
             self._active.native_plans,
             others if plan.spans else None,
             self._active.affine,
+            self._active.between,
         )[None]
 
 

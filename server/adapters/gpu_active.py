@@ -28,6 +28,7 @@ class GpuAdapters(ActiveAdapters):
         prompts = max_sequences + -(-max_batch_tokens // PROMPT_TOKENS)
         self._decode = LoraPlan(gpu.device, tokens=DECODE_TOKENS, groups=max_sequences, pieces=PIECES * max_sequences)
         self._prompt = LoraPlan(gpu.device, tokens=PROMPT_TOKENS, groups=prompts, pieces=PIECES * prompts)
+        self._planned: tuple[tuple[Segment, ...], int] = ((), 0)
         self._plans: tuple[LoraPlan, ...] = ()
         self._h = torch.empty(0, dtype=torch.float32, device=gpu.device)
 
@@ -42,9 +43,9 @@ class GpuAdapters(ActiveAdapters):
     ) -> None:
         """See `ActiveAdapters.use`."""
         self.plain = plain
-        if (segments, decodes) == (self._segments, self._decodes):
+        if (segments, decodes) == self._planned:
             return
-        self._segments, self._decodes = segments, decodes
+        self._planned = (segments, decodes)
         rows = [segment for segment in segments if segment[1] <= decodes]
         spans = [segment for segment in segments if segment[1] > decodes]
         plans = (_filled(self._decode, rows) if rows else None, _filled(self._prompt, spans) if spans else None)

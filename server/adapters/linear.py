@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,9 @@ from server.kernels.native.plans import AffinePlan, DecodePlan, PrefillPlan, Seg
 
 if TYPE_CHECKING:
     from server.kernels.gpu.lora import LoraSites
+
+Between = Callable[[], None]
+"""What may be run while a batch rests between two layers."""
 
 
 class SiteGroup:
@@ -34,6 +39,16 @@ class SiteGroup:
         return LoraSites(self.a, self.b)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Of one batch, and what it was made from."""
+
+    segments: tuple[Segment, ...] = ()
+    decodes: int = 0
+    native: tuple[DecodePlan | None, PrefillPlan | None] = (None, None)
+    blocks: Sequence[LoraBlock] = ()
+
+
 class ActiveAdapters:
     """Which arena rows belong to which rows of the batch being run; one object shared by all wrapped layers."""
 
@@ -44,11 +59,8 @@ class ActiveAdapters:
         # their single modules, where parts hook in.
         self.plain = True
         self.affine: AffinePlan | None = None  # beside the rank rows, where plain
-        self._segments: tuple[Segment, ...] = ()
-        self._decodes = 0
-        self._decode_plan: DecodePlan | None = None
-        self._prefill_plan: PrefillPlan | None = None
-        self._blocks: Sequence[LoraBlock] = ()
+        self.between: Between | None = None  # called between layers, where plain
+        self._plan = _Plan()
 
     def use(
         self, segments: tuple[Segment, ...], decodes: int, plain: bool = True, affine: AffinePlan | None = None
@@ -58,33 +70,42 @@ class ActiveAdapters:
         Decode steps of the same sequences ask for the same plan again and again; it is made once.
         """
         self.plain, self.affine = plain, affine
-        if (segments, decodes) == (self._segments, self._decodes):
+        if (segments, decodes) == (self._plan.segments, self._plan.decodes):
             return
-        self._segments, self._decodes = segments, decodes
         if self._native is None:
-            self._blocks = lora_blocks(segments, decodes, self._dtype)
+            self._plan = _Plan(segments, decodes, blocks=lora_blocks(segments, decodes, self._dtype))
             return
         rows = [segment for segment in segments if segment[1] <= decodes]
-        self._decode_plan = DecodePlan(rows) if rows else None
         spans = [segment for segment in segments if segment[1] > decodes]
-        self._prefill_plan = PrefillPlan(spans) if spans else None
+        native = (DecodePlan(rows) if rows else None, PrefillPlan(spans) if spans else None)
+        self._plan = _Plan(segments, decodes, native)
 
     def use_blocks(self, blocks: Sequence[LoraBlock]) -> None:
         """A plan made elsewhere, of plain torch operations; only where there are no native kernels."""
-        self._blocks = blocks
+        self._plan = replace(self._plan, blocks=blocks)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Another batch may be planned and run within; afterwards the one at rest goes on."""
+        kept = (self.plain, self.affine, self.between, self._plan)
+        self.between = None
+        try:
+            yield
+        finally:
+            self.plain, self.affine, self.between, self._plan = kept
 
     @property
     def native_plans(self) -> tuple[DecodePlan | None, PrefillPlan | None]:
         """What `use` planned, for the native kernels."""
-        return self._decode_plan, self._prefill_plan
+        return self._plan.native
 
     def add(self, x: Tensor, group: SiteGroup, y: Tensor) -> None:
         """Add every row's deltas in place; x: [T, in], y: [T, out], for a group of one site."""
         if self._native is not None:
-            if self._decode_plan is not None or self._prefill_plan is not None:
-                self._native.lora(x.contiguous(), group.native, y, self._decode_plan, self._prefill_plan)
-        elif self._blocks:
-            lora_add(y, x, group.a[0], group.b[0], self._blocks)
+            if self._plan.native != (None, None):
+                self._native.lora(x.contiguous(), group.native, y, *self._plan.native)
+        elif self._plan.blocks:
+            lora_add(y, x, group.a[0], group.b[0], self._plan.blocks)
 
 
 class LoraLinear(nn.Module):

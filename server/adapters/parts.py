@@ -168,6 +168,17 @@ class PartsHooks:
         finally:
             self._active.clear()  # an unloaded adapter's tensors shall not live on here
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Another batch may be run within; afterwards what applied applies again."""
+        rows, active = self._rows, dict(self._active)
+        self._active.clear()
+        try:
+            yield
+        finally:
+            self._rows = rows
+            self._active.update(active)
+
     def _pieces(self, span: PartSpan, parts: ModuleParts) -> list[tuple[int, int, float, ModuleParts]]:
         rows = 1 if self._singly and not parts.elementwise else span.t1 - span.t0
         return [(t, t + rows, span.weight, parts) for t in range(span.t0, span.t1, rows)]

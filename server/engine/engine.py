@@ -16,7 +16,7 @@ from torch import Tensor
 from server.adapters.arena import Arena, row_bytes
 from server.adapters.base_weights import BaseWeights
 from server.adapters.fused import fusable, fuse, pack_weights
-from server.adapters.linear import ActiveAdapters, wrap_linears
+from server.adapters.linear import ActiveAdapters, Between, wrap_linears
 from server.adapters.load_pace import LoadPace, every_core_computes
 from server.adapters.parts import PartsHooks
 from server.adapters.residency import Residency
@@ -148,6 +148,8 @@ class Engine:
             long_from=None if rope is None else rope.switch + 1,
             pace=pace,
             choose=choose,
+            # Another step would change longrope's rotation under the one at rest.
+            resting=self._run_packed if fused and rope is None and not limits.deterministic else None,
         )
         self._thread = threading.Thread(target=self._loop.run, name="loraplex-engine", daemon=True)
 
@@ -221,15 +223,17 @@ class Engine:
 
     # -- the engine's thread --------------------------------------------------------------------------------------
 
-    def _run_packed(self, shares: Seq[Share]) -> tuple[StepBatch, Tensor]:
+    def _run_packed(self, shares: Seq[Share], between: Between | None = None) -> tuple[StepBatch, Tensor]:
         batch = lay_out(shares, self.limits.page_tokens, self.base.device, self._listed_tokens)
-        return batch, self._run(batch)
+        return batch, self._run(batch, between)
 
-    def _run(self, batch: StepBatch) -> Tensor:
+    def _run(self, batch: StepBatch, between: Between | None = None) -> Tensor:
         tokens, sampled = part_spans(batch)
         plain = not self._part_hooks.inside(span.parts for span in tokens)
         affine = self._part_hooks.native_plan(tokens) if plain else None
         self._active.use(batch.segments, batch.decodes, plain, affine)
+        if between is not None:
+            self._active.between = partial(self._aside, between)
         rope = self._runner.long_rope
         if rope is not None:
             rope.select(((s.tokens, len(s.sequence.tokens)) for s in batch.shares), self.base.device)
@@ -238,7 +242,12 @@ class Engine:
             with self._part_hooks.applied(tokens, sampled, rows):
                 return self._runner.run(batch.packed) if self._gpu is None else self._gpu.forward(batch.packed)
         finally:
-            self._active.affine = None
+            self._active.affine = self._active.between = None
+
+    def _aside(self, run: Between) -> None:
+        """Run something while the batch of the moment rests between two layers."""
+        with self._active.aside(), self._part_hooks.aside():
+            run()
 
     # -- a request on its way in ----------------------------------------------------------------------------------
 

@@ -81,14 +81,19 @@ class FrontDoor:
             )
             return not self._closed
 
-    def take_in(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Who arrived since the last call, and who is to be cancelled."""
+    def arrivals(self) -> list[Sequence]:
+        """Who arrived since the last call."""
+        with self._changed:
+            arrivals, self._arrivals = self._arrivals, []
+        return arrivals
+
+    def cancelled(self) -> list[Sequence]:
+        """Who is inside and to be cancelled; the engine's thread looks at everything that came after this call."""
         with self._changed:
             self._awake = False
-            arrivals, self._arrivals = self._arrivals, []
             cancelled = [self._inside[i] for i in self._cancelled if i in self._inside]
             self._cancelled.clear()
-        return arrivals, cancelled
+        return cancelled
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence ended."""

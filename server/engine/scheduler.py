@@ -97,6 +97,8 @@ class Scheduler:
     def schedule(self) -> list[Share]:
         """The next step's shares, empty when nothing can run now."""
         self.waiting.tick()
+        while len(self.running) > self._slots:  # newcomers came in between
+            self._preempt(self._heaviest(self.running))
         self._admit()
         self._residency.passed_over()
         budget = self._max_batch_tokens
@@ -117,6 +119,43 @@ class Scheduler:
         for share in shares:
             self._charge(share.sequence, share.sequence.computed + share.tokens)
         return shares
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a line has requests waiting although it runs several."""
+        return any(tenant.waiting and tenant.running > 1 for tenant in self.waiting.tenants.values())
+
+    def newcomers(self) -> list[Share]:
+        """The prompts of those who need not wait for the step that runs, often nobody: whose turn it is and whose line
+        runs nothing, while another has requests waiting although it runs several.
+
+        Nobody's pages are taken for them: whoever runs may be in a step that is at rest.
+        """
+        shares: list[Share] = []
+        budget = self._max_batch_tokens
+        while (sequence := self.waiting.next()) is not None and self._beside_a_crowd(sequence):
+            sequence.pages = self._known_pages(sequence)
+            tokens = len(sequence.tokens) - len(sequence.pages) * self._pages.page_tokens
+            lacking = self._pages.pages_for(len(sequence.tokens)) - len(sequence.pages)
+            if tokens > budget or lacking > self._room(self.running) or not self._residency.begin(sequence.ticket):
+                self._release_pages(sequence)
+                break
+            self._start(sequence)
+            if sequence.refused is None:
+                shares.append(Share(sequence, self._grow(sequence, tokens)))
+                budget -= tokens
+        return shares
+
+    def _beside_a_crowd(self, sequence: Sequence) -> bool:
+        tenant, flow = self.waiting.lines(sequence)
+        lines, own = (tenant.flows, flow) if tenant.running else (self.waiting.tenants, tenant)
+        return not own.running and any(line.waiting and line.running > 1 for line in lines.values())
+
+    def _room(self, running: Seq[Sequence], gained: int = 0) -> int:
+        """Pages for one more beside `running`, when `gained` are given back."""
+        promised = sum(self._pages.pages_for(len(s.tokens)) - len(s.pages) for s in running)
+        # One page for each to grow by: who joins into the last free page is soon thrown out.
+        return self._pages.free + gained - promised - len(running)
 
     def _paced(self) -> int:
         """Prompt tokens the next step may have beside its answers."""
@@ -213,10 +252,7 @@ class Scheduler:
         while True:
             others = [s for s in self.running if s not in victims]
             gained = sum(self._pages.alone(victim.pages) for victim in victims)
-            promised = sum(self._pages.pages_for(len(s.tokens)) - len(s.pages) for s in others)
-            # One page for each of the others to grow by: who joins into the last free page is soon thrown out.
-            room = self._pages.free + gained - promised - len(others)
-            if len(others) < self._slots and (lacking <= room or not others):
+            if len(others) < self._slots and (lacking <= self._room(others, gained) or not others):
                 return victims
             victim = next(richer, None)
             if victim is None:

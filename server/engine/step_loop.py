@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from server.engine.front_door import FrontDoor
+from server.engine.interlude import Interludes
 from server.engine.kv_cache import PageTable
 from server.engine.observer import EngineObserver, EngineSnapshot, SchedulerReports
 from server.engine.pace import Pace
@@ -43,10 +44,14 @@ class ComputedStep(Protocol):
 Forward = Callable[[Seq[Share]], tuple[ComputedStep, Tensor]]
 """Computes shares: the step that was run, and its logits [S, vocabulary] in float32."""
 
+RestingForward = Callable[[Seq[Share], Callable[[], None]], tuple[ComputedStep, Tensor]]
+"""The same; calls its second argument now and then between two layers, which may compute other shares meanwhile."""
+
 
 class StepLoop:
     """Runs steps of `scheduler` by `forward`. `long_from`: the length at which all keys of a sequence change, or None
-    where the model has none (see `model.longrope`)."""
+    where the model has none (see `model.longrope`). `resting`: `forward` in a way that newcomers need not wait for,
+    where there is one (see `interlude.py`)."""
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class StepLoop:
         long_from: int | None,
         pace: Pace,
         choose: Choose = sample,
+        resting: RestingForward | None = None,
     ) -> None:
         self.observer = observer
         self.snapshot = EngineSnapshot(kv_pages_total=pages.pages)
@@ -70,6 +76,8 @@ class StepLoop:
         self._long_from = long_from
         self._pace = pace
         self._choose = choose
+        self._resting = resting
+        self._interludes = Interludes()
 
     def run(self) -> None:
         """The engine's thread: until the door is closed; who is inside then ends with `Draining`."""
@@ -83,21 +91,30 @@ class StepLoop:
     def advance(self) -> None:
         """Take in what came, run one step if there is something to run, note the state; never waits."""
         self._take_in()
-        shares = self._scheduler.schedule()
-        if shares:
-            try:
-                self._step(shares)
-            except Exception:
-                log.exception("an engine step failed")
-                for share in shares:
-                    self._end(share.sequence, EngineFailed("the step failed; the request may be sent again"))
+        crowded = self._resting is not None and self._scheduler.crowded
+        if crowded:
+            self._let_in()
+        self._compute(self._scheduler.schedule(), may_rest=crowded)
         self._note()
 
-    def _step(self, shares: Seq[Share]) -> None:
-        started = time.monotonic()
-        step, logits = self._forward(shares)
+    def _compute(self, shares: Seq[Share], *, may_rest: bool = False) -> None:
+        if not shares:
+            return
+        try:
+            self._step(shares, may_rest)
+        except Exception:
+            log.exception("an engine step failed")
+            for share in shares:
+                self._end(share.sequence, EngineFailed("the step failed; the request may be sent again"))
+
+    def _step(self, shares: Seq[Share], may_rest: bool) -> None:
+        started, lent = time.monotonic(), self._interludes.seconds
+        if may_rest and self._resting is not None:
+            step, logits = self._resting(shares, self._let_in)
+        else:
+            step, logits = self._forward(shares)
         self._postprocess(step, logits)
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - started - (self._interludes.seconds - lent)
         answers = sum(share.tokens == 1 for share in shares)
         self._pace.saw(answers, sum(share.tokens for share in shares) - answers, seconds)
         self.observer.step(
@@ -106,6 +123,14 @@ class StepLoop:
             adapters=len({use.digest for share in shares for use in share.sequence.request.adapters}),
             tokens=sum(share.tokens for share in shares),
         )
+
+    def _let_in(self) -> None:
+        """Compute newcomers' prompts ahead of a step that is about to begin, or rests between two layers."""
+        for sequence in self._door.arrivals():
+            self._scheduler.waiting.add(sequence)
+        if self._interludes.due():
+            with self._interludes.timed():
+                self._compute(self._scheduler.newcomers())
 
     def _postprocess(self, step: ComputedStep, logits: Tensor) -> None:
         for share in step.shares:
@@ -134,8 +159,8 @@ class StepLoop:
 
     def _take_in(self) -> None:
         """Take arrivals and cancellations in, and end what failed to load."""
-        arrivals, cancelled = self._door.take_in()
-        for sequence in arrivals:
+        cancelled = self._door.cancelled()
+        for sequence in self._door.arrivals():
             self._scheduler.waiting.add(sequence)
         for sequence in cancelled:
             self._end(sequence, Cancelled("the caller went away"))

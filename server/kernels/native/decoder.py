@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,8 @@ from server.kernels.native.packing import TILE_ROWS, PackedProduct
 from server.kernels.native.plans import AffinePlan, DecodePlan, PrefillPlan, Sites
 from server.kernels.native.structs import Batch, Joint, Layer, Product, Site, pointer
 from server.kernels.native.structs import Decoder as DecoderStruct
+
+RESTS = 10  # parts that a call with something to do between layers is divided into
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class _Room:
 
 
 class Decoder:
-    """The layers, bound to their cache; one call at a time."""
+    """The layers, bound to their cache; one call at a time, and one more between two layers of it."""
 
     def __init__(
         self, kernels: Native, shape: Shape, layers: Sequence[LayerParts], caches: Sequence[tuple[Tensor, Tensor]]
@@ -98,7 +101,7 @@ class Decoder:
         self._slots = caches[0][0].shape[1]
         wide = max(j.product.wide for layer in layers for j in (layer.qkv, layer.out, layer.gate_up, layer.down))
         self._wide = torch.empty(torch.get_num_threads() * wide, dtype=kernels.dtype)
-        self._room = _Room(0)
+        self._rooms: list[_Room] = []  # not in use
 
     def run(
         self,
@@ -110,14 +113,31 @@ class Decoder:
         lora: tuple[DecodePlan | None, PrefillPlan | None],
         others: Callable[[int, Tensor, Tensor], None] | None,
         affine: AffinePlan | None = None,
+        between: Callable[[], None] | None = None,
     ) -> Tensor:
         """x: [rows, hidden] → [rows, hidden] after all layers; rope: cos and sin [rows, rotary].
 
         Rows that are not listed must be attended by `others`, called for every layer with (layer, q, out), both
         [rows, heads, width], after the layer's keys and values are stored; None where all rows are listed.
+        `between` is called now and then between two layers, and may run other rows here.
         """
+        with self._workspace(x.shape[0]) as room:
+            return self._run(room, x, rope, write_slots, listed, page_tokens, lora, others, affine, between)
+
+    def _run(
+        self,
+        room: dict[str, Tensor],
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        write_slots: Tensor,
+        listed: ListedRows,
+        page_tokens: int,
+        lora: tuple[DecodePlan | None, PrefillPlan | None],
+        others: Callable[[int, Tensor, Tensor], None] | None,
+        affine: AffinePlan | None,
+        between: Callable[[], None] | None,
+    ) -> Tensor:
         shape, rows = self._shape, x.shape[0]
-        room = self._workspace(rows)
         hidden = room["x"]
         hidden[:rows] = x
         cos, sin = (t.contiguous() for t in rope)
@@ -143,19 +163,28 @@ class Decoder:
         )
         stages = 2 * len(self._layers)
         run, given = self._kernels.decode, (ctypes.byref(decoder), ctypes.byref(batch))
+        rest = stages if between is None else 2 * max(1, len(self._layers) // RESTS)  # stages from rest to rest
         if others is None:
-            run(*given, ctypes.c_int64(0), ctypes.c_int64(stages))
+            for stage in range(0, stages, rest):
+                if stage and between is not None:
+                    between()
+                run(*given, ctypes.c_int64(stage), ctypes.c_int64(min(stage + rest, stages)))
         else:
             q = room["q"].view(-1, shape.heads, shape.width)[:rows]
             out = room["attended"].view(-1, shape.heads, shape.width)[:rows]
             run(*given, ctypes.c_int64(0), ctypes.c_int64(1))
             for stage in range(1, stages, 2):
                 others(stage // 2, q, out)
+                if between is not None and (stage - 1) % rest == 0:
+                    between()
                 run(*given, ctypes.c_int64(stage), ctypes.c_int64(min(stage + 2, stages)))
         return hidden[:rows].clone()
 
-    def _workspace(self, rows: int) -> dict[str, Tensor]:
-        if self._room.rows < rows:
+    @contextmanager
+    def _workspace(self, rows: int) -> Iterator[dict[str, Tensor]]:
+        """Lend room for so many rows; what rests between two layers keeps its own."""
+        room = self._rooms.pop() if self._rooms else _Room(0)
+        if room.rows < rows:
             whole = -(-rows // TILE_ROWS) * TILE_ROWS
             s, dtype = self._shape, self._kernels.dtype
             widths = {
@@ -169,8 +198,11 @@ class Decoder:
                 "inner": s.inner,
             }
             # Zeros: a tile's rows beyond the last are multiplied too, and must not slow that down as denormals.
-            self._room = _Room(whole, {name: torch.zeros(whole, w, dtype=dtype) for name, w in widths.items()})
-        return self._room.tensors
+            room = _Room(whole, {name: torch.zeros(whole, w, dtype=dtype) for name, w in widths.items()})
+        try:
+            yield room.tensors
+        finally:
+            self._rooms.append(room)
 
 
 def _layer(parts: LayerParts, cache: tuple[Tensor, Tensor]) -> Layer:

@@ -8,7 +8,14 @@
 #ifndef GEMM_BF16
 #define GEMM_BF16
 
-#define AT_ONCE 4 /* rows: their sums fill the registers of AVX2 */
+#define AT_ONCE 4  /* rows: their sums fill the registers of AVX2 */
+#define FETCHING 4 /* times so many rows are computed while the next panel is fetched */
+
+/* What is needed after a panel: so many bytes of memory; and where a fetch of them stands. */
+typedef struct {
+  const char *from;
+  int64_t bytes, step;
+} ahead;
 
 #define PACKED_AT_bf16(k, i, o) ((((i) / 32) * 2 + (o) / 16) * 512 + ((i) % 32 / 2 * 16 + (o) % 16) * 2 + (i) % 2)
 
@@ -30,7 +37,8 @@ static inline void store_bf16(const float *c, bf16 *y, int64_t stride, int64_t r
 #ifdef __AVX512BF16__
 /* Without tiles: four rows by 32 outputs at a time. The last rows are repeated, so that all take the same way. */
 static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, int64_t m, int64_t k,
-                                int64_t stride, int64_t columns) {
+                                int64_t stride, int64_t columns, ahead next) {
+  (void)next;
   for (int64_t t = 0; t < m; t += 4) {
     const bf16 *rows[4];
     for (int j = 0; j < 4; j++) rows[j] = x + (t + j < m ? t + j : m - 1) * k;
@@ -64,8 +72,10 @@ static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias,
 /* COUNT rows by 16 outputs over `inputs` inputs; sums in registers. x: [COUNT][INPUTS] widened; w: from one of the first
  * two tiles of a panel on, and every second one; acc: [COUNT][32] of which 16 are used. */
 #define BLOCK_OF(COUNT)                                                                                    \
-  static void block_of_##COUNT(const float x[][INPUTS], const bf16 *w, int64_t inputs, float acc[][32]) {  \
+  static void block_of_##COUNT(const float x[][INPUTS], const bf16 *w, int64_t inputs, float acc[][32],    \
+                               ahead *next) {                                                              \
     v8 sums[COUNT][2];                                                                                     \
+    const char *fetch = next->from;                                                                        \
     for (int j = 0; j < COUNT; j++) {                                                                      \
       sums[j][0] = load8_f32(acc[j]);                                                                      \
       sums[j][1] = load8_f32(acc[j] + 8);                                                                  \
@@ -75,7 +85,8 @@ static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias,
       v8bits left, right;                                                                                  \
       memcpy(&left, at, 32);                                                                               \
       memcpy(&right, at + 16, 32);                                                                         \
-      __builtin_prefetch(at + 4096, 0, 3);                                                                 \
+      __builtin_prefetch(fetch, 0, 2);                                                                     \
+      fetch += next->step;                                                                                 \
       const v8 even0 = (v8)(left << 16), even1 = (v8)(right << 16);                                        \
       for (int j = 0; j < COUNT; j++) {                                                                    \
         sums[j][0] += x[j][i] * even0;                                                                     \
@@ -91,15 +102,18 @@ static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias,
       memcpy(acc[j], &sums[j][0], 32);                                                                     \
       memcpy(acc[j] + 8, &sums[j][1], 32);                                                                 \
     }                                                                                                      \
+    next->from = fetch;                                                                                    \
   }
-/* The same for 32 outputs: few rows take all tiles as memory has them. */
-#define WHOLE_OF(COUNT)                                                                            \
-  static void block_of_##COUNT(const float x[][INPUTS], const bf16 *w, int64_t inputs, float acc[][32]) {  \
-    v8 sums[COUNT][4];                                                                            \
+/* The same for 32 outputs: few rows take all tiles as memory has them, at its pace. */
+#define WHOLE_OF(COUNT)                                                                                    \
+  static void block_of_##COUNT(const float x[][INPUTS], const bf16 *w, int64_t inputs, float acc[][32],    \
+                               ahead *next) {                                                              \
+    (void)next;                                                                                            \
+    v8 sums[COUNT][4];                                                                                     \
     for (int j = 0; j < COUNT; j++)                                                                        \
-      for (int o = 0; o < 4; o++) sums[j][o] = load8_f32(acc[j] + 8 * o);                         \
+      for (int o = 0; o < 4; o++) sums[j][o] = load8_f32(acc[j] + 8 * o);                                  \
     for (int64_t i = 0; i < inputs; i += 2)                                                                \
-      for (int half = 0; half < 2; half++) {                                                          \
+      for (int half = 0; half < 2; half++) {                                                               \
         const bf16 *at = w + i / 32 * 1024 + i % 32 * 16 + half * 512;                                     \
         v8bits left, right;                                                                                \
         memcpy(&left, at, 32);                                                                             \
@@ -117,7 +131,7 @@ static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias,
         }                                                                                                  \
       }                                                                                                    \
     for (int j = 0; j < COUNT; j++)                                                                        \
-      for (int o = 0; o < 4; o++) memcpy(acc[j] + 8 * o, &sums[j][o], 32);                        \
+      for (int o = 0; o < 4; o++) memcpy(acc[j] + 8 * o, &sums[j][o], 32);                                 \
   }
 WHOLE_OF(1)
 WHOLE_OF(2)
@@ -125,14 +139,18 @@ BLOCK_OF(3)
 BLOCK_OF(4)
 
 /* For processors that know nothing of bfloat16: widened to float. Every row's sums run in the same order, however many
- * rows there are. */
+ * rows there are. While the first rows are computed the next panel comes from memory. */
 static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, int64_t m, int64_t k,
-                                int64_t stride, int64_t columns) {
-  static void (*const blocks[])(const float[][INPUTS], const bf16 *, int64_t, float[][32]) = {
+                                int64_t stride, int64_t columns, ahead next) {
+  static void (*const blocks[])(const float[][INPUTS], const bf16 *, int64_t, float[][32], ahead *) = {
       block_of_1, block_of_2, block_of_3, block_of_4};
+  const int64_t blocks_of_rows = m / AT_ONCE + (m % AT_ONCE == 3); /* one and two rows fetch their own */
+  const int64_t fetching = blocks_of_rows < FETCHING ? blocks_of_rows : FETCHING;
+  next.step = fetching ? next.bytes / (k * fetching) : 0;
   for (int64_t t = 0; t < m; t += AT_ONCE) {
     const int64_t count = m - t < AT_ONCE ? m - t : AT_ONCE;
     float wide[AT_ONCE][INPUTS], acc[AT_ONCE][32];
+    if (t == FETCHING * AT_ONCE) next.step = 0;
     memset(acc, 0, sizeof acc);
     for (int64_t from = 0; from < k; from += INPUTS) {
       const int64_t inputs = k - from < INPUTS ? k - from : INPUTS;
@@ -143,7 +161,7 @@ static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias,
         }
       for (int64_t half = 0; half < (count < 3 ? 1 : 2); half++) { /* few rows take both at once, as memory has them */
         float(*sums)[32] = (float(*)[32])(&acc[0][half * 16]);
-        blocks[count - 1]((const float(*)[INPUTS])wide, w + from * 32 + half * 512, inputs, sums);
+        blocks[count - 1]((const float(*)[INPUTS])wide, w + from * 32 + half * 512, inputs, sums, &next);
       }
     }
     for (int64_t j = 0; j < count; j++)
@@ -156,7 +174,7 @@ static void panel_without_tiles(const bf16 *x, const bf16 *w, const float *bias,
 /* 32 columns of y from one panel. x: rows of K up to whole tiles of 16 must be readable; what lies there beyond m is
  * not used. */
 static void panel_bf16(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, int64_t m, int64_t k, int64_t stride,
-                       int64_t columns) {
+                       int64_t columns, ahead next) {
 #ifdef __AMX_BF16__
   if (tiles_granted) {
     const int64_t steps = k / 32, left = columns < 16 ? columns : 16, right = columns - left;
@@ -212,7 +230,7 @@ static void panel_bf16(const bf16 *x, const bf16 *w, const float *bias, bf16 *y,
     return;
   }
 #endif
-  panel_without_tiles(x, w, bias, y, m, k, stride, columns);
+  panel_without_tiles(x, w, bias, y, m, k, stride, columns, next);
 }
 
 #if defined(__AVX2__) && !defined(__AVX512BF16__)
@@ -306,7 +324,8 @@ FLOATS_OF(3)
 FLOATS_OF(4)
 
 static void panel_f32(const float *x, const float *w, const float *bias, float *y, int64_t m, int64_t k,
-                      int64_t stride, int64_t columns) {
+                      int64_t stride, int64_t columns, ahead next) {
+  (void)next;
   static void (*const blocks[])(const float *, const float *, int64_t, float[][32]) = {
       floats_of_1, floats_of_2, floats_of_3, floats_of_4};
   for (int64_t t = 0; t < m; t += AT_ONCE) {
@@ -356,13 +375,16 @@ static void NAME(multiply_part)(const product *products, int64_t count, const T 
       column += p->n;
     }
     const T *w = (const T *)p->weight + nb * 32 * p->k;
+    ahead next = {(const char *)(w + 32 * p->k), 32 * p->k * (int64_t)sizeof(T), 0};
     if (p->scales) {
+      next = (ahead){(const char *)p->weight + (nb + 1) * p->k * 16, p->k * 16, 0};
       T *wide = buffer + omp_get_thread_num() * 32 * p->k;
       NAME(widen_nf4_into)(p, nb, wide);
       w = wide;
     }
     const int64_t columns = p->n - nb * 32 < 32 ? p->n - nb * 32 : 32;
-    NAME(panel)(x, w, p->bias ? p->bias + nb * 32 : NULL, y + column + nb * 32, rows, p->k, stride, columns);
+    NAME(panel)(x, w, p->bias ? p->bias + nb * 32 : NULL, y + column + nb * 32, rows, p->k, stride, columns,
+                next);
   }
 }
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from types import SimpleNamespace
 from typing import Any
@@ -161,11 +162,11 @@ class Reader(Outbox):
 
 
 class PretendEngine:
-    """An engine whose steps the test makes, one by one."""
+    """An engine whose steps the test makes, one by one. `rests`: they rest once each, when `at_rest` is called."""
 
     POISON = "poison"  # an adapter of this name computes NaN
 
-    def __init__(self, *, pages: int = 64, adapters: int = 4, **limits: Any) -> None:
+    def __init__(self, *, pages: int = 64, adapters: int = 4, rests: bool = False, **limits: Any) -> None:
         self.hub = PretendHub()
         self.counts = Counts()
         self.engine = Engine(
@@ -184,6 +185,9 @@ class PretendEngine:
             self.counts,
         )
         self.memory: dict[int, Any] = {}
+        self.at_rest: Callable[[], None] = lambda: None
+        if rests:
+            self.engine._loop._resting = self.engine._run_packed
         self.engine._run = self._run  # type: ignore[method-assign]
         self.engine._runner.kv.finite = self._finite  # type: ignore[method-assign]
         self.engine._runner.kv.scrub = self._scrub  # type: ignore[method-assign]
@@ -240,7 +244,7 @@ class PretendEngine:
         assert len(self.scheduler.waiting) == 0
         assert not self.engine._door.inside()
 
-    def _run(self, batch: StepBatch) -> Tensor:
+    def _run(self, batch: StepBatch, between: Callable[[], None] | None = None) -> Tensor:
         arena = self.residency._arena
         for share in batch.shares:
             sequence = share.sequence
@@ -248,6 +252,9 @@ class PretendEngine:
                 at = slot(sequence.pages, position, PAGE_TOKENS)
                 content = (who(sequence.request), sequence.tokens[position], position)
                 self.memory[at] = float("nan") if self._poisoned(sequence.request) else content
+        if between is not None:
+            self.at_rest()
+            between()
         assert sum(share.tokens for share in batch.shares) <= self.engine.limits.max_batch_tokens
         for share in batch.shares:
             sequence, asked = share.sequence, share.sequence.request

@@ -52,12 +52,12 @@ def served(pretend: PretendEngine, steps: int, by: str) -> dict[str, int]:
     counts: dict[str, int] = {}
     run = pretend.engine._run
 
-    def counted(batch):  # type: ignore[no-untyped-def]
+    def counted(batch, between=None):  # type: ignore[no-untyped-def]
         for share in batch.shares:
             asked = share.sequence.request
             name = asked.tenant if by == "tenant" else asked.adapters[0].digest
             counts[name] = counts.get(name, 0) + share.tokens
-        return run(batch)
+        return run(batch, between)
 
     pretend.engine._run = counted  # type: ignore[method-assign]
     for _ in range(steps):

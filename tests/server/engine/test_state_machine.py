@@ -22,11 +22,18 @@ uses = st.lists(
 class EngineMachine(RuleBasedStateMachine):
     """Requests, cancels, loads, unloads, pins, a hub that hangs and fails, and steps."""
 
-    @initialize(pages=st.integers(6, 30), adapters=st.integers(1, 4), budget=st.integers(4, 40), cache=st.booleans())
-    def begin(self, pages: int, adapters: int, budget: int, cache: bool) -> None:
+    @initialize(
+        pages=st.integers(6, 30),
+        adapters=st.integers(1, 4),
+        budget=st.integers(4, 40),
+        cache=st.booleans(),
+        rests=st.booleans(),
+    )
+    def begin(self, pages: int, adapters: int, budget: int, cache: bool, rests: bool) -> None:
         self.pretend = PretendEngine(
             pages=pages,
             adapters=adapters,
+            rests=rests,
             max_batch_tokens=budget,
             prefix_cache=cache,
             max_waiting=12,
@@ -66,6 +73,24 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self, count: int) -> None:
         for _ in range(count):
             self.pretend.step()
+
+    @rule(
+        adapters=uses,
+        prompt=st.lists(st.integers(0, 2), min_size=1, max_size=14),
+        new=st.integers(1, 12),
+        tenant=st.sampled_from(["", "x", "y"]),
+        cancel=st.booleans(),
+    )
+    def step_in_which_one_comes(self, adapters: Any, prompt: list[int], new: int, tenant: str, cancel: bool) -> None:
+        def come() -> None:
+            self.pretend.at_rest = lambda: None
+            self.submit(adapters=adapters, prompt=prompt, new=new, tenant=tenant, seed=None)
+            if cancel:
+                self.cancel(random.Random(len(self.asked)))
+
+        self.pretend.at_rest = come
+        self.pretend.step()
+        self.pretend.at_rest = lambda: None
 
     @rule(name=st.sampled_from(NAMES))
     def load(self, name: str) -> None:
