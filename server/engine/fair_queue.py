@@ -18,6 +18,7 @@ from server.engine.sequence import Sequence
 
 AGEING = 16  # tokens of service that one step of waiting without any is worth
 LATELY = 256  # steps
+BURST = 256  # tokens that a line may be ahead of the least served one and still not wait for a crowd's step
 
 
 @dataclass(eq=False)
@@ -33,6 +34,11 @@ class Line:
     def active(self) -> bool:
         """Whether it has a request inside."""
         return bool(self.waiting or self.running)
+
+    @property
+    def crowds(self) -> bool:
+        """Whether requests of it wait although several run."""
+        return bool(self.waiting and self.running > 1)
 
     def standing(self, step: int) -> float:
         """Small is next; only lines of one level compare."""
@@ -148,6 +154,28 @@ class FairQueue:
             return None
         _, flow = min(ready, key=lambda lines: self.standing(lines[1].queue[0]))
         return flow.queue[0]
+
+    def newcomers(self) -> list[Sequence]:
+        """The first sequences of lines that run nothing while another of their level crowds, the least served first;
+        their adapters are on the device, and they are at most `BURST` tokens ahead of who was served least."""
+        among = self._ahead_of(self.tenants.values())
+        found: list[Sequence] = []
+        for tenant in self.tenants.values():
+            allowed = self._ahead_of(tenant.flows.values()) if tenant.running else among
+            if allowed is None:
+                continue
+            for flow in tenant.flows.values():
+                line = flow if tenant.running else tenant
+                if flow.ready and not line.running and line.standing(self._step) <= allowed:
+                    found.append(flow.queue[0])
+        return sorted(found, key=self.standing)
+
+    def _ahead_of(self, level: Iterable[Line]) -> float | None:
+        """The standing that newcomers beside these lines may have; None where none of them crowds."""
+        active = [line for line in level if line.active]
+        if not any(line.crowds for line in active):
+            return None
+        return min(line.standing(self._step) for line in active) + BURST
 
     def standing(self, sequence: Sequence) -> tuple[float, float, int]:
         """Small is next: the tenant's standing, then the flow's, then the order of arrival."""

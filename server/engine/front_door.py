@@ -81,6 +81,11 @@ class FrontDoor:
             )
             return not self._closed
 
+    @property
+    def awake(self) -> bool:
+        """Whether somebody called `wake` since the last call of `cancelled`."""
+        return self._awake
+
     def arrivals(self) -> list[Sequence]:
         """Who arrived since the last call."""
         with self._changed:

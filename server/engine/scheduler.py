@@ -122,34 +122,31 @@ class Scheduler:
 
     @property
     def crowded(self) -> bool:
-        """Whether a line has requests waiting although it runs several."""
-        return any(tenant.waiting and tenant.running > 1 for tenant in self.waiting.tenants.values())
+        """Whether a tenant has requests waiting although it runs several."""
+        return any(tenant.crowds for tenant in self.waiting.tenants.values())
 
     def newcomers(self) -> list[Share]:
-        """The prompts of those who need not wait for the step that runs, often nobody: whose turn it is and whose line
-        runs nothing, while another has requests waiting although it runs several.
+        """The prompts of those who need not wait for the step that runs, often nobody: of lines that run nothing beside
+        one that has requests waiting although it runs several, and that were not served much more than others.
 
         Nobody's pages are taken for them: whoever runs may be in a step that is at rest.
         """
         shares: list[Share] = []
         budget = self._max_batch_tokens
-        while (sequence := self.waiting.next()) is not None and self._beside_a_crowd(sequence):
+        for sequence in self.waiting.newcomers():
+            if self.waiting.lines(sequence)[1].running:
+                continue  # one of a line is enough
             sequence.pages = self._known_pages(sequence)
             tokens = len(sequence.tokens) - len(sequence.pages) * self._pages.page_tokens
             lacking = self._pages.pages_for(len(sequence.tokens)) - len(sequence.pages)
             if tokens > budget or lacking > self._room(self.running) or not self._residency.begin(sequence.ticket):
                 self._release_pages(sequence)
-                break
+                continue
             self._start(sequence)
             if sequence.refused is None:
                 shares.append(Share(sequence, self._grow(sequence, tokens)))
                 budget -= tokens
         return shares
-
-    def _beside_a_crowd(self, sequence: Sequence) -> bool:
-        tenant, flow = self.waiting.lines(sequence)
-        lines, own = (tenant.flows, flow) if tenant.running else (self.waiting.tenants, tenant)
-        return not own.running and any(line.waiting and line.running > 1 for line in lines.values())
 
     def _room(self, running: Seq[Sequence], gained: int = 0) -> int:
         """Pages for one more beside `running`, when `gained` are given back."""

@@ -110,7 +110,7 @@ class StepLoop:
     def _step(self, shares: Seq[Share], may_rest: bool) -> None:
         started, lent = time.monotonic(), self._interludes.seconds
         if may_rest and self._resting is not None:
-            step, logits = self._resting(shares, self._let_in)
+            step, logits = self._resting(shares, self._at_rest)
         else:
             step, logits = self._forward(shares)
         self._postprocess(step, logits)
@@ -125,12 +125,18 @@ class StepLoop:
         )
 
     def _let_in(self) -> None:
-        """Compute newcomers' prompts ahead of a step that is about to begin, or rests between two layers."""
-        for sequence in self._door.arrivals():
-            self._scheduler.waiting.add(sequence)
+        """Compute newcomers' prompts ahead of the step that is about to begin."""
         if self._interludes.due():
             with self._interludes.timed():
                 self._compute(self._scheduler.newcomers())
+
+    def _at_rest(self) -> None:
+        """The same while a step rests between two layers, for those who came meanwhile."""
+        arrivals = self._door.arrivals()
+        for sequence in arrivals:
+            self._scheduler.waiting.add(sequence)
+        if arrivals or self._door.awake:
+            self._let_in()
 
     def _postprocess(self, step: ComputedStep, logits: Tensor) -> None:
         for share in step.shares:

@@ -36,7 +36,7 @@ def test_newcomers_of_every_kind_beside_a_flood_equal_peft(
     newcomers = list(adapters)
     random.shuffle(newcomers)
     sent: list[tuple[str, list[int], BlockingOutbox]] = []
-    let_in, loop = engine._loop._let_in, engine._loop
+    at_rest, loop = engine._loop._at_rest, engine._loop
     loop._interludes._saved = 1e9  # a slow machine shall not send them into the line
     computed = []
 
@@ -49,10 +49,10 @@ def test_newcomers_of_every_kind_beside_a_flood_equal_peft(
         if newcomers and threading.current_thread() is engine._thread:
             send(newcomers.pop(), random_prompt())
         running = set(map(id, engine._scheduler.running))
-        let_in()
+        at_rest()
         computed.extend(s.request.adapters[0].digest for s in engine._scheduler.running if id(s) not in running)
 
-    loop._let_in = one_comes  # type: ignore[method-assign]
+    loop._at_rest = one_comes  # type: ignore[method-assign]
     try:
         for number in range(10):
             # Long ones attend by torch's blocks between the layers.

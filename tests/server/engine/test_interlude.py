@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from server.engine.fair_queue import BURST, Tenant
 from server.engine.interlude import SAVED, SHARE, Interludes
 from server.engine.request import Request
 from tests.server.engine.pretend import PretendEngine, Reader, expected, request
@@ -199,6 +200,18 @@ def test_interludes_have_a_share_of_the_time() -> None:
     one(SAVED + 0.01 + SHARE * SAVED)
     one(SHARE * SAVED)
     assert not interludes.due()
+
+
+def test_who_was_served_much_more_waits_for_his_turn() -> None:
+    world = Flooded()
+    lines = world.pretend.scheduler.waiting.tenants
+    lines["heavy"] = Tenant(served=min(line.served for line in lines.values()) + BURST + 200)
+    [heavy] = world.come(request("quiet", new=2, tenant="heavy"))
+    assert not heavy.token_ids
+    lines["light"] = Tenant(served=min(line.served for line in lines.values() if line.active) + BURST - 50)
+    [light] = world.come(request("quiet", new=2, tenant="light"))
+    assert len(light.token_ids) == 1
+    world.end()
 
 
 def test_used_up_time_sends_newcomers_into_the_line() -> None:
