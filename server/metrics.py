@@ -115,6 +115,11 @@ class Metrics:
             "Times a running request gave its place up and went back to the queue.",
             registry=registry,
         )
+        self._interludes = Counter(
+            "loraplex_interlude_seconds",
+            "Seconds in which newcomers' prompts were computed ahead of a crowd's step.",
+            registry=registry,
+        )
         self._step = Histogram(
             "loraplex_step_seconds", "Seconds of one engine step.", registry=registry, buckets=_STEP_BUCKETS
         )
@@ -188,6 +193,10 @@ class Metrics:
     def preempted(self, request: Request) -> None:
         """A running request went back to the queue."""
         self._preemptions.inc()
+
+    def interlude(self, seconds: float) -> None:
+        """Newcomers' prompts were computed ahead of everybody else's step."""
+        self._interludes.inc(seconds)
 
     def first_token(self, request: Request, seconds: float) -> None:
         """A request's first token is out."""

@@ -37,6 +37,9 @@ class EngineObserver(Protocol):
     def preempted(self, request: Request) -> None:
         """A request gave its place up and waits again; what it produced so far stands."""
 
+    def interlude(self, seconds: float) -> None:
+        """Newcomers' prompts were computed ahead of everybody else's step (see `interlude.py`)."""
+
     def first_token(self, request: Request, seconds: float) -> None:
         """Seconds since arrival."""
 
@@ -63,6 +66,9 @@ class Unobserved:
         """Nothing."""
 
     def preempted(self, request: Request) -> None:
+        """Nothing."""
+
+    def interlude(self, seconds: float) -> None:
         """Nothing."""
 
     def first_token(self, request: Request, seconds: float) -> None:

@@ -126,9 +126,14 @@ class StepLoop:
 
     def _let_in(self) -> None:
         """Compute newcomers' prompts ahead of the step that is about to begin."""
-        if self._interludes.due():
-            with self._interludes.timed():
-                self._compute(self._scheduler.newcomers())
+        if not self._interludes.due():
+            return
+        before = self._interludes.seconds
+        with self._interludes.timed():
+            shares = self._scheduler.newcomers()
+            self._compute(shares)
+        if shares:
+            self.observer.interlude(self._interludes.seconds - before)
 
     def _at_rest(self) -> None:
         """The same while a step rests between two layers, for those who came meanwhile."""

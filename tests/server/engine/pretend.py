@@ -121,11 +121,16 @@ class Counts(Unobserved):
         self.hit_tokens = 0
         self.computed = 0
         self.steps = 0
+        self.interludes = 0
         self.step_of_first_token: dict[str, int] = {}
 
     def step(self, *, seconds: float, sequences: int, adapters: int, tokens: int) -> None:
         self.steps += 1
         self.computed += tokens
+
+    def interlude(self, seconds: float) -> None:
+        assert seconds > 0
+        self.interludes += 1
 
     def preempted(self, asked: Request) -> None:
         self.preemptions += 1

@@ -65,6 +65,7 @@ def test_a_newcomer_has_his_first_token_before_the_step_at_rest_ends() -> None:
     assert len(reader.token_ids) == 1
     assert world.pretend.counts.step_of_first_token[newcomer.id] == before + 1
     assert world.pretend.counts.steps == before + 2
+    assert world.pretend.counts.interludes == 1
     assert [len(reader.token_ids) for reader in world.readers[:4]] == [count + 1 for count in progress]
     world.pretend.engine.check_integrity()
     world.end()
@@ -140,6 +141,7 @@ def test_no_step_rests_where_nobody_waits() -> None:
     world.pretend.step()
     world.pretend.at_rest = lambda: None
     world.end()
+    assert world.pretend.counts.interludes == 0
 
 
 def test_a_newcomer_of_the_floods_tenant_is_one_too() -> None:
