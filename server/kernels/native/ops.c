@@ -162,10 +162,27 @@ void NAME(attention)(const T *q, const T *k, const T *v, const int64_t *row, con
                        max_pages, page_tokens, longest, scale, window, softcap);
 }
 
-/* h[site][item's ranks] = weight * x[row] a[r0:r1]^T; threads do not wait for each other at the end. */
+/* Four rank rows of an adapter, or fewer, on one row of x: h = weight * a x. */
+typedef struct {
+  const T *x, *a;
+  int64_t rows;
+  float weight, *h;
+} NAME(four);
+
+static void NAME(shrink_four)(NAME(four) it, int64_t in, const T *ahead) {
+  const T *rows[4];
+  float sums[4];
+  for (int64_t n = 0; n < 4; n++) rows[n] = it.a + (n < it.rows ? n : 0) * in;
+  NAME(dots)(rows, it.x, in, ahead, sums);
+  for (int64_t n = 0; n < it.rows; n++) it.h[n] = it.weight * sums[n];
+}
+
+/* h[site][item's ranks] = weight * x[row] a[r0:r1]^T; threads do not wait for each other at the end. Four rows are
+ * computed while the four after them, whosever they are, come from memory. */
 static void NAME(shrink_part)(const site *sites, int64_t count, const T *x, int64_t in, const decode_plan *plan,
                               float *h) {
   const int64_t total = plan->offset[plan->items];
+  NAME(four) now = {.rows = 0};
 #pragma omp for schedule(static) nowait
   for (int64_t at = 0; at < count * plan->token_count; at++) {
     const int64_t s = at / plan->token_count, j = at % plan->token_count;
@@ -173,15 +190,30 @@ static void NAME(shrink_part)(const site *sites, int64_t count, const T *x, int6
     for (int64_t i = plan->first[j]; i < plan->first[j + 1]; i++) {
       const int64_t r0 = plan->r0[i], r1 = plan->r1[i];
       for (int64_t r = r0; r < r1; r += 4) {
-        const T *rows[4];
-        float sums[4];
-        for (int64_t n = 0; n < 4; n++) rows[n] = a + (r + n < r1 ? r + n : r) * in;
-        NAME(dots)(rows, row, in, a + (r + 4) * in, sums);
-        for (int64_t n = 0; n < 4 && r + n < r1; n++)
-          h[s * total + plan->offset[i] + r + n - r0] = plan->weight[i] * sums[n];
+        const NAME(four) next = {row, a + r * in, r1 - r < 4 ? r1 - r : 4, plan->weight[i],
+                                 h + s * total + plan->offset[i] + r - r0};
+        if (now.rows) NAME(shrink_four)(now, in, next.a);
+        now = next;
       }
     }
   }
+  if (now.rows) NAME(shrink_four)(now, in, NULL);
+}
+
+/* acc[k] += sum over four rows, n apart, of v[r] * rows[r][k]; four rows of `ahead`, `apart` from each other, are fetched
+ * meanwhile. */
+static inline void NAME(expand_four)(float *acc, const T *rows, int64_t n, const float *v, int64_t wide, const T *ahead,
+                                     int64_t apart) {
+  const T *r0 = rows, *r1 = rows + n, *r2 = rows + 2 * n, *r3 = rows + 3 * n;
+  const float v0 = v[0], v1 = v[1], v2 = v[2], v3 = v[3];
+  int64_t k = 0;
+  for (; k + 32 <= wide; k += 32) {
+    for (int64_t r = 0; r < 4; r++) __builtin_prefetch(ahead + r * apart + k, 0, 3);
+    for (int64_t o = k; o < k + 32; o++)
+      acc[o] = FMA(v3, LOAD(r3[o]), FMA(v2, LOAD(r2[o]), FMA(v1, LOAD(r1[o]), FMA(v0, LOAD(r0[o]), acc[o]))));
+  }
+  for (; k < wide; k++)
+    acc[k] = FMA(v3, LOAD(r3[k]), FMA(v2, LOAD(r2[k]), FMA(v1, LOAD(r1[k]), FMA(v0, LOAD(r0[k]), acc[k]))));
 }
 
 /* y[row] += h b[r0:r1]. Few rows are cut into pieces, so that one row alone still uses all threads. */
@@ -189,33 +221,42 @@ static void NAME(expand_part)(const site *sites, int64_t count, T *y, int64_t st
                               const float *h) {
   const int64_t total = plan->offset[plan->items], threads = omp_get_num_threads();
   const int64_t pieces = count * plan->token_count < 2 * threads ? 2 * threads : 1;
+  const int64_t units = plan->token_count * count * pieces;
 #pragma omp for schedule(static) nowait
-  for (int64_t at = 0; at < plan->token_count * count * pieces; at++) {
+  for (int64_t at = 0; at < units; at++) {
     const int64_t j = at / (count * pieces), s = at / pieces % count, piece = at % pieces;
     int64_t column = 0;
     for (int64_t i = 0; i < s; i++) column += sites[i].out;
     const int64_t n = sites[s].out, step = (n / pieces + 63) / 64 * 64;
     const int64_t from = piece * step < n ? piece * step : n, to = from + step < n ? from + step : n;
+    const int64_t i0 = plan->first[j], i1 = plan->first[j + 1];
     const T *b = (const T *)sites[s].b;
     T *out = y + plan->tokens[j] * stride + column;
+    /* What is read after this unit: the beginning of the next one. */
+    const int64_t after = at + 1 < units ? at + 1 : at;
+    const site *other = sites + after / pieces % count;
+    const T *next_unit = (const T *)other->b + plan->r0[plan->first[after / (count * pieces)]] * other->out;
     for (int64_t c = from; c < to; c += 512) {
       const int64_t wide = to - c < 512 ? to - c : 512;
       float acc[512];
       for (int64_t k = 0; k < wide; k++) acc[k] = LOAD(out[c + k]);
-      for (int64_t i = plan->first[j]; i < plan->first[j + 1]; i++) {
+      for (int64_t i = i0; i < i1; i++) {
         const int64_t ranks = plan->r1[i] - plan->r0[i];
         const float *v = h + s * total + plan->offset[i];
         const T *row = b + plan->r0[i] * n + c;
         int64_t r = 0;
         for (; r + 4 <= ranks; r += 4, row += 4 * n) {
-          const float v0 = v[r], v1 = v[r + 1], v2 = v[r + 2], v3 = v[r + 3];
-          prefetch(row + 4 * n, wide * (int64_t)sizeof(T));
-          prefetch(row + 5 * n, wide * (int64_t)sizeof(T));
-          prefetch(row + 6 * n, wide * (int64_t)sizeof(T));
-          prefetch(row + 7 * n, wide * (int64_t)sizeof(T));
-          for (int64_t k = 0; k < wide; k++)
-            acc[k] = FMA(v3, LOAD(row[3 * n + k]),
-                         FMA(v2, LOAD(row[2 * n + k]), FMA(v1, LOAD(row[n + k]), FMA(v0, LOAD(row[k]), acc[k]))));
+          const T *ahead = row + 4 * n;
+          int64_t apart = n;
+          if (r + 4 >= ranks) {
+            if (i + 1 < i1)
+              ahead = b + plan->r0[i + 1] * n + c;
+            else if (c + 512 < to)
+              ahead = b + plan->r0[i0] * n + c + 512;
+            else
+              ahead = next_unit, apart = other->out;
+          }
+          NAME(expand_four)(acc, row, n, v + r, wide, ahead, apart);
         }
         for (; r < ranks; r++, row += n)
           for (int64_t k = 0; k < wide; k++) acc[k] = FMA(v[r], LOAD(row[k]), acc[k]);
