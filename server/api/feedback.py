@@ -218,8 +218,8 @@ class KeptFeedback:
             left = REMOVE_SECONDS
             try:
                 await self._in_writer(self._store.remove_old)
-            except OSError as error:
-                log.warning("feedback past its retention was not looked for: %s", error.strerror)
+            except Exception:
+                log.exception("feedback past its retention was not removed; trying again in an hour")
 
     async def _in_writer(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writing, work)

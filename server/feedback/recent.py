@@ -54,8 +54,8 @@ class _Shelf:
 class RecentAnswers:
     """Answers within bounds of age, number and bytes. For one thread.
 
-    Where there is no room, the oldest answer of the tenant whose answers take most is forgotten first, so that a flood
-    of one tenant's does not push out another's.
+    Where there is no room, the oldest answer of the tenant who has most of what is short (answers, or bytes) is
+    forgotten first, so that a flood of one tenant's does not push out another's.
     """
 
     def __init__(
@@ -83,9 +83,10 @@ class RecentAnswers:
         self._size += size
         self._count += 1
         self._forget_old(shelf)
-        while self._count > self._max_answers or self._size > self._max_bytes:
-            fullest = max(self._shelves.values(), key=lambda each: each.size)
-            self._forget(fullest.tenant, next(iter(fullest.answers)))
+        while self._count > self._max_answers:
+            self._forget_oldest(max(self._shelves.values(), key=lambda each: len(each.answers)))
+        while self._size > self._max_bytes:
+            self._forget_oldest(max(self._shelves.values(), key=lambda each: each.size))
 
     def find(self, tenant: str, request_id: str) -> Answered | None:
         """What was answered to this tenant under this id; None when it was not, or too long ago."""
@@ -115,6 +116,9 @@ class RecentAnswers:
             if until > now:
                 return
             self._forget(shelf.tenant, request_id)
+
+    def _forget_oldest(self, shelf: _Shelf) -> None:
+        self._forget(shelf.tenant, next(iter(shelf.answers)))
 
     def _forget(self, tenant: str, request_id: str) -> None:
         shelf = self._shelves.get(tenant)

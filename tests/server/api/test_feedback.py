@@ -6,9 +6,11 @@ import asyncio
 import errno
 import json
 import os
+import random
 import stat
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,10 +26,12 @@ from protos.loraplex.v1 import inference_pb2_grpc
 from server.api import feedback as feedback_api
 from server.client import AsyncClient, Client, GenerationError
 from server.config import FeedbackConfig
+from server.engine.request import FinishReason
 from server.errors import FeedbackDirectoryUnusable
 from server.feedback import store as store_module
 from server.feedback.mark import Mark
 from server.feedback.reading import read_marks
+from server.feedback.recent import Answered, RecentAnswers
 from server.feedback.store import tenant_directory
 from tests.server.api.fakes import QUIET, FakeEngine, FakeHub, RunningServer
 from tests.server.api.test_metrics import samples
@@ -249,8 +253,8 @@ def test_token_ids_are_kept_as_text_or_not_at_all(start: Callable[..., RunningSe
         plain = client.generate([ord(char) for char in "as text"], max_new_tokens=1)
         special = client.generate([0, 97], max_new_tokens=1)  # 0 is no text's token
         client.feedback(plain.request_id, "good")
-        refusal_ = refusal(lambda: client.feedback(special.request_id, "good"))
-    assert refusal_[:2] == ("FAILED_PRECONDITION", "PROMPT_NOT_TEXT")
+        told = refusal(lambda: client.feedback(special.request_id, "good"))
+    assert told[:2] == ("FAILED_PRECONDITION", "PROMPT_NOT_TEXT")
     assert [mark.prompt for mark in marks(kept)] == ["as text"]
 
 
@@ -373,6 +377,40 @@ def test_a_slow_disk_delays_no_answer_and_marks_queue_up_only_so_far(
             assert await asyncio.gather(*waiting) == [False, True]
 
     asyncio.run(marking())
+
+
+def test_bytes_that_are_no_mark_are_refused(start: Callable[..., RunningServer], kept: Path) -> None:
+    with grpc.insecure_channel(start().address) as channel:
+        call = channel.unary_unary("/loraplex.v1.Inference/Feedback")
+        for raw in (b"\xff" * 50, b"\x0a\x02\xc3\x28", b"\x1a\x02\xc3\x28", b"\x0b" * 100_000):
+            with pytest.raises(grpc.RpcError) as raised:
+                call(raw)
+            told: Any = raised.value
+            assert dict(told.trailing_metadata())["loraplex-reason"] == "MESSAGE_MALFORMED"
+    assert files(kept) == []
+
+
+def test_what_is_remembered_stays_within_its_bounds() -> None:
+    now, chance = [0.0], random.Random(5)
+    recent = RecentAnswers(seconds=10, max_answers=20, max_bytes=60_000, clock=lambda: now[0])
+    for number in range(3000):
+        now[0] += chance.random()
+        tenant, request_id = chance.choice("abcde"), str(chance.randrange(12))
+        prompt: Any = chance.choice(["x" * chance.randrange(9000), (("user", "é" * 50),), array("L", range(40))])
+        answered = Answered(tenant, request_id, prompt, ("y" * chance.randrange(20),), (FinishReason.STOP,), (), 0.0)
+        recent.add(answered)
+        assert recent.find(tenant, request_id) is answered
+        if number % 7 == 0:
+            recent.forget_old()
+        recent.check_integrity()
+    huge = Answered("a", "huge", "x" * 60_000, ("",), (FinishReason.STOP,), (), 0.0)
+    before = len(recent)
+    recent.add(huge)
+    assert (recent.find("a", "huge"), len(recent)) == (None, before)  # and nothing was forgotten for it
+    now[0] += 11
+    recent.forget_old()
+    assert len(recent) == 0
+    recent.check_integrity()
 
 
 def day_file(kept: Path, tenant: str, day: str) -> Path:
