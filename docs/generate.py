@@ -86,6 +86,7 @@ def _used_metrics():  # type: ignore[no-untyped-def]
     metrics.finished(request, Finish(FinishReason.LENGTH, Usage(1, 1), Timing(0.1, 0.1, 0.1)), None)
     metrics.adapter_loaded("host", 0.1)
     metrics.error("QUEUE_FULL")
+    metrics.feedback("good")
     return metrics.registry
 
 

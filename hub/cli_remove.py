@@ -9,23 +9,8 @@ import click
 from hub.actor import current_user
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, size_text, version_json
+from hub.duration import Duration
 from hub.opening import open_existing
-
-
-class Duration(click.ParamType[float]):
-    """Seconds, written "30s", "10m", "2h" or "7d"; 0 needs no unit."""
-
-    name = "duration"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The seconds."""
-        if isinstance(value, float):
-            return value
-        text = str(value)
-        number, unit = (text, "s") if text == "0" else (text[:-1], text[-1:])
-        if unit not in "smhd" or not number.isascii() or not number.isdigit() or len(number) > 9:
-            self.fail(f"{text!r} is no time: write 30s, 10m, 2h or 7d", param, ctx)
-        return float(number) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
 
 
 @click.command(

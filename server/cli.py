@@ -14,7 +14,9 @@ import click
 
 from hub.byte_size import ByteSize, as_option
 from hub.cli_trust import trust_options
-from server.config import EngineLimits, ModelConfig, Quantization, ServerConfig
+from hub.duration import Duration
+from hub.duration import as_option as as_duration
+from server.config import EngineLimits, FeedbackConfig, ModelConfig, Quantization, ServerConfig
 from server.errors import BaseUnavailable
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from server.engine.engine import Engine
     from server.metrics import Metrics
 
-_MODEL, _LIMITS, _SERVER = ModelConfig(), EngineLimits(), ServerConfig()
+_MODEL, _LIMITS, _SERVER, _FEEDBACK = ModelConfig(), EngineLimits(), ServerConfig(), FeedbackConfig(Path())
 _POSITIVE = click.IntRange(min=1)
 
 
@@ -190,6 +192,27 @@ class MetadataKey(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     help="Metadata key, set by a proxy that you trust, that says whose share of the server a call uses. Default: all "
     "callers share one.",
 )
+@click.option(
+    "--feedback",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep what callers say of answers (the call Feedback), with request and answer, in DIR. Default: refuse it.",
+)
+@click.option(
+    "--feedback-retention",
+    type=Duration(),
+    default=as_duration(_FEEDBACK.retention_seconds),
+    show_default=True,
+    help="How long after a day's end its feedback is removed.",
+)
+@click.option(
+    "--feedback-window",
+    type=Duration(),
+    default=as_duration(_FEEDBACK.window_seconds),
+    show_default=True,
+    help="How long after its answer a request can be marked; until then it is remembered, in memory alone.",
+)
+@click.option("--feedback-limit", **_size(_FEEDBACK.max_tenant_bytes), help="What one tenant's feedback may take.")
 @trust_options
 def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> int:
     """Serve one base model with any mix of adapters, over gRPC.
@@ -219,6 +242,14 @@ def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> in
         drain_seconds=options["drain_seconds"],
         lease_seconds=options["lease_seconds"],
         tenant_header=options["tenant_header"],
+        feedback=FeedbackConfig(
+            options["feedback"],
+            retention_seconds=options["feedback_retention"],
+            window_seconds=options["feedback_window"],
+            max_tenant_bytes=options["feedback_limit"],
+        )
+        if options["feedback"] is not None
+        else None,
         trusted_keys=trusted_keys,
     )
     bound_openmp(config.model.threads)
@@ -239,11 +270,14 @@ def _serve(config: ServerConfig) -> int:
     from server.adapters.hub_leases import HubLeases
     from server.api.serving import Outcome, Parts
     from server.api.serving import serve as run
+    from server.feedback.store import prepare_directory
 
     # What a typing error breaks is found out before anything is bound or loaded.
     base = find_base(config.model.base, config.hub, config.trusted_keys)
     config = replace(config, model=replace(config.model, base=base))
     locate_base(base)
+    if config.feedback is not None:
+        prepare_directory(config.feedback.directory)
     with requiring(open_hub(config.hub), config.trusted_keys) as opened:
         leases = HubLeases(opened, config.lease_seconds) if config.lease_seconds else None
         parts = Parts(lambda: _directory(opened), lambda metrics: _engine(config, opened, leases, metrics))

@@ -38,6 +38,7 @@ from server.client_messages import (
     ModelInfo,
     Options,
     Prompt,
+    Rating,
     Timing,
     Token,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "ModelInfo",
     "Options",
     "Prompt",
+    "Rating",
     "Timing",
     "Token",
 ]
@@ -103,6 +105,22 @@ class Client:
     def model_info(self) -> ModelInfo:
         """What the server serves and the limits of a request."""
         return messages.model_info(self._call(self._inference.GetModelInfo, inference_pb2.GetModelInfoRequest()))
+
+    def feedback(
+        self,
+        request_id: str,
+        rating: Rating | None = None,
+        correction: str | None = None,
+        *,
+        candidate: int = 0,
+        comment: str = "",
+    ) -> bool:
+        """Say what an answer was worth, or what it should have been; True: this replaces an earlier mark of it.
+
+        `request_id` is the answer's. Raises `GenerationError`, with the reason FEEDBACK_OFF, REQUEST_NOT_FOUND, …
+        """
+        request = messages.feedback_request(request_id, rating, correction, candidate, comment)
+        return bool(self._call(self._inference.Feedback, request).replaced)
 
     def adapters(self) -> list[HeldAdapter]:
         """The adapters the server holds, those on the device first."""
@@ -213,6 +231,19 @@ class AsyncClient:
     async def model_info(self) -> ModelInfo:
         """As `Client.model_info`."""
         return messages.model_info(await self._call(self._inference.GetModelInfo, inference_pb2.GetModelInfoRequest()))
+
+    async def feedback(
+        self,
+        request_id: str,
+        rating: Rating | None = None,
+        correction: str | None = None,
+        *,
+        candidate: int = 0,
+        comment: str = "",
+    ) -> bool:
+        """As `Client.feedback`."""
+        request = messages.feedback_request(request_id, rating, correction, candidate, comment)
+        return bool((await self._call(self._inference.Feedback, request)).replaced)
 
     async def adapters(self) -> list[HeldAdapter]:
         """As `Client.adapters`."""

@@ -1,4 +1,4 @@
-"""`hub generate` and `hub adapters`: a running server from the terminal."""
+"""`hub generate`, `hub feedback` and `hub adapters`: a running server from the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 from hub.byte_size import as_text
 
 if TYPE_CHECKING:
-    from server.client import Answer, Options
+    from server.client import Answer, Options, Rating
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 
@@ -184,7 +184,50 @@ def _footer(answer: Answer) -> str:
     ]
     if answer.tokens_per_second:
         facts.append(f"{answer.tokens_per_second:.1f} tokens/s")
+    facts.append(f"request {answer.request_id}")
     return " · ".join(facts)
+
+
+@click.command(
+    epilog="Examples: hub feedback 9f1c…e2 --good · hub feedback 9f1c…e2 --bad --comment 'wrong language' · "
+    "hub feedback 9f1c…e2 --correction - < better.txt"
+)
+@click.argument("request_id")
+@click.option("--good", "rating", flag_value="good", help="The answer was good.")
+@click.option("--bad", "rating", flag_value="bad", help="The answer was bad.")
+@click.option("--correction", metavar="TEXT", help="What the answer should have been; - for standard input.")
+@click.option(
+    "--candidate", type=click.IntRange(min=0), default=0, show_default=True, help="Which of several answers (--n)."
+)
+@click.option("--comment", default="", metavar="TEXT", help="For people.")
+@_server_option
+@_json_option
+def feedback(
+    request_id: str,
+    rating: Rating | None,
+    correction: str | None,
+    candidate: int,
+    comment: str,
+    server: str,
+    as_json: bool,
+) -> int:
+    """Tell a running server what an answer was worth; `hub generate` prints REQUEST_ID under the answer.
+
+    Only a server started with --feedback keeps it, for requests answered a short while ago. `hub continual collect`
+    makes training data of it. Marking an answer again replaces the mark.
+    """
+    from server.client import Client
+
+    if rating is None and correction is None:
+        raise click.UsageError("give --good, --bad or --correction")
+    text = sys.stdin.read() if correction == "-" else correction
+    with Client(server) as client:
+        replaced = client.feedback(request_id, rating, text, candidate=candidate, comment=comment)
+    if as_json:
+        click.echo(json.dumps({"request_id": request_id, "replaced": replaced}, indent=2))
+    else:
+        click.echo("kept, in place of an earlier mark" if replaced else "kept")
+    return 0
 
 
 @click.command()

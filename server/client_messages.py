@@ -19,6 +19,7 @@ Adapters = str | Sequence[str | tuple[str, float]] | None
 """One ref, or several, each alone or with its weight; None: the base model."""
 
 FinishReason = Literal["stop", "length", "stop_string"]
+Rating = Literal["good", "bad"]
 
 _REASON_KEY = "loraplex-reason"
 
@@ -242,6 +243,22 @@ def tokenize_request(prompt: str | Sequence[Mapping[str, str]]) -> inference_pb2
     if isinstance(prompt, str):
         return inference_pb2.TokenizeRequest(text=prompt)
     return inference_pb2.TokenizeRequest(chat=inference_pb2.Chat(messages=_chat(prompt)))
+
+
+def feedback_request(
+    request_id: str, rating: Rating | None, correction: str | None, candidate: int, comment: str
+) -> inference_pb2.FeedbackRequest:
+    """The message of a call; raises ValueError for a rating that there is not."""
+    ratings = {
+        None: inference_pb2.RATING_UNSPECIFIED,
+        "good": inference_pb2.RATING_GOOD,
+        "bad": inference_pb2.RATING_BAD,
+    }
+    if rating not in ratings:
+        raise ValueError(f"a rating is good or bad, not {rating!r}")
+    return inference_pb2.FeedbackRequest(
+        request_id=request_id, rating=ratings[rating], correction=correction, index=candidate, comment=comment
+    )
 
 
 class AnswerSoFar:

@@ -60,6 +60,21 @@ class RequestLimits:
 
 
 @dataclass(frozen=True)
+class FeedbackConfig:
+    """Where marks of answers are kept, and what of the answers is remembered until then."""
+
+    directory: Path
+    retention_seconds: float = 30 * 86400.0  # a day's marks are removed so long after its end
+    window_seconds: float = 900.0  # how long after its answer a request can be marked
+    max_tenant_bytes: int = 256 * MIB  # of one tenant's marks on disk
+    max_answers: int = 4096  # remembered
+    max_answer_bytes: int = 64 * MIB  # of memory, for all remembered
+    max_pending: int = 64  # marks on their way to the disk
+    max_correction_chars: int = 64 * 1024
+    max_comment_chars: int = 1000
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """Everything `hub serve` was told."""
 
@@ -72,4 +87,5 @@ class ServerConfig:
     drain_seconds: float = 30.0  # time for running requests after SIGTERM
     lease_seconds: float = 600.0  # of the leases on held versions, renewed at half of it; 0 = none
     tenant_header: str | None = None  # metadata key that names a call's tenant; None: all callers are one
+    feedback: FeedbackConfig | None = None  # None: no answer can be marked, and none is remembered
     trusted_keys: tuple[Path, ...] = ()  # files of public keys; none: adapters need no signature

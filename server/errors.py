@@ -155,3 +155,39 @@ class AddressUnavailable(ServerError):
     """The server cannot listen where it was told to."""
 
     reason = "ADDRESS_UNAVAILABLE"
+
+
+class FeedbackOff(ServerError):
+    """The server keeps no marks of answers: it was not started with `--feedback`."""
+
+    reason = "FEEDBACK_OFF"
+
+
+class RequestNotFound(ServerError):
+    """No request of this id was answered to this tenant, or too long ago; which of them is not said."""
+
+    reason = "REQUEST_NOT_FOUND"
+
+
+class PromptNotText(ServerError):
+    """A request's token ids are not what any text is made of, so its answer cannot become an example."""
+
+    reason = "PROMPT_NOT_TEXT"
+
+
+class FeedbackFull(ServerError):
+    """A tenant's marks take as many bytes as they may."""
+
+    reason = "FEEDBACK_FULL"
+
+
+class FeedbackNotStored(ServerError):
+    """A mark could not be written to the disk; it may be sent again."""
+
+    reason = "FEEDBACK_NOT_STORED"
+
+
+class FeedbackDirectoryUnusable(ServerError):
+    """The directory for marks cannot be written, or holds none that could be read."""
+
+    reason = "FEEDBACK_DIRECTORY_UNUSABLE"

@@ -144,6 +144,9 @@ class Metrics:
             buckets=_LOAD_BUCKETS,
         )
         self._errors = Counter("loraplex_errors", "Calls that failed, by reason.", ["reason"], registry=registry)
+        self._feedback = Counter(
+            "loraplex_feedback", "Marks of answers, by rating: good, bad or none.", ["rating"], registry=registry
+        )
         self._versions = VersionMetrics(registry, partial(AdapterLabels, labelled_adapters))
         self._info = Gauge(
             "loraplex_server_info",
@@ -165,6 +168,10 @@ class Metrics:
     def error(self, reason: str) -> None:
         """Count a failed call."""
         self._errors.labels(reason).inc()
+
+    def feedback(self, rating: str) -> None:
+        """Count a mark that was stored."""
+        self._feedback.labels(rating).inc()
 
     # The engine's observer.
 

@@ -11,12 +11,16 @@ import click
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json
 from server.cli import bound_openmp
+from training.cli_collect import collect_command
 from training.quiet import quiet_libraries
 
 
 @click.group()
 def continual() -> None:
     """Learn task after task, measure what was forgotten, and promote only what forgot little enough."""
+
+
+continual.add_command(collect_command)
 
 
 @continual.command(

@@ -12,14 +12,14 @@ import click
 
 from hub.cli_options import examples, json_option
 from hub.cli_output import print_json, print_table, printable
-from training.data import Example, digest_of, read_jsonl
-from training.errors import DataTooSmall, OutputExists
+from training.data import digest_of, read_jsonl
+from training.errors import OutputExists
 from training.presets import named_recipe
 from training.quiet import quiet_libraries
 from training.tasks import MODULES, Answers, task_named
+from training.token_counter import token_counter
 
 if TYPE_CHECKING:
-    from training.data_check import CountTokens
     from training.data_report import Finding, Report
 
 _SHOWN_CHARS = 160
@@ -100,7 +100,7 @@ def check(
         answers = task_named(told).answers
     report = check_file(
         file,
-        _counter(base),
+        token_counter(base),
         answers=answers,
         evaluation=read_jsonl(evaluation).examples if evaluation is not None else None,
         similarity=similarity,
@@ -120,27 +120,9 @@ def check(
         sys.exit(1)
 
 
-def _counter(base: str) -> CountTokens:
-    from transformers import AutoTokenizer
-
-    from hub.base import locate_base
-    from training.template import render
-
-    tokenizer = AutoTokenizer.from_pretrained(str(locate_base(base).directory))
-
-    def count(example: Example) -> tuple[int, int]:
-        whole = render(tokenizer, [message.as_dict() for message in example.messages])
-        ids = tokenizer([whole, example.answer], add_special_tokens=False, verbose=False).input_ids
-        return len(ids[0]), len(ids[1])
-
-    return count
-
-
 def _write(path: Path, report: Report) -> str:
-    """The lines that were kept, byte for byte; returns the digest of the new file."""
-    if not report.kept:
-        raise DataTooSmall(f"nothing of {report.file} is left without its faults")
-    data = "".join(line.raw.rstrip("\r") + "\n" for line in report.kept).encode()
+    """The lines that were kept; returns the digest of the new file."""
+    data = report.without_faults()
     with path.open("xb") as file:
         file.write(data)
     return digest_of(data)

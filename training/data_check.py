@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +19,7 @@ from training.errors import DataInvalid
 from training.near_duplicates import near_copies, near_matches
 from training.tasks import Answers
 from training.tasks.policy import parse_json
+from training.token_counter import CountTokens
 
 SIMILARITY: Final = 0.9
 LONG_FORM_TOKENS: Final = 20  # shorter answers of a long-form task teach the model to be curt
@@ -30,9 +31,6 @@ _LONG_WORDS: Final = 60  # mean of a long-form task
 _JSON_SHARE: Final = 0.5
 _LARGEST_CLASS: Final = 0.8
 _SMALLEST_BY_LARGEST: Final = 0.1
-
-# Tokens of (the whole conversation, its answer).
-CountTokens = Callable[[Example], tuple[int, int]]
 
 
 def kind_of(answers: Sequence[str]) -> Answers:
@@ -57,16 +55,40 @@ def check_file(
     max_length: int,
     samples: int = 3,
 ) -> Report:
-    """Run every check on a file of training examples.
+    """Run every check on a file of training examples, see `check_data`; `DataInvalid` also where it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataInvalid(f"cannot read {path}: {error.strerror}") from error
+    return check_data(
+        data,
+        path,
+        count_tokens,
+        answers=answers,
+        evaluation=evaluation,
+        similarity=similarity,
+        max_length=max_length,
+        samples=samples,
+    )
+
+
+def check_data(
+    data: bytes,
+    path: Path,
+    count_tokens: CountTokens,
+    *,
+    answers: Answers | None = None,
+    evaluation: Sequence[Example] | None = None,
+    similarity: float = SIMILARITY,
+    max_length: int,
+    samples: int = 3,
+) -> Report:
+    """Run every check on the bytes of a file of training examples, which `path` names.
 
     `answers` None guesses the kind; `evaluation` are the examples that must not occur in the file; `max_length` is
     what the recipe trains on, in tokens. Raises `DataInvalid` only when the file cannot be read as text or has no
     line at all.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataInvalid(f"cannot read {path}: {error.strerror}") from error
     raw = [(number, line) for number, line in enumerate(decode_lines(data, path), 1) if line.strip()]
     if not raw:
         raise DataInvalid(f"{path} holds no examples")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from training.data import Example
+from training.errors import DataTooSmall
 from training.tasks import Answers
 
 
@@ -68,6 +69,12 @@ class Report:
     def ok(self) -> bool:
         """Whether there is no fault."""
         return not self.faults
+
+    def without_faults(self) -> bytes:
+        """The lines that were kept, as they were. Raises `DataTooSmall` where none is."""
+        if not self.kept:
+            raise DataTooSmall(f"nothing of {self.file} is left without its faults")
+        return "".join(line.raw.rstrip("\r") + "\n" for line in self.kept).encode()
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""

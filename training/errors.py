@@ -81,6 +81,12 @@ class OutputExists(TrainingError):
     reason = "OUTPUT_EXISTS"
 
 
+class OutputUnwritable(TrainingError):
+    """An output cannot be written: its directory is not there, or the disk is full."""
+
+    reason = "OUTPUT_UNWRITABLE"
+
+
 class ResumeMismatch(TrainingError):
     """The checkpoints belong to a run with other data, base or settings, or there are none."""
 

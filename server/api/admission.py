@@ -57,12 +57,18 @@ class Admitted:
     """One call's requests, ready to submit: one a candidate, alike but for the seed."""
 
     caller_id: str  # what the answer echoes
+    prompt: Prompt  # as the caller gave it
     requests: tuple[Request, ...]  # ids are unique in this server, whatever ids callers choose
 
     @property
     def adapters(self) -> tuple[AdapterUse, ...]:
         """The versions that answer."""
         return self.requests[0].adapters
+
+    @property
+    def tenant(self) -> str:
+        """Whose call it is."""
+        return self.requests[0].tenant
 
 
 class Admission:
@@ -110,7 +116,7 @@ class Admission:
             structure=parsed.structure,
             tenant=tenant,
         )
-        return Admitted(parsed.id, tuple(_candidate(first, index) for index in range(parsed.samples)))
+        return Admitted(parsed.id, parsed.prompt, tuple(_candidate(first, index) for index in range(parsed.samples)))
 
     async def tokenize(self, prompt: Prompt) -> Sequence[int]:
         """The prompt's token ids, at least one."""

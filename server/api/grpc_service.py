@@ -23,6 +23,7 @@ from server.adapters.directory import AdapterDirectory, ResolvedAdapter
 from server.api import encode
 from server.api.admission import Admission, Admitted
 from server.api.candidates import Candidates
+from server.api.feedback import Feedback
 from server.api.parse import RequestParser, tenant_of
 from server.engine.request import Delta
 
@@ -49,12 +50,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         admission: Admission,
         parser: RequestParser,
         model_info: inference_pb2.ModelInfo,
+        feedback: Feedback,
         tenant_header: str | None = None,
     ) -> None:
         self._engine = engine
         self._admission = admission
         self._parser = parser
         self._model_info = model_info
+        self._feedback = feedback
         self._tenant_header = tenant_header
 
     async def Generate(  # noqa: N802
@@ -63,9 +66,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Answer when generation ended."""
         admitted = await self._admission.admit(request, self._tenant(context))
         deltas: list[list[Delta]] = [[] for _ in admitted.requests]
+        listener = self._feedback.listen(admitted)
         with self._running(admitted) as answers:
             async for index, delta in answers:
                 _raise_error(delta)
+                listener.hear(index, delta)
                 deltas[index].append(delta)
         return encode.response(admitted.caller_id, admitted.adapters, deltas)
 
@@ -77,10 +82,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """
         admitted = await self._admission.admit(request, self._tenant(context))
         caller_id, adapters = admitted.caller_id, admitted.adapters
+        listener = self._feedback.listen(admitted)
         with self._running(admitted) as answers:
             await context.write(encode.first_chunk(caller_id, adapters))
             async for index, delta in answers:
                 _raise_error(delta)
+                # Before the write: who has the last chunk may mark the answer at once.
+                listener.hear(index, delta)
                 await context.write(encode.chunk(caller_id, adapters, delta, index))
 
     async def Tokenize(  # noqa: N802
@@ -95,6 +103,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.ModelInfo:
         """What is served and the limits of a request."""
         return self._model_info
+
+    async def Feedback(  # noqa: N802
+        self, request: inference_pb2.FeedbackRequest, context: Context
+    ) -> inference_pb2.FeedbackResponse:
+        """Keep what the caller says of an answer."""
+        return inference_pb2.FeedbackResponse(replaced=await self._feedback.mark(request, self._tenant(context)))
 
     def _tenant(self, context: Context) -> str:
         return tenant_of(context.invocation_metadata() or (), self._tenant_header)

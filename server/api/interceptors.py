@@ -47,6 +47,11 @@ STATUSES: dict[type[Exception], grpc.StatusCode] = {
     # Alone too large for this server: unlike QUEUE_FULL, sending it again cannot help.
     errors.RequestTooLarge: grpc.StatusCode.FAILED_PRECONDITION,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.FeedbackOff: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.RequestNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.PromptNotText: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.FeedbackFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.FeedbackNotStored: grpc.StatusCode.UNAVAILABLE,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     Loading: grpc.StatusCode.UNAVAILABLE,
     errors.EngineFailed: grpc.StatusCode.UNAVAILABLE,

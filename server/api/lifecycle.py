@@ -26,6 +26,7 @@ from prometheus_client import start_http_server
 from protos.loraplex.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from server.adapters.directory import AdapterDirectory
 from server.api.admission import Admission
+from server.api.feedback import Feedback, KeptFeedback, NoFeedback
 from server.api.grpc_service import AdaptersService, InferenceService
 from server.api.interceptors import Loading, StatusInterceptor
 from server.api.parse import RequestParser
@@ -105,7 +106,7 @@ class Server:
         await self._server.start()
 
     async def serve_engine(self, engine: Engine, directory: AdapterDirectory) -> None:
-        """Answer calls with `engine`, which has been started."""
+        """Answer calls with `engine`, which has been started. Raises `FeedbackDirectoryUnusable`."""
         limits, base = self._config.requests, engine.base
         parser = RequestParser(
             limits=limits,
@@ -118,8 +119,10 @@ class Server:
         )
         administration = AdaptersService(engine, directory)
         self._closers += [admission.close, administration.close]
+        feedback = await self._open_feedback(engine)
+        self._closers.append(feedback.close)
         self._inference.servicer = InferenceService(
-            engine, admission, parser, model_info(engine, self._config), self._config.tenant_header
+            engine, admission, parser, model_info(engine, self._config), feedback, self._config.tenant_header
         )
         self._adapters.servicer = administration
         self._engine = engine
@@ -147,6 +150,14 @@ class Server:
             http.shutdown()
             http.server_close()
             thread.join()
+
+    async def _open_feedback(self, engine: Engine) -> Feedback:
+        if self._config.feedback is None:
+            return NoFeedback()
+        base = engine.base.identity.name or self._config.model.base
+        feedback = KeptFeedback(self._config.feedback, engine.text, base, self._metrics.feedback)
+        await feedback.start()
+        return feedback
 
     def _bind_metrics(self, host: str) -> None:
         port = self._config.metrics_port

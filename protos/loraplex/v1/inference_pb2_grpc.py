@@ -55,6 +55,11 @@ class InferenceStub:
                 request_serializer=protos_dot_loraplex_dot_v1_dot_inference__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=protos_dot_loraplex_dot_v1_dot_inference__pb2.ModelInfo.FromString,
                 _registered_method=True)
+        self.Feedback = channel.unary_unary(
+                '/loraplex.v1.Inference/Feedback',
+                request_serializer=protos_dot_loraplex_dot_v1_dot_inference__pb2.FeedbackRequest.SerializeToString,
+                response_deserializer=protos_dot_loraplex_dot_v1_dot_inference__pb2.FeedbackResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -88,6 +93,14 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Feedback(self, request, context):
+        """Says what an answer was worth, or what it should have been, for a later training stage. Refused with FEEDBACK_OFF
+        unless the server was told to keep such marks; only they, with the request and the answer, reach its disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +123,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetModelInfo,
                     request_deserializer=protos_dot_loraplex_dot_v1_dot_inference__pb2.GetModelInfoRequest.FromString,
                     response_serializer=protos_dot_loraplex_dot_v1_dot_inference__pb2.ModelInfo.SerializeToString,
+            ),
+            'Feedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Feedback,
+                    request_deserializer=protos_dot_loraplex_dot_v1_dot_inference__pb2.FeedbackRequest.FromString,
+                    response_serializer=protos_dot_loraplex_dot_v1_dot_inference__pb2.FeedbackResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -221,6 +239,33 @@ class Inference:
             '/loraplex.v1.Inference/GetModelInfo',
             protos_dot_loraplex_dot_v1_dot_inference__pb2.GetModelInfoRequest.SerializeToString,
             protos_dot_loraplex_dot_v1_dot_inference__pb2.ModelInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Feedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.Inference/Feedback',
+            protos_dot_loraplex_dot_v1_dot_inference__pb2.FeedbackRequest.SerializeToString,
+            protos_dot_loraplex_dot_v1_dot_inference__pb2.FeedbackResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -75,6 +75,9 @@ class FakeText:
             raise InvalidRequest("the base's chat template refuses these messages: the user speaks first")
         return self.encode("".join(f"<{each['role']}>{each['content']}" for each in messages))
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(chr(token) for token in token_ids if token)  # 0 is special
+
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         return [chr(token) for token in token_ids]
 

@@ -46,11 +46,20 @@ def test_an_unknown_base_and_a_hub_that_cannot_be_opened_are_one_line(tmp_path: 
     assert "HUB_UNAVAILABLE" in unopened.stderr
 
 
-@pytest.mark.parametrize("option", [("--listen", "nowhere"), ("--kv-memory", "much"), ("--quantize", "int3")])
+@pytest.mark.parametrize(
+    "option", [("--listen", "nowhere"), ("--kv-memory", "much"), ("--quantize", "int3"), ("--feedback-window", "soon")]
+)
 def test_wrong_usage_is_2(option: tuple[str, str]) -> None:
     result = hub_serve(*option)
     assert result.returncode == 2
     assert option[1] in result.stderr
+
+
+def test_a_feedback_directory_that_is_none_is_one_line_before_anything_is_loaded(tmp_path: Path, base: Path) -> None:
+    below_a_file = base / "config.json" / "kept"
+    result = hub_serve("--base", str(base), "--hub", str(tmp_path / "hub"), "--feedback", str(below_a_file))
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert "FEEDBACK_DIRECTORY_UNUSABLE" in result.stderr
 
 
 def test_torch_is_imported_by_nothing_but_the_engine() -> None:

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from server.client_cli import adapters, generate
+from server.client_cli import adapters, feedback, generate
+from server.config import FeedbackConfig
 from server.engine.request import Structure
-from tests.server.api.fakes import FakeEngine, FakeHub, RunningServer
+from server.feedback.reading import read_marks
+from tests.server.api.fakes import QUIET, FakeEngine, FakeHub, RunningServer
 
 
 @pytest.fixture
@@ -89,3 +92,24 @@ def test_adapters(server: RunningServer) -> None:
     assert row.split() == ["team/a@1", "device", "8", "2.0", "KiB", "1000", "B", "0", "0123456789ab"]
     listed = json.loads(CliRunner().invoke(adapters, ["--server", server.address, "--json"]).stdout)
     assert listed[0]["version"] == "team/a@1"
+
+
+def test_feedback_takes_the_id_under_the_answer(tmp_path: Path) -> None:
+    server = RunningServer(FakeEngine(), FakeHub(), replace(QUIET, feedback=FeedbackConfig(tmp_path / "kept")))
+    server.serve()
+    try:
+
+        def tell(*arguments: str, stdin: str | None = None) -> Result:
+            return CliRunner().invoke(feedback, [*arguments, "--server", server.address], input=stdin)
+
+        request_id = ask(server, "hello", "--max-new-tokens", "2").stderr.split()[-1]
+        assert tell(request_id, "--good").output == "kept\n"
+        assert tell(request_id, "--bad", "--comment", "why").output == "kept, in place of an earlier mark\n"
+        piped = tell(request_id, "--correction", "-", "--json", stdin="better\n")
+        assert json.loads(piped.output) == {"request_id": request_id, "replaced": True}
+        assert tell(request_id).exit_code == 2
+        assert getattr(tell("nosuch", "--good").exception, "reason", None) == "REQUEST_NOT_FOUND"
+    finally:
+        server.close()
+    (mark,) = read_marks(tmp_path / "kept").marks
+    assert (mark.prompt, mark.answer, mark.correction) == ((("user", "hello"),), "ab", "better\n")
