@@ -38,6 +38,7 @@ from server.client_messages import (
     ModelInfo,
     Options,
     Prompt,
+    Routing,
     Timing,
     Token,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "ModelInfo",
     "Options",
     "Prompt",
+    "Routing",
     "Timing",
     "Token",
 ]
@@ -147,6 +149,11 @@ class AnswerStream(Iterator[Chunk]):
     def adapters(self) -> tuple[AnsweringAdapter, ...]:
         """The versions that answer."""
         return self._so_far.adapters
+
+    @property
+    def routing(self) -> Routing | None:
+        """How they were chosen; None where no router was asked."""
+        return self._so_far.routing
 
     @property
     def answer(self) -> Answer | None:
@@ -262,6 +269,11 @@ class AsyncAnswerStream(AsyncIterator[Chunk]):
     def adapters(self) -> tuple[AnsweringAdapter, ...]:
         """The versions that answer."""
         return self._so_far.adapters
+
+    @property
+    def routing(self) -> Routing | None:
+        """How they were chosen; None where no router was asked."""
+        return self._so_far.routing
 
     @property
     def answer(self) -> Answer | None:

@@ -72,4 +72,5 @@ class ServerConfig:
     drain_seconds: float = 30.0  # time for running requests after SIGTERM
     lease_seconds: float = 600.0  # of the leases on held versions, renewed at half of it; 0 = none
     tenant_header: str | None = None  # metadata key that names a call's tenant; None: all callers are one
+    routers: tuple[tuple[str, Path], ...] = ()  # (name, directory) of what chooses for requests with `auto`
     trusted_keys: tuple[Path, ...] = ()  # files of public keys; none: adapters need no signature

@@ -23,13 +23,13 @@ from hub.cli import group
 from hub.hub import Hub
 from hub.refs import AdapterRef
 from tests.training.continual.scripted import FORGETS, GOOD, THREE, ScriptedScorer, ScriptedTrainer
+from server.router import Router
 from training.continual import run as run_module
 from training.continual.errors import RunMismatch, RunMissing
 from training.continual.gates import Gates, judge
 from training.continual.plan import ContinualPlan
 from training.continual.record import RunRecord
 from training.continual.report import write_report
-from training.continual.router import Router
 from training.continual.run import Run, prepare_data
 from training.continual.scoring import Cell
 from training.continual.strategies import KINDS
