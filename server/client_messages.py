@@ -16,7 +16,7 @@ Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 """Text to continue, or chat messages `{"role": …, "content": …}`, or token ids."""
 
 Adapters = str | Sequence[str | tuple[str, float]] | None
-"""One ref, or several, each alone or with its weight; None: the base model."""
+"""One ref, or several, each alone or with its weight; None: the base; "auto": what the server's router chooses."""
 
 FinishReason = Literal["stop", "length", "stop_string"]
 

@@ -60,7 +60,7 @@ def fit(
     )  # fmt: skip
 
 
-def write(router: Router, directory: Path) -> None:
+def write_router(router: Router, directory: Path) -> None:
     """Fill `directory`, which is not there yet, with the router; raises `OutputExists` where it is."""
     output.check_free(directory)
     output.write_directory(directory, router.save)

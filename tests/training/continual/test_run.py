@@ -22,8 +22,8 @@ from rich.console import Console
 from hub.cli import group
 from hub.hub import Hub
 from hub.refs import AdapterRef
-from tests.training.continual.scripted import FORGETS, GOOD, THREE, ScriptedScorer, ScriptedTrainer
 from server.router import Router
+from tests.training.continual.scripted import FORGETS, GOOD, THREE, ScriptedScorer, ScriptedTrainer
 from training.continual import run as run_module
 from training.continual.errors import RunMismatch, RunMissing
 from training.continual.gates import Gates, judge
