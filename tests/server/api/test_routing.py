@@ -17,7 +17,9 @@ from click.testing import CliRunner
 
 from hub.hub import Hub
 from protos.loraplex.v1 import inference_pb2, inference_pb2_grpc
-from server.adapters.directory import hub_fetch
+from server.adapters.directory import AdapterDirectory, hub_fetch
+from server.api.serving import Parts, serve
+from server.cli import serve as serve_command
 from server.client import AsyncClient, Client, GenerationError
 from server.client_cli import generate
 from server.config import MIB, EngineLimits, ModelConfig
@@ -28,7 +30,6 @@ from server.router import Router
 from tests.server.api.fakes import QUIET, RunningServer
 from tests.server.api.test_live import eventually
 from tests.server.api.test_metrics import samples
-from tests.server.api.test_serve_command import hub_serve
 from training.continual.router import embed, fit, write_router
 
 MOODS = ("a fine film", "dull from start to end", "charming and odd", "the worst of the year", "never a slow minute")
@@ -355,20 +356,16 @@ def test_a_router_for_another_base_is_refused_at_start(
         pass
 
 
-def test_hub_serve_says_why_it_refuses_a_router(world: World, tmp_path: Path) -> None:
+def test_hub_serve_ends_with_the_reason_and_is_never_ready(world: World, tmp_path: Path) -> None:
     write_router(replace(world.router, base="sha256:" + "0" * 64), tmp_path / "router")
-    result = hub_serve(
-        *("--base", str(world.base), "--hub", str(tmp_path / "hub"), "--listen", "127.0.0.1:0", "--metrics-port", "-1"),
-        *("--quantize", "none", "--kv-memory", "8MiB", "--adapter-memory", "1MiB", "--threads", "1"),
-        *("--router", f"six={tmp_path / 'router'}"),
-    )
-    assert (result.returncode, result.stdout) == (1, "")
-    assert "another base" in result.stderr and "ROUTER_MISMATCH" in result.stderr
-    assert "Traceback" not in result.stderr
+    config = replace(QUIET, listen="127.0.0.1:0", routers=(("six", tmp_path / "router"),))
+    parts = Parts(lambda: AdapterDirectory(world.hub), lambda metrics: Shared(world.server.engine))  # type: ignore[return-value,arg-type]
+    said: list[str] = []
+    with pytest.raises(RouterMismatch, match="another base") as refused:
+        asyncio.run(serve(config, parts, announce=said.append, progress=lambda line: None))
+    assert (refused.value.reason, said) == ("ROUTER_MISMATCH", [])
 
 
 @pytest.mark.parametrize("options", [("six",), ("Six=x",), ("=x",), ("six=",), ("six=a", "--router", "six=b")])
 def test_wrong_usage_of_router_is_2(options: tuple[str, ...]) -> None:
-    from server.cli import serve
-
-    assert CliRunner().invoke(serve, ["--router", *options]).exit_code == 2
+    assert CliRunner().invoke(serve_command, ["--router", *options]).exit_code == 2

@@ -182,7 +182,7 @@ def test_a_reading_thrown_out_between_two_chunks_begins_anew(world: World) -> No
 
 
 def test_pages_are_few(tiny_base: Path, directory_fetch: Callable[..., Any]) -> None:
-    """Not enough for two readings, and less while answers grow: they take turns, and everybody ends with what is his."""
+    """Not enough for two readings, and less while answers grow: they take turns, and everybody has what is his."""
     world = World(tiny_base, directory_fetch({}), kv_memory_bytes=16 * 16 * 512, prefix_cache=False)
     assert world.engine._pages.pages == 16
     prompts = [draw(150) for _ in range(3)]
