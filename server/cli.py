@@ -16,6 +16,8 @@ from hub.byte_size import ByteSize, as_option
 from hub.cli_trust import trust_options
 from hub.duration import Duration
 from hub.duration import as_option as as_duration
+from hub.errors import RefInvalid
+from hub.refs import Alias
 from server.config import EngineLimits, FeedbackConfig, ModelConfig, Quantization, ServerConfig
 from server.errors import BaseUnavailable
 
@@ -70,6 +72,25 @@ class MetadataKey(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         if not re.fullmatch(r"[0-9a-z_.-]{1,64}", key, re.ASCII) or key.endswith("-bin") or key.startswith("grpc-"):
             self.fail(f"{value!r} is no metadata key: write lower-case letters, digits and _ . -", param, ctx)
         return key
+
+
+class NamedRouter(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """NAME=DIR."""
+
+    name = "router"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        """The name and its directory; fails with wrong usage."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, directory = str(value).partition("=")
+        try:
+            Alias.parse(name)
+        except RefInvalid:
+            equals = ""
+        if not (equals and directory):
+            self.fail(f"{value!r} is no router: write NAME=DIR, the name in lower-case [a-z0-9._-]", param, ctx)
+        return name, Path(directory)
 
 
 @click.command(epilog="Example: hub serve --listen 0.0.0.0:50051 --quantize nf4 --adapter-memory 1GiB")
@@ -213,6 +234,15 @@ class MetadataKey(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     help="How long after its answer a request can be marked; until then it is remembered, in memory alone.",
 )
 @click.option("--feedback-limit", **_size(_FEEDBACK.max_tenant_bytes), help="What one tenant's feedback may take.")
+@click.option(
+    "--router",
+    "routers",
+    multiple=True,
+    type=NamedRouter(),
+    metavar="NAME=DIR",
+    help="A router of `hub continual`, which chooses for requests that ask for auto (auto:NAME where there are "
+    "several); may be given several times. Refused where it was fitted for another base.",
+)
 @trust_options
 def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> int:
     """Serve one base model with any mix of adapters, over gRPC.
@@ -222,6 +252,9 @@ def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> in
     key signed are refused (SIGNATURE_MISSING, SIGNATURE_UNTRUSTED). SIGTERM or Ctrl-C lets running requests end, a
     second one stops at once.
     """
+    names = [name for name, _ in options["routers"]]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise click.UsageError(f"two routers are called {min(twice)}")
     config = ServerConfig(
         model=ModelConfig(
             options["base"], options["quantize"], options["dtype"], options["device"], options["threads"]
@@ -250,6 +283,7 @@ def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> in
         )
         if options["feedback"] is not None
         else None,
+        routers=options["routers"],
         trusted_keys=trusted_keys,
     )
     bound_openmp(config.model.threads)

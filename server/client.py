@@ -39,6 +39,7 @@ from server.client_messages import (
     Options,
     Prompt,
     Rating,
+    Routing,
     Timing,
     Token,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "Options",
     "Prompt",
     "Rating",
+    "Routing",
     "Timing",
     "Token",
 ]
@@ -165,6 +167,11 @@ class AnswerStream(Iterator[Chunk]):
     def adapters(self) -> tuple[AnsweringAdapter, ...]:
         """The versions that answer."""
         return self._so_far.adapters
+
+    @property
+    def routing(self) -> Routing | None:
+        """How they were chosen; None where no router was asked."""
+        return self._so_far.routing
 
     @property
     def answer(self) -> Answer | None:
@@ -293,6 +300,11 @@ class AsyncAnswerStream(AsyncIterator[Chunk]):
     def adapters(self) -> tuple[AnsweringAdapter, ...]:
         """The versions that answer."""
         return self._so_far.adapters
+
+    @property
+    def routing(self) -> Routing | None:
+        """How they were chosen; None where no router was asked."""
+        return self._so_far.routing
 
     @property
     def answer(self) -> Answer | None:

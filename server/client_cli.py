@@ -12,7 +12,7 @@ import click
 from hub.byte_size import as_text
 
 if TYPE_CHECKING:
-    from server.client import Answer, Options, Rating
+    from server.client import Answer, Options, Rating, Routing
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 
@@ -57,7 +57,8 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
     multiple=True,
     type=AskedAdapter(),
     metavar="REF[=WEIGHT]",
-    help="An adapter that answers, with its weight; may be given several times. None: the base.",
+    help="An adapter that answers, with its weight; may be given several times. None: the base. auto, or auto:NAME: "
+    "what the server's router chooses by the prompt.",
 )
 @_server_option
 @click.option("--system", metavar="TEXT", help="An instruction before PROMPT, as a system message; not with --raw.")
@@ -179,6 +180,7 @@ def _footer(answer: Answer) -> str:
     weights = [each.version if each.weight == 1 else f"{each.version} × {each.weight:g}" for each in answer.adapters]
     facts = [
         " + ".join(weights) or "base",
+        *([] if answer.routing is None else [_chosen(answer.routing)]),
         f"{answer.completion_tokens} tokens ({answer.finish_reason.replace('_', ' ')})",
         f"first after {answer.timing.first_token * 1000:.0f} ms",
     ]
@@ -186,6 +188,11 @@ def _footer(answer: Answer) -> str:
         facts.append(f"{answer.tokens_per_second:.1f} tokens/s")
     facts.append(f"request {answer.request_id}")
     return " · ".join(facts)
+
+
+def _chosen(routing: Routing) -> str:
+    words = f"nearest of {routing.router}" if routing.chosen else f"none of {routing.router}, nearest {routing.nearest}"
+    return f"{words}: {routing.distance:.3g} of {routing.threshold:.3g}"
 
 
 @click.command(

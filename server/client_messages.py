@@ -16,7 +16,7 @@ Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 """Text to continue, or chat messages `{"role": …, "content": …}`, or token ids."""
 
 Adapters = str | Sequence[str | tuple[str, float]] | None
-"""One ref, or several, each alone or with its weight; None: the base model."""
+"""One ref, or several, each alone or with its weight; None: the base; "auto": what the server's router chooses."""
 
 FinishReason = Literal["stop", "length", "stop_string"]
 Rating = Literal["good", "bad"]
@@ -74,6 +74,17 @@ class AnsweringAdapter:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How the server chose for a request with the adapter `auto`."""
+
+    router: str
+    chosen: str  # the reference, as the router has it; empty: none of them, the base answers
+    nearest: str  # whose prompts this one is most like, chosen or not
+    distance: float  # squared, in units of those prompts' own spread
+    threshold: float  # beyond it the base answers
+
+
+@dataclass(frozen=True)
 class Logprobs:
     """Natural log-probabilities at one position."""
 
@@ -128,6 +139,7 @@ class Answer:
     warnings: tuple[str, ...]
     request_id: str
     candidates: tuple[Candidate, ...]  # all n, the first included
+    routing: Routing | None = None  # None: no router was asked
 
     @property
     def tokens_per_second(self) -> float:
@@ -276,6 +288,11 @@ class AnswerSoFar:
         """The versions that answer, known from the first chunk on."""
         return _answering(self._whole.adapters)
 
+    @property
+    def routing(self) -> Routing | None:
+        """How they were chosen, known from the first chunk on; None where no router was asked."""
+        return _routing(self._whole)
+
     def add(self, message: inference_pb2.GenerateChunk) -> Chunk:
         """Take one chunk in and return it for the caller."""
         whole = self._whole
@@ -283,6 +300,8 @@ class AnswerSoFar:
         if message.adapters:
             del whole.adapters[:]
             whole.adapters.extend(message.adapters)
+        if message.HasField("routing"):
+            whole.routing.CopyFrom(message.routing)
         part = self._parts[message.index]
         self._texts[message.index].append(message.text)
         part.token_ids.extend(message.token_ids)
@@ -325,6 +344,7 @@ def answer(message: inference_pb2.GenerateResponse) -> Answer:
         warnings=tuple(message.warnings),
         request_id=message.request_id,
         candidates=tuple(_candidate(each, each.index) for each in message.candidates) or (first,),
+        routing=_routing(message),
     )
 
 
@@ -389,6 +409,12 @@ def _chat(messages: Iterable[Mapping[str, str]]) -> list[inference_pb2.ChatMessa
 
 def _answering(messages: Iterable[inference_pb2.ResolvedAdapter]) -> tuple[AnsweringAdapter, ...]:
     return tuple(AnsweringAdapter(each.version, each.digest, each.weight) for each in messages)
+
+
+def _routing(message: inference_pb2.GenerateResponse) -> Routing | None:
+    if not message.HasField("routing"):
+        return None
+    return Routing(**{field: getattr(message.routing, field) for field in Routing.__dataclass_fields__})
 
 
 def _logprobs(messages: Iterable[inference_pb2.PositionLogprobs]) -> tuple[Logprobs, ...]:

@@ -88,4 +88,5 @@ class ServerConfig:
     lease_seconds: float = 600.0  # of the leases on held versions, renewed at half of it; 0 = none
     tenant_header: str | None = None  # metadata key that names a call's tenant; None: all callers are one
     feedback: FeedbackConfig | None = None  # None: no answer can be marked, and none is remembered
+    routers: tuple[tuple[str, Path], ...] = ()  # (name, directory) of what chooses for requests with `auto`
     trusted_keys: tuple[Path, ...] = ()  # files of public keys; none: adapters need no signature

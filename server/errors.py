@@ -43,6 +43,12 @@ class StructureFailed(InvalidRequest):
     reason = "STRUCTURE_FAILED"
 
 
+class RouterUnnamed(InvalidRequest):
+    """The request asks for `auto`, and the server has several routers; the message names them."""
+
+    reason = "ROUTER_UNNAMED"
+
+
 class AdapterUnservable(ServerError):
     """The adapter is sound, but this server's base or settings cannot serve it; the message names what."""
 
@@ -92,7 +98,7 @@ class RequestTooLarge(ServerError):
 
 
 class NonFiniteLogits(ServerError):
-    """The model's output for this request was NaN or infinite; its neighbours are not affected."""
+    """The model's output for this request, or for its prompt, was NaN or infinite; its neighbours are not affected."""
 
     reason = "NON_FINITE_OUTPUT"
 
@@ -125,6 +131,30 @@ class DeterminismUnavailable(ServerError):
     """`--deterministic` cannot be promised for this model on this machine; the message says why."""
 
     reason = "DETERMINISM_UNAVAILABLE"
+
+
+class RouterInvalid(ServerError):
+    """A router's files do not say what a router is, or there is too little to fit one."""
+
+    reason = "ROUTER_INVALID"
+
+
+class RouterMismatch(ServerError):
+    """A router was fitted for another base: its fingerprint, its width or its layer is not this one's."""
+
+    reason = "ROUTER_MISMATCH"
+
+
+class RouterUnavailable(ServerError):
+    """The base's hidden states cannot be read here, so no router can choose; the message says why."""
+
+    reason = "ROUTER_UNAVAILABLE"
+
+
+class RouterNotFound(ServerError):
+    """The request asks for a router that this server was not started with; the message names those it has."""
+
+    reason = "ROUTER_NOT_FOUND"
 
 
 class UnsupportedArchitecture(ServerError):

@@ -143,6 +143,13 @@ class Metrics:
             registry=registry,
             buckets=_LOAD_BUCKETS,
         )
+        self._routed = Counter(
+            "loraplex_routed",
+            "Requests whose adapter a router chose, by what it chose: an adapter, or base for none of them.",
+            ["router", "adapter"],
+            registry=registry,
+        )
+        self._routed_labels = AdapterLabels(labelled_adapters, self._forget_routed)
         self._errors = Counter("loraplex_errors", "Calls that failed, by reason.", ["reason"], registry=registry)
         self._feedback = Counter(
             "loraplex_feedback", "Marks of answers, by rating: good, bad or none.", ["rating"], registry=registry
@@ -172,6 +179,11 @@ class Metrics:
     def feedback(self, rating: str) -> None:
         """Count a mark that was stored."""
         self._feedback.labels(rating).inc()
+
+    def routed(self, router: str, adapter: str | None) -> None:
+        """Count what a router chose: an adapter's name without its version, or None for the base."""
+        label = BASE_LABEL if adapter is None else self._routed_labels.used(adapter)
+        self._routed.labels(router, label).inc()
 
     # The engine's observer.
 
@@ -239,6 +251,9 @@ class Metrics:
         for histogram in (self._first_token, self._inter_token, self._request, self._queue):
             histogram.remove_by_labels({"adapter": label})
         self._tokens.remove_by_labels({"adapter": label})
+
+    def _forget_routed(self, label: str) -> None:
+        self._routed.remove_by_labels({"adapter": label})
 
 
 def _name(request: Request) -> str | None:

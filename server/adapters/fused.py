@@ -39,6 +39,11 @@ class FusedLayers(nn.Module):
         self._kernels = kernels
         self._decoder: Decoder | None = None
 
+    def first(self, layers: int) -> FusedLayers:
+        """The first so many of these layers, with work space of their own."""
+        single = nn.ModuleList(list(self._single)[:layers])
+        return FusedLayers(single, self._shape, self._parts[:layers], self._active, self._kernels)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -49,6 +54,8 @@ class FusedLayers(nn.Module):
     ) -> Tensor:
         """hidden_states: [1, T, hidden] → the same after all layers."""
         kv, plan = paged
+        if not self._parts:
+            return hidden_states
         if not self._active.plain or plan.listed is None:
             for layer in self._single:
                 hidden_states = layer(hidden_states, position_embeddings=position_embeddings, paged=paged, **rest)

@@ -1,22 +1,26 @@
 """From a message to a `Request` the engine can run: parsed, its adapters resolved, its prompt tokenized.
 
-The slow parts (asking the hub about an unknown name, tokenizing a long text) run on threads of their own, so that
-one caller's megabyte never delays another's next token.
+A request for `auto` has its adapter chosen on the way (`routing.py`). The slow parts (asking the hub about an unknown
+name, tokenizing a long text) run on threads of their own, so that one caller's megabyte never delays another's next
+token.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
+from hub.refs import AdapterRef
 from protos.loraplex.v1 import inference_pb2 as wire
 from server.adapters.directory import AdapterDirectory
 from server.api.parse import AskedAdapter, ChatPrompt, Prompt, RequestParser, TextPrompt, TokenPrompt
+from server.api.routing import Routed, Routing
 from server.engine.request import AdapterUse, Request, Structure
 from server.errors import PromptEmpty, QueueFull
 
@@ -59,6 +63,7 @@ class Admitted:
     caller_id: str  # what the answer echoes
     prompt: Prompt  # as the caller gave it
     requests: tuple[Request, ...]  # ids are unique in this server, whatever ids callers choose
+    routed: Routed | None = None  # how its adapter was chosen, where a router was asked
 
     @property
     def adapters(self) -> tuple[AdapterUse, ...]:
@@ -80,6 +85,7 @@ class Admission:
         directory: AdapterDirectory,
         tokenizer: Tokenizer,
         structures: StructureCompiler,
+        routing: Routing,
         *,
         max_pending: int,
     ) -> None:
@@ -88,6 +94,7 @@ class Admission:
         self._directory = directory
         self._tokenizer = tokenizer
         self._structures = structures
+        self._routing = routing
         self._max_pending = max_pending
         self._pending = 0
         self._serial = itertools.count(1)
@@ -97,26 +104,37 @@ class Admission:
     async def admit(self, message: wire.GenerateRequest, tenant: str = "") -> Admitted:
         """The request a message asks for, on `tenant`'s share of the server.
 
-        Raises `InvalidRequest`s, the hub's `RefInvalid`, `AdapterNotFound` and `HubUnavailable`, and `QueueFull`.
+        Raises `InvalidRequest`s, the hub's `RefInvalid`, `AdapterNotFound` and `HubUnavailable`, `QueueFull`, and where
+        a router is asked `RouterNotFound` and what the engine raises or ends a request with.
         """
         parsed = self._parser.generate(message)
+        router = None if parsed.router is None else self._routing.named(parsed.router.name)
         adapters = await self.resolve(parsed.adapters, parsed.routing_key)
         prompt = await self.tokenize(parsed.prompt)
         self._parser.check_fits(len(prompt), parsed.stopping.max_new_tokens)
         if parsed.structure is not None:
             await self._off_loop(self._tokenizing, partial(self._structures.compile, parsed.structure))
+        # Two callers may choose one id, and cancelling by id must end only one of them.
+        unique = f"{parsed.id}#{next(self._serial)}"
+        arrival, routed = time.monotonic(), None
+        if parsed.router is not None and router is not None:
+            routed = await self._routing.choose(router, prompt, f"{unique}.read", tenant)
+            if routed.choice.adapter is not None:
+                chosen = AskedAdapter(AdapterRef.parse(routed.choice.adapter), parsed.router.weight)
+                adapters = await self.resolve([chosen], parsed.routing_key)
         first = Request(
-            # Two callers may choose one id, and cancelling by id must end only one of them.
-            id=f"{parsed.id}#{next(self._serial)}",
+            id=unique,
             prompt=tuple(prompt),
             stopping=parsed.stopping,
             sampling=parsed.sampling,
             adapters=adapters,
             logprobs=parsed.logprobs,
             structure=parsed.structure,
+            arrival=arrival,
             tenant=tenant,
         )
-        return Admitted(parsed.id, parsed.prompt, tuple(_candidate(first, index) for index in range(parsed.samples)))
+        candidates = tuple(_candidate(first, index) for index in range(parsed.samples))
+        return Admitted(parsed.id, parsed.prompt, candidates, routed)
 
     async def tokenize(self, prompt: Prompt) -> Sequence[int]:
         """The prompt's token ids, at least one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from protos.loraplex.v1 import inference_pb2 as wire
+from server.api.routing import Routed
 from server.engine.request import AdapterUse, Delta, Finish, FinishReason, TokenLogprobs
 
 _FINISH_REASONS = {
@@ -14,13 +15,17 @@ _FINISH_REASONS = {
 }
 
 
-def first_chunk(request_id: str, adapters: Iterable[AdapterUse]) -> wire.GenerateChunk:
-    """Sent before any token: which versions will answer."""
-    return wire.GenerateChunk(request_id=request_id, adapters=_resolved(adapters))
+def first_chunk(request_id: str, adapters: Iterable[AdapterUse], routed: Routed | None = None) -> wire.GenerateChunk:
+    """Sent before any token: which versions will answer, and how they were chosen."""
+    return wire.GenerateChunk(
+        request_id=request_id, adapters=_resolved(adapters), routing=None if routed is None else _routing(routed)
+    )
 
 
-def chunk(request_id: str, adapters: Iterable[AdapterUse], delta: Delta, index: int = 0) -> wire.GenerateChunk:
-    """One piece of a stream; a candidate's last one also carries adapters, finish reason, usage and timing."""
+def chunk(
+    request_id: str, adapters: Iterable[AdapterUse], delta: Delta, index: int = 0, routed: Routed | None = None
+) -> wire.GenerateChunk:
+    """One piece of a stream; a candidate's last one also carries adapters, routing, finish reason, usage and timing."""
     message = wire.GenerateChunk(
         request_id=request_id,
         text=delta.text,
@@ -32,15 +37,22 @@ def chunk(request_id: str, adapters: Iterable[AdapterUse], delta: Delta, index: 
     )
     if delta.finish is not None:
         message.adapters.extend(_resolved(adapters))
+        if routed is not None:
+            message.routing.CopyFrom(_routing(routed))
         _set_finish(message, delta.finish)
     return message
 
 
 def response(
-    request_id: str, adapters: Iterable[AdapterUse], candidates: Sequence[Iterable[Delta]]
+    request_id: str,
+    adapters: Iterable[AdapterUse],
+    candidates: Sequence[Iterable[Delta]],
+    routed: Routed | None = None,
 ) -> wire.GenerateResponse:
     """A whole answer from each candidate's deltas, of which the last has `finish`; candidate 0 comes first."""
-    message = wire.GenerateResponse(request_id=request_id, adapters=_resolved(adapters))
+    message = wire.GenerateResponse(
+        request_id=request_id, adapters=_resolved(adapters), routing=None if routed is None else _routing(routed)
+    )
     completion_tokens = 0
     for index, deltas in enumerate(candidates):
         if index:
@@ -90,6 +102,17 @@ def _set_end(message: wire.GenerateChunk | wire.GenerateResponse | wire.Candidat
 
 def _resolved(adapters: Iterable[AdapterUse]) -> list[wire.ResolvedAdapter]:
     return [wire.ResolvedAdapter(version=use.version, digest=use.digest, weight=use.weight) for use in adapters]
+
+
+def _routing(routed: Routed) -> wire.Routing:
+    choice = routed.choice
+    return wire.Routing(
+        router=routed.router,
+        chosen=choice.adapter or "",
+        nearest=choice.nearest,
+        distance=choice.distance,
+        threshold=choice.threshold,
+    )
 
 
 def _logprobs(positions: Iterable[TokenLogprobs]) -> list[wire.PositionLogprobs]:

@@ -72,7 +72,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 _raise_error(delta)
                 listener.hear(index, delta)
                 deltas[index].append(delta)
-        return encode.response(admitted.caller_id, admitted.adapters, deltas)
+        return encode.response(admitted.caller_id, admitted.adapters, deltas, admitted.routed)
 
     async def GenerateStream(self, request: inference_pb2.GenerateRequest, context: Context) -> None:  # noqa: N802
         """Send tokens as they come.
@@ -81,15 +81,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         while an abandoned generator would be closed whenever the garbage collector finds it.
         """
         admitted = await self._admission.admit(request, self._tenant(context))
-        caller_id, adapters = admitted.caller_id, admitted.adapters
+        caller_id, adapters, routed = admitted.caller_id, admitted.adapters, admitted.routed
         listener = self._feedback.listen(admitted)
         with self._running(admitted) as answers:
-            await context.write(encode.first_chunk(caller_id, adapters))
+            await context.write(encode.first_chunk(caller_id, adapters, routed))
             async for index, delta in answers:
                 _raise_error(delta)
                 # Before the write: who has the last chunk may mark the answer at once.
                 listener.hear(index, delta)
-                await context.write(encode.chunk(caller_id, adapters, delta, index))
+                await context.write(encode.chunk(caller_id, adapters, delta, index, routed))
 
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Context

@@ -46,6 +46,7 @@ STATUSES: dict[type[Exception], grpc.StatusCode] = {
     errors.AdapterInUse: grpc.StatusCode.FAILED_PRECONDITION,
     # Alone too large for this server: unlike QUEUE_FULL, sending it again cannot help.
     errors.RequestTooLarge: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.RouterNotFound: grpc.StatusCode.NOT_FOUND,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.FeedbackOff: grpc.StatusCode.FAILED_PRECONDITION,
     errors.RequestNotFound: grpc.StatusCode.NOT_FOUND,

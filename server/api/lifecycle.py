@@ -30,6 +30,7 @@ from server.api.feedback import Feedback, KeptFeedback, NoFeedback
 from server.api.grpc_service import AdaptersService, InferenceService
 from server.api.interceptors import Loading, StatusInterceptor
 from server.api.parse import RequestParser
+from server.api.routing import Routing
 from server.config import RequestLimits, ServerConfig
 from server.errors import AddressUnavailable, Draining
 from server.metrics import Metrics
@@ -106,7 +107,11 @@ class Server:
         await self._server.start()
 
     async def serve_engine(self, engine: Engine, directory: AdapterDirectory) -> None:
-        """Answer calls with `engine`, which has been started. Raises `FeedbackDirectoryUnusable`."""
+        """Answer calls with `engine`, which has been started.
+
+        Raises `FeedbackDirectoryUnusable` and what `Routing.open` raises.
+        """
+        routing = Routing.open(self._config.routers, engine, self._metrics.routed)
         limits, base = self._config.requests, engine.base
         parser = RequestParser(
             limits=limits,
@@ -115,7 +120,7 @@ class Server:
             context_tokens=base.context_tokens,
         )
         admission = Admission(
-            parser, directory, engine.text, engine.structures, max_pending=self._config.engine.max_waiting
+            parser, directory, engine.text, engine.structures, routing, max_pending=self._config.engine.max_waiting
         )
         administration = AdaptersService(engine, directory)
         self._closers += [admission.close, administration.close]

@@ -27,6 +27,8 @@ ROLES = frozenset({"system", "user", "assistant"})
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 100.0
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_WEIGHT = 3.4e38
+# "auto" and "auto:NAME" ask for a router, on every server, whatever the hub holds; "auto@3" is the hub's.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,21 @@ class AskedAdapter:
 
 
 @dataclass(frozen=True)
+class AskedRouter:
+    """A router that is to choose the adapter."""
+
+    name: str  # "" for the only one
+    weight: float  # of what it chooses
+
+
+@dataclass(frozen=True)
 class ParsedRequest:
     """A `GenerateRequest` whose every field was checked."""
 
     id: str  # the caller's, or drawn here
     prompt: Prompt
-    adapters: tuple[AskedAdapter, ...]
+    adapters: tuple[AskedAdapter, ...]  # none where a router is asked
+    router: AskedRouter | None
     sampling: Sampling
     stopping: Stopping
     logprobs: int | None
@@ -97,10 +108,12 @@ class RequestParser:
         hub's `RefInvalid`.
         """
         stopping = self._stopping(message)
+        adapters, router = self._adapters(message.adapters)
         return ParsedRequest(
             id=_request_id(message.request_id),
             prompt=self.prompt(message),
-            adapters=self._adapters(message.adapters),
+            adapters=adapters,
+            router=router,
             sampling=self._sampling(message.sampling),
             stopping=stopping,
             logprobs=self._logprobs(message),
@@ -146,15 +159,22 @@ class RequestParser:
                 raise InvalidRequest(f"chat.messages[{index}].role must be one of assistant, system, user")
         return ChatPrompt(tuple((each.role, each.content) for each in chat.messages))
 
-    def _adapters(self, asked: Sequence[wire.AdapterSelection]) -> tuple[AskedAdapter, ...]:
+    def _adapters(self, asked: Sequence[wire.AdapterSelection]) -> tuple[tuple[AskedAdapter, ...], AskedRouter | None]:
         if len(asked) > self.max_adapters:
             raise InvalidRequest(f"{len(asked)} adapters; a request may name at most {self.max_adapters}")
         adapters = []
         for index, each in enumerate(asked):
             weight = each.weight if each.HasField("weight") else 1.0
             _check_range(f"adapters[{index}].weight", weight, -MAX_WEIGHT, MAX_WEIGHT, "a finite number")
-            adapters.append(AskedAdapter(AdapterRef.parse(each.ref), weight))
-        return tuple(adapters)
+            ref = AdapterRef.parse(each.ref)
+            name, _, router = each.ref.partition(":")
+            if name != AUTO:
+                adapters.append(AskedAdapter(ref, weight))
+            elif len(asked) == 1:
+                return (), AskedRouter(router, weight)
+            else:
+                raise InvalidRequest(f"adapters[{index}]: {AUTO} stands alone; what the router chooses has no company")
+        return tuple(adapters), None
 
     def _stopping(self, message: wire.GenerateRequest) -> Stopping:
         limits = self.limits

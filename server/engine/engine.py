@@ -7,14 +7,16 @@ them in a thread of its own; the answers leave through each request's outbox.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from functools import partial
+from itertools import groupby
 
 from torch import Tensor
 
 from server.adapters.arena import Arena, row_bytes
 from server.adapters.base_weights import BaseWeights
+from server.adapters.first_layers import FirstLayers
 from server.adapters.fused import fusable, fuse, pack_weights
 from server.adapters.linear import ActiveAdapters, Between, wrap_linears
 from server.adapters.load_pace import LoadPace, every_core_computes
@@ -32,6 +34,7 @@ from server.engine.offline import Completion, run_all
 from server.engine.open_gpu import open_gpu
 from server.engine.outbox import Outbox
 from server.engine.pace import Pace
+from server.engine.reading import PackedReader, Reader, RowReader
 from server.engine.request import Request
 from server.engine.row_by_row import RowByRow
 from server.engine.sampler import Choose, SamplerState, sample
@@ -39,11 +42,11 @@ from server.engine.scheduler import Scheduler, Share
 from server.engine.sequence import Sequence
 from server.engine.step_loop import Forward, StepLoop
 from server.engine.structure import Structures
-from server.errors import BaseUnavailable, RequestTooLarge
+from server.errors import BaseUnavailable, RequestTooLarge, RouterUnavailable
 from server.kernels import native
 from server.model.attention import PagedKv
 from server.model.base import BaseModel, load_base
-from server.model.runner import Runner
+from server.model.runner import Runner, RunsPacked
 from server.model.text import StopScanner, Text
 
 __all__ = ["Completion", "Engine"]
@@ -91,6 +94,14 @@ class Engine:
         if gpu is None:
             modules.settle()
         self._runner = Runner(base, pages, limits.page_tokens)
+        self._make_reader: Callable[[FirstLayers], Reader] = partial(
+            PackedReader,
+            active=self._active,
+            rope=self._runner.long_rope,
+            page_tokens=limits.page_tokens,
+            listed_tokens=self._listed_tokens,
+        )
+        self._readers: dict[int, Reader] = {}  # by layer
         forward: Forward = self._run_packed
         choose: Choose = sample
         if gpu is not None:
@@ -99,10 +110,17 @@ class Engine:
             forward = partial(gpu.run, launch=self._run)
             choose = gpu.sampler
         if limits.deterministic:
-            given = (base, self._runner, self._active, self._part_hooks, limits.page_tokens)
-            steps = RowByRow(*given) if fused else FixedRows(*given, limits.max_adapter_rank)
+            rest = (self._active, self._part_hooks, limits.page_tokens)
+
+            def steps_by(runner: RunsPacked) -> RowByRow | FixedRows:
+                if fused:
+                    return RowByRow(base, runner, *rest)
+                return FixedRows(base, runner, *rest, limits.max_adapter_rank)
+
+            steps = steps_by(self._runner)
             steps.check()
             forward = steps.run
+            self._make_reader = lambda layers: RowReader(steps_by(layers).forward)
         self._pages = PageTable(pages, limits.page_tokens)
         self._door = FrontDoor(limits.max_waiting, limits.max_waiting_per_tenant)
         parse = partial(
@@ -150,6 +168,7 @@ class Engine:
             choose=choose,
             # Another step would change longrope's rotation under the one at rest.
             resting=self._run_packed if fused and rope is None and not limits.deterministic else None,
+            read=self._read,
         )
         self._thread = threading.Thread(target=self._loop.run, name="loraplex-engine", daemon=True)
 
@@ -185,6 +204,16 @@ class Engine:
                 f"the server has {self._pages.pages}"
             )
         self._door.admit(request, lambda: self._sequence(request, outbox))
+
+    def reads(self, layer: int) -> None:
+        """Make ready for requests whose prompts are only read, at `layer`; at any time.
+
+        Raises `RouterUnavailable` on a GPU, and where the base has no such layer or keeps its layers elsewhere.
+        """
+        if self._gpu is not None:
+            raise RouterUnavailable("routers are not served on a GPU yet: leave --router or --device out")
+        if layer not in self._readers:
+            self._readers[layer] = self._make_reader(FirstLayers(self.base, self._runner.kv, layer))
 
     def cancel(self, request_id: str) -> None:
         """End a request early; its outbox gets a last delta with `Cancelled`. Unknown or ended ids are ignored."""
@@ -243,6 +272,13 @@ class Engine:
                 return self._runner.run(batch.packed) if self._gpu is None else self._gpu.forward(batch.packed)
         finally:
             self._active.affine = self._active.between = None
+
+    def _read(self, shares: Seq[Share]) -> Iterator[tuple[Share, Tensor]]:
+        def layer_of(share: Share) -> int:
+            return share.sequence.request.read_layer or 0
+
+        for layer, group in groupby(sorted(shares, key=layer_of), layer_of):
+            yield from self._readers[layer].run(list(group))
 
     def _aside(self, run: Between) -> None:
         """Run something while the batch of the moment rests between two layers."""

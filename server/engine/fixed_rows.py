@@ -31,7 +31,7 @@ from server.errors import DeterminismUnavailable
 from server.kernels.cpu import LoraBlock
 from server.model.attention import AttentionPlan
 from server.model.base import BaseModel
-from server.model.runner import PackedBatch, Runner
+from server.model.runner import PackedBatch, RunsPacked
 
 
 class FixedRows:
@@ -40,7 +40,7 @@ class FixedRows:
     def __init__(
         self,
         base: BaseModel,
-        runner: Runner,
+        runner: RunsPacked,
         active: ActiveAdapters,
         hooks: PartsHooks,
         page_tokens: int,
@@ -63,7 +63,7 @@ class FixedRows:
         return StepOfRows(tuple(ordered), tuple(share for share in ordered if share.samples)), torch.cat(logits)
 
     def forward(self, rows: Seq[Row]) -> Tensor:
-        """One pass over at most ROWS rows; the logits of those that sample, in order."""
+        """One pass over at most ROWS rows; what the runner gives for those that sample, in order."""
         device = self._base.device
         padding = [0] * (ROWS - len(rows))
         wanted = [index for index, row in enumerate(rows) if row.samples]

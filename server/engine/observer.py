@@ -92,8 +92,9 @@ class SchedulerReports:
         self.prefix_hit_tokens = 0  # since start
 
     def admitted(self, request: Request, queue_seconds: float) -> None:
-        """See `EngineObserver`."""
-        self._observer.admitted(request, queue_seconds)
+        """See `EngineObserver`; a prompt that is only read is part of the request it is read for."""
+        if request.read_layer is None:
+            self._observer.admitted(request, queue_seconds)
 
     def prefix_hit(self, request: Request, tokens: int) -> None:
         """See `EngineObserver`."""

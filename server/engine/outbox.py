@@ -38,6 +38,7 @@ class Outbox:
                 waiting.warnings += delta.warnings
                 waiting.finish = delta.finish
                 waiting.error = delta.error
+                waiting.embedding = delta.embedding
         if waiting is None:
             self._wake()
 

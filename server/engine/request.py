@@ -9,7 +9,10 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FinishReason(enum.Enum):
@@ -85,6 +88,9 @@ class Request:
     structure: Structure | None = None
     arrival: float = field(default_factory=time.monotonic)  # seconds
     tenant: str = ""  # whose share of the server it uses; "" is everybody who has no name
+    # Set: the prompt is only read, by the base alone, and what comes back is the mean of its hidden states after so
+    # many layers instead of an answer. The engine has been told of the layer before (`Engine.reads`).
+    read_layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class Finish:
 class Delta:
     """What is new of one answer since the reader last looked.
 
-    `error` and `finish` exclude each other; either one means nothing follows.
+    `error`, `finish` and `embedding` exclude each other; either one means nothing follows.
     """
 
     text: str = ""
@@ -135,8 +141,9 @@ class Delta:
     warnings: list[str] = field(default_factory=list)
     finish: Finish | None = None
     error: Exception | None = None
+    embedding: Tensor | None = None  # [hidden] float32, finite: all there is where the prompt was only read
 
     @property
     def last(self) -> bool:
         """Whether nothing follows."""
-        return self.finish is not None or self.error is not None
+        return self.finish is not None or self.error is not None or self.embedding is not None

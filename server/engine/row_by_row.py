@@ -22,7 +22,7 @@ from server.engine.rows import Row, StepOfRows, check_rows, part_spans, refuse_c
 from server.engine.scheduler import Share
 from server.model.attention import AttentionPlan
 from server.model.base import BaseModel
-from server.model.runner import PackedBatch, Runner
+from server.model.runner import PackedBatch, RunsPacked
 
 
 class RowByRow:
@@ -32,7 +32,7 @@ class RowByRow:
     """
 
     def __init__(
-        self, base: BaseModel, runner: Runner, active: ActiveAdapters, hooks: PartsHooks, page_tokens: int
+        self, base: BaseModel, runner: RunsPacked, active: ActiveAdapters, hooks: PartsHooks, page_tokens: int
     ) -> None:
         refuse_coupled(base)
         self._base = base
@@ -52,7 +52,7 @@ class RowByRow:
         return StepOfRows(tuple(ordered), tuple(share for share in ordered if share.samples)), torch.cat(logits)
 
     def forward(self, rows: Seq[Row], plain: bool = True) -> Tensor:
-        """One pass, by the layers' single modules unless `plain`; the logits of the rows that sample, in order."""
+        """One pass, by the layers' single modules unless `plain`; what the runner gives for those rows that sample."""
         listing = Listing(self._page_tokens)
         for index, row in enumerate(rows):
             listing.add(index, row.position, row.position + 1, row.pages)

@@ -15,7 +15,7 @@ from server.adapters.parts import AdapterParts, PartSpan
 from server.engine.scheduler import Share
 from server.errors import DeterminismUnavailable
 from server.model.base import BaseModel
-from server.model.runner import Runner
+from server.model.runner import RunsPacked
 
 ROWS = 16  # of a fixed step, and places that the trial tries
 
@@ -79,7 +79,7 @@ def part_spans(placed: Iterable[tuple[int, Row]]) -> list[PartSpan]:
     return spans
 
 
-def check_rows(forward: Callable[[Seq[Row]], Tensor], base: BaseModel, runner: Runner, page_tokens: int) -> None:
+def check_rows(forward: Callable[[Seq[Row]], Tensor], base: BaseModel, runner: RunsPacked, page_tokens: int) -> None:
     """Compute tokens alone and at every place in random company; raises `DeterminismUnavailable` on any change.
 
     `forward` runs rows and gives the logits of those that sample. Overwrites the first KV pages: only before requests

@@ -68,6 +68,9 @@ class Scheduler:
     A sequence begins with the pages that an earlier one with the same adapters, weights and tokens left (adapters that
     change no key and no value do not count), except for the page of its last token: that one must be computed, for its
     logits choose the next token.
+
+    Prompts that are only read take part as others do, but begin with nobody's pages and leave none: theirs hold keys
+    and values of the first layers alone.
     """
 
     def __init__(
@@ -173,7 +176,7 @@ class Scheduler:
     def keep(self, sequence: Sequence) -> None:
         """Offer the sequence's full pages to later ones. Only pages without NaN and infinity are taken."""
         full = sequence.computed // self._pages.page_tokens
-        if not self._prefix_cache or full <= sequence.kept or sequence.tainted:
+        if not self._shares_pages(sequence) or full <= sequence.kept or sequence.tainted:
             return
         self._extend_keys(sequence, full)
         numbers = range(sequence.kept, full)
@@ -281,11 +284,14 @@ class Scheduler:
             yield victim
 
     def _known_pages(self, sequence: Sequence) -> list[int]:
-        if not self._prefix_cache:
+        if not self._shares_pages(sequence):
             return []
         usable = (len(sequence.tokens) - 1) // self._pages.page_tokens
         self._extend_keys(sequence, usable)
         return self._pages.share(sequence.keys[:usable])
+
+    def _shares_pages(self, sequence: Sequence) -> bool:
+        return self._prefix_cache and not sequence.reads
 
     def _extend_keys(self, sequence: Sequence, pages: int) -> None:
         # The ticket was ready before anybody asked for keys, so it knows all of its adapters.

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from server.adapters.parts import AdapterParts
 from server.adapters.residency import Ticket
 from server.engine.outbox import Outbox
@@ -39,6 +42,7 @@ class Sequence:
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
+    states: Tensor | None = None  # [hidden] float64: of a prompt that is only read, the sum over computed tokens
 
     @property
     def pending(self) -> int:
@@ -49,6 +53,22 @@ class Sequence:
     def produced(self) -> int:
         """Tokens of the answer so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def reads(self) -> bool:
+        """Whether its prompt is only read."""
+        return self.request.read_layer is not None
+
+    def read(self, states: Tensor) -> None:
+        """Take the states [tokens, hidden] of its next tokens in. Who was preempted begins anew."""
+        total = self.states if self.computed else None
+        if total is None:
+            total = torch.zeros(states.shape[1], dtype=torch.float64)
+        # One after the other: the sum is the same bits wherever the prompt was cut.
+        for row in states.double():
+            total += row
+        self.states = total
+        self.computed += states.shape[0]
 
     def advance(self, choice: Choice) -> Delta:
         """Take the next token in; the delta says what the reader sees of it and whether the answer ended."""

@@ -7,8 +7,9 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from server.engine.request import Delta
 from server.engine.sampler import Choose, sample
 from server.engine.scheduler import Scheduler, Share
 from server.engine.sequence import Sequence
-from server.errors import Cancelled, Draining, EngineFailed
+from server.errors import Cancelled, Draining, EngineFailed, NonFiniteLogits
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +49,14 @@ RestingForward = Callable[[Seq[Share], Callable[[], None]], tuple[ComputedStep, 
 """The same; calls its second argument now and then between two layers, which may compute other shares meanwhile."""
 
 
+Read = Callable[[Seq[Share]], Iterable[tuple[Share, Tensor]]]
+"""Computes prompts that are only read: each share with the states [tokens, hidden] of its tokens in float32."""
+
+
 class StepLoop:
     """Runs steps of `scheduler` by `forward`. `long_from`: the length at which all keys of a sequence change, or None
     where the model has none (see `model.longrope`). `resting`: `forward` in a way that newcomers need not wait for,
-    where there is one (see `interlude.py`)."""
+    where there is one (see `interlude.py`). `read`: the way of prompts that are only read (see `reading.py`)."""
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class StepLoop:
         pace: Pace,
         choose: Choose = sample,
         resting: RestingForward | None = None,
+        read: Read = lambda shares: (),
     ) -> None:
         self.observer = observer
         self.snapshot = EngineSnapshot(kv_pages_total=pages.pages)
@@ -77,6 +83,7 @@ class StepLoop:
         self._pace = pace
         self._choose = choose
         self._resting = resting
+        self._read = read
         self._interludes = Interludes()
 
     def run(self) -> None:
@@ -98,14 +105,42 @@ class StepLoop:
         self._note()
 
     def _compute(self, shares: Seq[Share], *, may_rest: bool = False) -> None:
+        self._attempt(self._read_step, [share for share in shares if share.sequence.reads])
+        answering = [share for share in shares if not share.sequence.reads]
+        self._attempt(partial(self._step, may_rest=may_rest), answering)
+
+    def _attempt(self, step: Callable[[Seq[Share]], None], shares: Seq[Share]) -> None:
         if not shares:
             return
         try:
-            self._step(shares, may_rest)
+            step(shares)
         except Exception:
             log.exception("an engine step failed")
             for share in shares:
                 self._end(share.sequence, EngineFailed("the step failed; the request may be sent again"))
+
+    def _read_step(self, shares: Seq[Share]) -> None:
+        """A step of prompts that are only read."""
+        started = time.monotonic()
+        for share, states in list(self._read(shares)):
+            sequence, whole = share.sequence, share.samples
+            sequence.read(states)
+            if whole:
+                self._tell(sequence)
+        seconds, tokens = time.monotonic() - started, sum(share.tokens for share in shares)
+        self.observer.step(seconds=seconds, sequences=len(shares), adapters=0, tokens=tokens)
+
+    def _tell(self, sequence: Sequence) -> None:
+        """The end of a prompt that was read: the mean of its states."""
+        if sequence.states is None:
+            raise AssertionError("nothing was read")
+        embedding = (sequence.states / len(sequence.tokens)).float()
+        if not bool(embedding.isfinite().all()):
+            sequence.tainted = True
+            self._end(sequence, NonFiniteLogits("the base's hidden states of the prompt are not finite"))
+            return
+        self._leave(sequence)
+        sequence.outbox.put(Delta(embedding=embedding))
 
     def _step(self, shares: Seq[Share], may_rest: bool) -> None:
         started, lent = time.monotonic(), self._interludes.seconds
@@ -180,7 +215,8 @@ class StepLoop:
 
     def _end(self, sequence: Sequence, error: Exception) -> None:
         self._leave(sequence)
-        self.observer.finished(sequence.request, None, error)
+        if not sequence.reads:
+            self.observer.finished(sequence.request, None, error)
         sequence.outbox.put(Delta(error=error))
 
     def _leave(self, sequence: Sequence) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ class PackedBatch:
     positions: Tensor  # [T] int64
     attention: AttentionPlan
     sample_rows: Tensor  # [S] int64: rows whose next token is wanted
+
+
+class RunsPacked(Protocol):
+    """What runs packed batches over KV pages."""
+
+    kv: PagedKv
+
+    def run(self, batch: PackedBatch) -> Tensor:
+        """Write the batch's keys and values and return something [S, …] in float32 of its sampled rows."""
 
 
 class Runner:

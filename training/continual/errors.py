@@ -35,12 +35,6 @@ class WeightsMissing(TrainingError):
     reason = "BASE_WEIGHTS_MISSING"
 
 
-class RouterInvalid(TrainingError):
-    """A router's files do not say what a router is, or there is too little to fit one."""
-
-    reason = "ROUTER_INVALID"
-
-
 class PlotsUnavailable(TrainingError):
     """A plot was asked for, and matplotlib is not installed."""
 

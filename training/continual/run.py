@@ -33,7 +33,7 @@ from training.continual.gates import judge
 from training.continual.intruders import SiteIntruders, count
 from training.continual.plan import ContinualPlan
 from training.continual.record import RunRecord, StageRecord
-from training.continual.router import fit
+from training.continual.router import fit, write_router
 from training.continual.scoring import Scorer
 from training.continual.stage import StageTrainer, Trained, replace_file
 from training.continual.strategies import Outcome, Past, Strategy, strategy_named
@@ -137,7 +137,7 @@ class Run:
         rows = {name: embed(task.train.examples) for name, task in zip(names, done, strict=True)}
         router = fit(rows, self.layer, self.trainer.base.fingerprint)
         shutil.rmtree(self.directory / ROUTER, ignore_errors=True)
-        router.write(self.directory / ROUTER)
+        write_router(router, self.directory / ROUTER)
         adapters = {name: self.stage_directory(index) / "adapter" for index, name in enumerate(names)}
         chosen = [[router.choose(row).adapter for row in embed(task.evaluation.examples)] for task in done]
         scores = self.scorer.routed([[adapters[name] if name else None for name in one] for one in chosen])

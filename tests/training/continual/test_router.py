@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.continual.errors import RouterInvalid
-from training.continual.router import Router, embed, fit, middle_layer
+from server.errors import RouterInvalid
+from server.router import Router
+from training.continual.router import embed, fit, middle_layer, write_router
 from training.data import Example
 
 WIDE = 48
@@ -65,7 +66,7 @@ def test_between_two_tasks_the_nearer_wins_by_the_tasks_own_spread() -> None:
 
 
 def test_a_router_survives_its_files(router: Router, centres: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    router.write(tmp_path / "router")
+    write_router(router, tmp_path / "router")
     read = Router.read(tmp_path / "router")
     for at in centres.values():
         assert read.choose(at) == router.choose(at)
@@ -79,7 +80,7 @@ def test_a_router_survives_its_files(router: Router, centres: dict[str, torch.Te
 @pytest.mark.parametrize("harm", ["schema", "missing", "shape", "nan", "twice"])
 def test_files_that_are_no_router_are_refused(router: Router, tmp_path: Path, harm: str) -> None:
     place = tmp_path / "router"
-    router.write(place)
+    write_router(router, place)
     settings: dict[str, Any] = json.loads((place / "router.json").read_text())
     tensors = load_file(place / "router.safetensors")
     if harm == "schema":

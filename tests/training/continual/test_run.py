@@ -22,6 +22,7 @@ from rich.console import Console
 from hub.cli import group
 from hub.hub import Hub
 from hub.refs import AdapterRef
+from server.router import Router
 from tests.training.continual.scripted import FORGETS, GOOD, THREE, ScriptedScorer, ScriptedTrainer
 from training.continual import run as run_module
 from training.continual.errors import RunMismatch, RunMissing
@@ -29,7 +30,6 @@ from training.continual.gates import Gates, judge
 from training.continual.plan import ContinualPlan
 from training.continual.record import RunRecord
 from training.continual.report import write_report
-from training.continual.router import Router
 from training.continual.run import Run, prepare_data
 from training.continual.scoring import Cell
 from training.continual.strategies import KINDS
