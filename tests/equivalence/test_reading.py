@@ -113,7 +113,7 @@ def test_a_family_is_read_as_transformers_reads_it(
         for mine, wanted in zip(read(engine, prompts, layer), embed(reference, prompts, layer), strict=True):
             torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
     router = fit({kind: embed(reference, rows, 1) for kind, rows in kinds(24).items()}, 1)
-    asked = [*strangers(), *(row for rows in kinds(4).values() for row in rows)]
+    asked = [*strangers(), *(row for rows in kinds(16).values() for row in rows)]
     assert_chooses_alike(router, read(engine, asked, 1), list(embed(reference, asked, 1)), 1e-3)
     close(engine)
 
@@ -130,7 +130,7 @@ def test_quantized_and_bfloat16_bases(quantization: Literal["nf4", "int8", "none
     engine = build(tmp_path / "base", quantization, "bfloat16")
     engine.start()
     router = fit({kind: embed(reference, rows, 1) for kind, rows in kinds(24).items()}, 1)
-    asked = [*strangers(), *(row for rows in kinds(4).values() for row in rows)]
+    asked = [*strangers(), *(row for rows in kinds(16).values() for row in rows)]
     ours, theirs = read(engine, asked, 1), list(embed(reference, asked, 1))
     for mine, wanted in zip(ours, theirs, strict=True):
         assert float((mine - wanted).norm()) < 0.02 * float(wanted.norm())
