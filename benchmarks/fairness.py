@@ -6,7 +6,8 @@ A modest caller asks adapter 1 for at most `--rate` prompt tokens a second, less
 other; in turn with nobody else, and beside a flood that keeps `--flood` requests of adapter 0 waiting all the time. One
 engine, prefix cache off, so that every prompt is computed; one table line for each length of the modest caller's
 prompt. Printed are seconds and steps to the first token: steps say what the scheduler does, seconds also what it costs
-that the flood makes every step fuller (a larger batch takes longer, with any scheduler).
+that the flood makes every step fuller (a larger batch takes longer, with any scheduler). "flood tokens/s" are tokens
+computed for the flood while the modest caller asks, prompts included.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Seen:
     seconds: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    others: int = 0  # tokens computed for the flood meanwhile
+    wall: float = 0.0  # seconds all of it took
 
     def p99(self) -> float:
         """Seconds to first token."""
@@ -102,7 +105,7 @@ def flood(engine: Engine, use: AdapterUse, waiting: int) -> Iterator[None]:
 def modest(engine: Engine, watch: Watch, use: AdapterUse, options: argparse.Namespace, prompt: int, seen: Seen) -> None:
     """The caller's requests of one new token each, one after the other."""
     pauses = random.Random(options.requests)
-    first = len(watch.steps)
+    first, started = len(watch.steps), time.monotonic()
     for number in range(options.requests):
         # At times of their own, or each would come just as a step begins.
         time.sleep(pauses.uniform(0, 2 * prompt / options.rate))
@@ -112,6 +115,8 @@ def modest(engine: Engine, watch: Watch, use: AdapterUse, options: argparse.Name
         seen.seconds.append(watch.first_tokens[request.id])
         seen.steps.append(watch.first_steps[request.id] - before)
     seen.step_seconds += [step.seconds for step in watch.steps[first:]]
+    seen.others += sum(step.tokens for step in watch.steps[first:]) - options.requests * prompt
+    seen.wall += time.monotonic() - started
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -168,10 +173,11 @@ def main(arguments: list[str] | None = None) -> None:
             f"{1000 * each.p99():.0f}",
             f"{percentile(each.steps, 0.99):.0f}",
             f"{1000 * statistics.mean(each.step_seconds):.1f}",
+            f"{each.others / each.wall:.0f}",
         )
         for (prompt, name), each in seen.items()
     ]
-    print(markdown(("modest caller", "p50 ms", "p99 ms", "p99 steps", "mean step ms"), rows))
+    print(markdown(("modest caller", "p50 ms", "p99 ms", "p99 steps", "mean step ms", "flood tokens/s"), rows))
     figures = []
     for prompt in options.prompt_tokens:
         alone, beside = seen[prompt, "alone"], seen[prompt, "beside a flood"]
