@@ -357,6 +357,14 @@ def test_a_router_for_another_base_is_refused_at_start(
         pass
 
 
+def test_a_quantized_base_is_refused_a_router(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompts lie elsewhere than those the router was fitted on."""
+    write_router(world.router, tmp_path / "router")
+    monkeypatch.setattr(world.server.engine, "base", replace(world.server.engine.base, quantization="nf4"))
+    with pytest.raises(RouterMismatch, match="held in nf4"), serving(world, (("x", tmp_path / "router"),)):
+        pass
+
+
 def test_hub_serve_ends_with_the_reason_and_is_never_ready(world: World, tmp_path: Path) -> None:
     write_router(replace(world.router, base="sha256:" + "0" * 64), tmp_path / "router")
     config = replace(QUIET, listen="127.0.0.1:0", routers=(("six", tmp_path / "router"),))
