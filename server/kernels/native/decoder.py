@@ -121,64 +121,49 @@ class Decoder:
         [rows, heads, width], after the layer's keys and values are stored; None where all rows are listed.
         `between` is called now and then between two layers, and may run other rows here.
         """
-        with self._workspace(x.shape[0]) as room:
-            return self._run(room, x, rope, write_slots, listed, page_tokens, lora, others, affine, between)
-
-    def _run(
-        self,
-        room: dict[str, Tensor],
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        write_slots: Tensor,
-        listed: ListedRows,
-        page_tokens: int,
-        lora: tuple[DecodePlan | None, PrefillPlan | None],
-        others: Callable[[int, Tensor, Tensor], None] | None,
-        affine: AffinePlan | None,
-        between: Callable[[], None] | None,
-    ) -> Tensor:
         shape, rows = self._shape, x.shape[0]
-        hidden = room["x"]
-        hidden[:rows] = x
-        cos, sin = (t.contiguous() for t in rope)
-        decode, prefill = lora
-        h, pieces = lora_scratch(3, decode, prefill)
-        scores = torch.empty(torch.get_num_threads() * 4 * listed.longest, dtype=torch.float32)
-        batch = Batch(
-            rows,
-            *map(pointer, (hidden, cos, sin, write_slots)),
-            *(listed.rows.numel(), listed.pages.shape[1], listed.longest),
-            *map(pointer, (listed.rows, listed.sequences, listed.lengths, listed.pages)),
-            None if decode is None else ctypes.addressof(decode.struct),
-            None if prefill is None else ctypes.addressof(prefill.structs),
-            0 if prefill is None else prefill.layers,
-            *((None, 0) if affine is None else (ctypes.addressof(affine.array), affine.count)),
-            *(pointer(room[name]) for name in ("normed", "qkv", "q", "attended", "y", "gate_up", "inner")),
-            *map(pointer, (self._wide, h, scores, pieces)),
-        )
-        decoder = DecoderStruct(
-            ctypes.addressof(self._layers),
-            *(shape.hidden, shape.heads, shape.kv_heads, shape.width, cos.shape[-1], shape.inner),
-            *(self._slots, page_tokens, shape.late_norm, shape.flat_norm, shape.eps, shape.scale),
-        )
-        stages = 2 * len(self._layers)
-        run, given = self._kernels.decode, (ctypes.byref(decoder), ctypes.byref(batch))
-        rest = stages if between is None else 2 * max(1, len(self._layers) // RESTS)  # stages from rest to rest
-        if others is None:
-            for stage in range(0, stages, rest):
-                if stage and between is not None:
-                    between()
-                run(*given, ctypes.c_int64(stage), ctypes.c_int64(min(stage + rest, stages)))
-        else:
-            q = room["q"].view(-1, shape.heads, shape.width)[:rows]
-            out = room["attended"].view(-1, shape.heads, shape.width)[:rows]
-            run(*given, ctypes.c_int64(0), ctypes.c_int64(1))
-            for stage in range(1, stages, 2):
-                others(stage // 2, q, out)
-                if between is not None and (stage - 1) % rest == 0:
-                    between()
-                run(*given, ctypes.c_int64(stage), ctypes.c_int64(min(stage + 2, stages)))
-        return hidden[:rows].clone()
+        with self._workspace(rows) as room:
+            hidden = room["x"]
+            hidden[:rows] = x
+            cos, sin = (t.contiguous() for t in rope)
+            decode, prefill = lora
+            h, pieces = lora_scratch(3, decode, prefill)
+            scores = torch.empty(torch.get_num_threads() * 4 * listed.longest, dtype=torch.float32)
+            batch = Batch(
+                rows,
+                *map(pointer, (hidden, cos, sin, write_slots)),
+                *(listed.rows.numel(), listed.pages.shape[1], listed.longest),
+                *map(pointer, (listed.rows, listed.sequences, listed.lengths, listed.pages)),
+                None if decode is None else ctypes.addressof(decode.struct),
+                None if prefill is None else ctypes.addressof(prefill.structs),
+                0 if prefill is None else prefill.layers,
+                *((None, 0) if affine is None else (ctypes.addressof(affine.array), affine.count)),
+                *(pointer(room[name]) for name in ("normed", "qkv", "q", "attended", "y", "gate_up", "inner")),
+                *map(pointer, (self._wide, h, scores, pieces)),
+            )
+            decoder = DecoderStruct(
+                ctypes.addressof(self._layers),
+                *(shape.hidden, shape.heads, shape.kv_heads, shape.width, cos.shape[-1], shape.inner),
+                *(self._slots, page_tokens, shape.late_norm, shape.flat_norm, shape.eps, shape.scale),
+            )
+            stages = 2 * len(self._layers)
+            run, given = self._kernels.decode, (ctypes.byref(decoder), ctypes.byref(batch))
+            rest = stages if between is None else 2 * max(1, len(self._layers) // RESTS)  # stages from rest to rest
+            if others is None:
+                for stage in range(0, stages, rest):
+                    if stage and between is not None:
+                        between()
+                    run(*given, ctypes.c_int64(stage), ctypes.c_int64(min(stage + rest, stages)))
+            else:
+                q = room["q"].view(-1, shape.heads, shape.width)[:rows]
+                out = room["attended"].view(-1, shape.heads, shape.width)[:rows]
+                run(*given, ctypes.c_int64(0), ctypes.c_int64(1))
+                for stage in range(1, stages, 2):
+                    others(stage // 2, q, out)
+                    if between is not None and (stage - 1) % rest == 0:
+                        between()
+                    run(*given, ctypes.c_int64(stage), ctypes.c_int64(min(stage + 2, stages)))
+            return hidden[:rows].clone()
 
     @contextmanager
     def _workspace(self, rows: int) -> Iterator[dict[str, Tensor]]:
