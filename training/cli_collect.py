@@ -72,7 +72,7 @@ def collect_command(
     answered_by = AnsweredBy.parse(adapter) if adapter is not None else None
     quiet_libraries()
     from server.feedback.reading import read_marks
-    from training.data_check import check_data
+    from training.data_check import check_file
 
     read = read_marks(feedback, tenant=tenant, since=since.date() if since is not None else None)
     collected = collect(read.marks, ratings=ratings, answered_by=answered_by)
@@ -82,10 +82,10 @@ def collect_command(
             f"{collected.unasked} not asked for"
         )
     held_out = read_jsonl(evaluation) if evaluation is not None else None
-    report = check_data(
-        "".join(example.as_line() + "\n" for example in collected.examples).encode(),
+    report = check_file(
         out,
         token_counter(base),
+        data="".join(example.as_line() + "\n" for example in collected.examples).encode(),
         answers=task_named(task).answers if task is not None else None,
         evaluation=held_out.examples if held_out is not None else None,
         max_length=named_recipe("recommended").max_length,

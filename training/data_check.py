@@ -54,41 +54,19 @@ def check_file(
     similarity: float = SIMILARITY,
     max_length: int,
     samples: int = 3,
+    data: bytes | None = None,
 ) -> Report:
-    """Run every check on a file of training examples, see `check_data`; `DataInvalid` also where it cannot be read."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataInvalid(f"cannot read {path}: {error.strerror}") from error
-    return check_data(
-        data,
-        path,
-        count_tokens,
-        answers=answers,
-        evaluation=evaluation,
-        similarity=similarity,
-        max_length=max_length,
-        samples=samples,
-    )
-
-
-def check_data(
-    data: bytes,
-    path: Path,
-    count_tokens: CountTokens,
-    *,
-    answers: Answers | None = None,
-    evaluation: Sequence[Example] | None = None,
-    similarity: float = SIMILARITY,
-    max_length: int,
-    samples: int = 3,
-) -> Report:
-    """Run every check on the bytes of a file of training examples, which `path` names.
+    """Run every check on a file of training examples.
 
     `answers` None guesses the kind; `evaluation` are the examples that must not occur in the file; `max_length` is
-    what the recipe trains on, in tokens. Raises `DataInvalid` only when the file cannot be read as text or has no
-    line at all.
+    what the recipe trains on, in tokens; `data` is what the file will hold where it is not written yet. Raises
+    `DataInvalid` only when the file cannot be read as text or has no line at all.
     """
+    if data is None:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataInvalid(f"cannot read {path}: {error.strerror}") from error
     raw = [(number, line) for number, line in enumerate(decode_lines(data, path), 1) if line.strip()]
     if not raw:
         raise DataInvalid(f"{path} holds no examples")
