@@ -12,13 +12,18 @@ from tests.server.engine.pretend import PretendEngine, Reader, expected, request
 
 
 class Flooded:
-    """Four run and `waiting` wait of one line; `come` submits at the next rest of a step."""
+    """Four run and `waiting` wait of one line; `come` submits at the next rest of a step.
 
-    def __init__(self, *, waiting: int = 20, adapters: int = 4, pages: int = 200, prompt: int = 5) -> None:
+    What `warm` names is on the device before the flood: a load takes as many steps as its thread lets pass.
+    """
+
+    def __init__(
+        self, *, waiting: int = 20, pages: int = 200, prompt: int = 5, warm: tuple[str, ...] = ("loud", "quiet")
+    ) -> None:
         self.pretend = PretendEngine(
-            rests=True, max_sequences=4, adapters=adapters, pages=pages, prefix_cache=False, max_batch_tokens=32
+            rests=True, max_sequences=4, adapters=5, pages=pages, prefix_cache=False, max_batch_tokens=32
         )
-        self.pretend.run(*(request(name, new=1, tenant="warm") for name in ("loud", "quiet")))
+        self.pretend.finish(*(self.pretend.submit(request(name, new=1, tenant="warm")) for name in warm))
         self.asked: list[Request] = []
         self.readers: list[Reader] = []
         for _ in range(4 + waiting):
@@ -168,9 +173,7 @@ def test_cancelled_at_rest() -> None:
 
 
 def test_a_newcomer_whose_numbers_are_not_finite_harms_only_himself() -> None:
-    world = Flooded(adapters=5)
-    poisoned = world.pretend.submit(request(PretendEngine.POISON, new=1))  # on the device from here on
-    world.pretend.finish(poisoned)
+    world = Flooded(warm=("loud", "quiet", PretendEngine.POISON))
     [reader] = world.come(request(PretendEngine.POISON, new=2))
     assert reader.error is not None
     del world.asked[-1], world.readers[-1]
