@@ -11,6 +11,7 @@
 #define T bf16
 #define LOAD widen
 #define STORE narrow
+#define TURN turn_16
 #define NAME(op) op##_bf16
 #include "gemm.c"
 #include "ops.c"
@@ -19,11 +20,13 @@
 #undef T
 #undef LOAD
 #undef STORE
+#undef TURN
 #undef NAME
 
 #define T float
 #define LOAD same
 #define STORE same
+#define TURN turn_32
 #define NAME(op) op##_f32
 #include "gemm.c"
 #include "ops.c"
