@@ -11,7 +11,8 @@ figures of one run, its cases in turn (A B A B, or up and down), after a turn th
   known to the directory and parsed in host memory (those have rank 2, to fit).
 * first-token: p99 time to first token of callers on resident adapters, each with an adapter of its own and always one
   request in flight, while nothing loads, while 10 adapters a second load (and as many are evicted), and while one loads
-  after the other without a pause.
+  after the other without a pause. Short windows take turns, so that a slow minute of the machine falls on all three;
+  the middle 95 % of a ratio is taken over draws of the requests (bootstrap).
 """
 
 from __future__ import annotations
@@ -155,19 +156,20 @@ def first_tokens(crowd: Bench, many: Population, options: argparse.Namespace) ->
     seconds: dict[str, list[float]] = {name: [] for name in PAUSES}
     loads: dict[str, list[float]] = {name: [] for name in PAUSES}
     cold = iter(range(CALLERS, 10**9))
-    for turn in range(options.rounds + 1):
-        for name, pause in PAUSES.items():
+    cases = list(PAUSES.items())
+    for turn in range(options.windows + 1):
+        for name, pause in cases[turn % 3 :] + cases[: turn % 3]:
             wait = options.seconds if turn else 1.0
             with loading(crowd, many, cold, pause) as loaded:
                 found = steady(crowd, many, wait, seed=turn)
             if turn:
                 seconds[name] += found
                 loads[name].append(len(loaded) / wait)
-        progress(f"first tokens, round {turn} of {options.rounds}")
+        progress(f"first tokens, window {turn} of {options.windows}")
     p99 = {name: percentile(each, 0.99) for name, each in seconds.items()}
     quiet, *others = PAUSES
     table = markdown(
-        ("beside steady callers", "loads/s", "requests", "p50 ms", "p99 ms"),
+        ("beside steady callers", "loads/s", "requests", "p50 ms", "p99 ms", "p99 of nothing's, middle 95 %"),
         [
             (
                 name,
@@ -175,11 +177,22 @@ def first_tokens(crowd: Bench, many: Population, options: argparse.Namespace) ->
                 str(len(seconds[name])),
                 f"{1000 * percentile(seconds[name], 0.5):.0f}",
                 f"{1000 * p99[name]:.0f}",
+                "–" if name == quiet else "{:.2f} … {:.2f}".format(*spread(seconds[name], seconds[quiet])),
             )
             for name in PAUSES
         ],
     )
     return table, [Figure(f"p99 first token, {name} / {quiet}", p99[name] / p99[quiet], most=1.3) for name in others]
+
+
+def spread(values: Sequence[float], others: Sequence[float], draws: int = 1000) -> tuple[float, float]:
+    """The middle 95 % of p99(values) / p99(others) over draws of either with replacement."""
+    drawn = random.Random(0)
+    ratios = sorted(
+        percentile(drawn.choices(values, k=len(values)), 0.99) / percentile(drawn.choices(others, k=len(others)), 0.99)
+        for _ in range(draws)
+    )
+    return ratios[int(0.025 * draws)], ratios[int(0.975 * draws)]
 
 
 def steady(crowd: Bench, many: Population, seconds: float, seed: int) -> list[float]:
@@ -254,7 +267,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a prompt (default 32)")
     parser.add_argument("--requests", type=int, default=64, help="prompts of zipf16 (default 64)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each first-token case in a round (default 5)")
+    parser.add_argument("--windows", type=int, default=10, help="of each first-token case (default 10)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a window (default 4)")
     parser.add_argument("--files", type=int, default=40, help="distinct files behind the 1,000 adapters (default 40)")
     parser.add_argument("--base", type=Path, default=None, help="a transformers directory (default: smollm2-135m)")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")

@@ -154,6 +154,32 @@ def test_a_storm_of_cancels_leaves_nothing_behind(world: World) -> None:
         assert client.generate(PROMPT, max_new_tokens=4).completion_tokens > 0
 
 
+def test_newcomers_beside_a_flood_are_answered_between_layers(world: World) -> None:
+    """Twice as many as run at once ask for one adapter; meanwhile another caller comes back again and again."""
+
+    async def flood_and_newcomer() -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        async with AsyncClient(world.server.address) as client:
+            crowd = [
+                asyncio.ensure_future(client.generate(PROMPT, "team/b", max_new_tokens=60, ignore_eos=True))
+                for _ in range(128)
+            ]
+            answers = []
+            while not all(each.done() for each in crowd):
+                answer = await client.generate(PROMPT, "team/c", max_new_tokens=2, ignore_eos=True)
+                answers.append(answer.token_ids)
+            return [(await each).token_ids for each in crowd], answers
+
+    with world.client as client:
+        alone = tokens(client, "team/b", 60), tokens(client, "team/c", 2)
+    before = samples(world.server.metrics)[("loraplex_interlude_seconds_total",)]
+    crowd, answers = asyncio.run(flood_and_newcomer())
+    assert samples(world.server.metrics)[("loraplex_interlude_seconds_total",)] > before
+    assert len(answers) > 1
+    assert (set(crowd), set(answers)) == ({alone[0]}, {alone[1]})
+    assert world.idle()
+    world.server.engine.check_integrity()
+
+
 def test_errors_that_show_only_when_an_adapter_is_loaded(
     world: World, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
