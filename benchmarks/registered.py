@@ -48,6 +48,7 @@ from server.model.base import load_base
 SEQUENCES = 16
 ROOM = 32  # adapters of rank 16 that the arena holds
 CALLERS = 8
+BEGIN = 0.5  # seconds in which they begin, or the first step of a window, with all their prompts, would be its p99
 COUNTS = (1, 10, 100, 1000)
 PARTS = ("zipf", "steps", "first-token")
 PAUSES = {"nothing loads": None, "10 loads a second": 0.1, "loads without a pause": 0.0}
@@ -204,6 +205,7 @@ def steady(crowd: Bench, many: Population, seconds: float, seed: int) -> list[fl
     def call(caller: int) -> None:
         lengths = random.Random(seed * CALLERS + caller)  # unlike, or all would begin and end in the same steps
         try:
+            time.sleep(lengths.uniform(0, BEGIN))
             while time.monotonic() < end:
                 request = ask(crowd.engine, caller, [many.use(caller)], lengths.randint(4, 12))
                 answered(crowd.engine, request)

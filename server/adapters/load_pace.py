@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-SHARE = 0.2  # of one core
+SHARE = 0.1  # of one core
 SAVED = 0.1  # seconds of a core that may be used at once
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hub.lora_config import LoraConfig
 from server.errors import AdapterUnservable, RankTooLarge, TensorUnbound
-from server.kernels.native.loading import Arrival, convert, convertible
+from server.kernels.native.loading import Arrival, Arrivals, convertible
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,46 @@ def rank_rows(pairs: Mapping[str, Pair], config: LoraConfig, dtype: torch.dtype)
 
     Raises `AdapterUnservable` for what is not finite. Each value is scaled in float32 and rounded to `dtype` once.
     """
-    sizes = [tensor.numel() for pair in pairs.values() for tensor in (pair.a, pair.b)]
-    room = iter(torch.split(torch.empty(sum(sizes), dtype=dtype), sizes))
-    sites, arrivals, names = {}, [], []
-    for module, pair in pairs.items():
-        rank = pair.a.shape[0]
-        site = SiteWeights(next(room).view(pair.a.shape), next(room).view(pair.b.shape[::-1]))
-        arrivals.append(Arrival(_readable(pair.a), site.a))
-        arrivals.append(Arrival(_readable(pair.b), site.b, config.scaling(module, rank), turned=True))
-        names += [f"{module}.lora_A", f"{module}.lora_B"]
-        sites[module] = site
-    if all(convertible(each.source, dtype) for each in arrivals):
-        odd = convert(arrivals)
+    shapes = {module: (pair.a.shape[0], pair.a.shape[1], pair.b.shape[0]) for module, pair in pairs.items()}
+    sites = room_for(shapes, dtype)
+    moves = arrivals({module: Pair(_readable(p.a), _readable(p.b)) for module, p in pairs.items()}, sites, config)
+    if all(convertible(each.source, dtype) for each in moves):
+        odd = Arrivals(moves).convert()
     else:
-        odd = _convert_with_torch(arrivals)
-    if odd is not None:
-        raise AdapterUnservable(f"tensor {names[odd]} holds NaN or infinite values")
+        odd = _convert_with_torch(moves)
+    refuse_odd(odd, list(sites))
     return sites
+
+
+def room_for(shapes: Mapping[str, tuple[int, int, int]], dtype: torch.dtype) -> dict[str, SiteWeights]:
+    """Uninitialized rows for modules of (rank, in, out), one behind the other in one stretch of memory."""
+    room = torch.empty(sum(rank * (width + out) for rank, width, out in shapes.values()), dtype=dtype)
+    sites, at = {}, 0
+    for module, (rank, width, out) in shapes.items():
+        middle = at + rank * width
+        sites[module] = SiteWeights(
+            room.as_strided((rank, width), (width, 1), at), room.as_strided((rank, out), (out, 1), middle)
+        )
+        at = middle + rank * out
+    return sites
+
+
+def arrivals(pairs: Mapping[str, Pair], sites: Mapping[str, SiteWeights], config: LoraConfig) -> list[Arrival]:
+    """What brings `pairs` into `sites`: A and then B of each module."""
+    return [
+        arrival
+        for module, pair in pairs.items()
+        for arrival in (
+            Arrival(pair.a, sites[module].a),
+            Arrival(pair.b, sites[module].b, config.scaling(module, pair.a.shape[0]), turned=True),
+        )
+    ]
+
+
+def refuse_odd(odd: int | None, modules: Sequence[str]) -> None:
+    """Raise `AdapterUnservable` where the conversion ended at number `odd` of `arrivals`."""
+    if odd is not None:
+        raise AdapterUnservable(f"tensor {modules[odd // 2]}.lora_{'AB'[odd % 2]} holds NaN or infinite values")
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -71,9 +94,9 @@ def _readable(tensor: Tensor) -> Tensor:
     return exact.contiguous()
 
 
-def _convert_with_torch(arrivals: list[Arrival]) -> int | None:
-    """See `server.kernels.native.loading.convert`."""
-    for i, each in enumerate(arrivals):
+def _convert_with_torch(moves: Sequence[Arrival]) -> int | None:
+    """See `server.kernels.native.loading.Arrivals.convert`."""
+    for i, each in enumerate(moves):
         if not torch.isfinite(each.source).all():
             return i
         scaled = each.source if each.scale == 1 else each.source.float() * each.scale

@@ -13,8 +13,9 @@ from torch import Tensor
 from hub.base import BaseIdentity
 from hub.lora_config import LoraConfig, parse_tensor_name
 from server.adapters.base_weights import BaseWeights
-from server.adapters.bind_parts import Given, bind_parts
+from server.adapters.bind_parts import BoundParts, Given, bind_parts
 from server.adapters.kv_reach import reaches_kv
+from server.adapters.layouts import Layouts
 from server.adapters.parts import NO_PARTS, AdapterParts
 from server.adapters.rank_rows import Pair, SiteWeights, check_shapes, rank_rows
 from server.adapters.weights_file import tensors_in
@@ -77,17 +78,22 @@ def parse_adapter(
     dtype: torch.dtype,
     max_rank: int,
     modules: BaseWeights,
+    layouts: Layouts | None = None,
 ) -> LoraWeights:
     """Bind every tensor of the adapter to a module of the base.
 
-    `shapes` maps a module path to (out, in). Raises `BaseMismatch`, `RankTooLarge`, `UnsupportedAdapter`,
-    `TensorUnbound` or the hub's `AdapterRejected`, each naming what it is about.
+    `shapes` maps a module path to (out, in). `layouts`: those met before with the same arguments but `files`. Raises
+    `BaseMismatch`, `RankTooLarge`, `UnsupportedAdapter`, `TensorUnbound` or the hub's `AdapterRejected`, each naming
+    what it is about.
     """
     if files.base_fingerprint and base.fingerprint and files.base_fingerprint != base.fingerprint:
         raise BaseMismatch(
             f"the adapter was trained on {files.base_name or 'another base'} (fingerprint "
             f"{files.base_fingerprint[:19]}…), this server holds {base.name} ({base.fingerprint[:19]}…)"
         )
+    layout = None if layouts is None else layouts.find(files.config, files.weights)
+    if layout is not None:
+        return _weights(files.digest, layout.rows(files.weights), modules, BoundParts(NO_PARTS, {}, inert=True))
     config = LoraConfig.parse(files.config)
     _refuse_unsupported(config)
     tensors = tensors_in(files.weights)
@@ -125,12 +131,18 @@ def parse_adapter(
     for module, factor in bound.factors.items():
         pairs[module] = Pair(pairs[module].a, pairs[module].b.float() * factor[:, None])
     sites = rank_rows(pairs, config, dtype)
+    if layouts is not None and not others:
+        layouts.keep(files.config, files.weights, config, pairs, sites)
+    return _weights(files.digest, sites, modules, bound)
+
+
+def _weights(digest: str, sites: Mapping[str, SiteWeights], modules: BaseWeights, bound: BoundParts) -> LoraWeights:
     rank = max((site.a.shape[0] for site in sites.values()), default=1)
     warnings: tuple[str, ...] = ()
     if bound.inert and not any(bool(site.b.any()) and bool(site.a.any()) for site in sites.values()):
         warnings = ("the adapter changes nothing: its delta is zero everywhere",)
     reaches = reaches_kv(sites, bound.parts.modules, modules.head, modules.behind_kv)
-    return LoraWeights(files.digest, rank, sites, warnings, bound.parts, reaches)
+    return LoraWeights(digest, rank, sites, warnings, bound.parts, reaches)
 
 
 def _refuse_unsupported(config: LoraConfig) -> None:

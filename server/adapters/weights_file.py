@@ -37,6 +37,16 @@ def tensors_in(data: bytes) -> dict[str, Tensor]:
         raise AdapterUnservable(f"the weights file cannot be read: {error}") from error
 
 
+def header_of(data: bytes) -> bytes:
+    """The length and the header of a file, as they are; what there is of a shorter one."""
+    return data[: 8 + int.from_bytes(data[:8], "little")]
+
+
+def address_of(data: bytes) -> int:
+    """Where the bytes lie."""
+    return torch.frombuffer(data, dtype=torch.uint8).data_ptr() if data else 0
+
+
 def _view(data: bytes, start: int, key: str, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
     numbers = _DTYPES.get(dtype)
     if numbers is None:

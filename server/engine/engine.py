@@ -18,6 +18,7 @@ from server.adapters.arena import Arena, row_bytes
 from server.adapters.base_weights import BaseWeights
 from server.adapters.first_layers import FirstLayers
 from server.adapters.fused import fusable, fuse, pack_weights
+from server.adapters.layouts import Layouts
 from server.adapters.linear import ActiveAdapters, Between, wrap_linears
 from server.adapters.load_pace import LoadPace, every_core_computes
 from server.adapters.parts import PartsHooks
@@ -130,6 +131,7 @@ class Engine:
             dtype=base.dtype,
             max_rank=limits.max_adapter_rank,
             modules=modules,
+            layouts=Layouts(),
         )
         self.adapters = Residency(
             arena,

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,13 +27,11 @@ class Arrival:
     turned: bool = False
 
 
-class _Arrival(ctypes.Structure):
-    _fields_ = [
-        ("source", POINTER),
-        ("to", POINTER),
-        *((name, I64) for name in ("rows", "columns", "turned", "narrow_source")),
-        ("scale", ctypes.c_float),
-    ]
+# `arrival` of loading.c.
+_ARRIVAL = np.dtype(
+    [*((name, "i8") for name in ("source", "to", "rows", "columns", "turned", "narrow_source")), ("scale", "f4")],
+    align=True,
+)
 
 
 class _Copy(ctypes.Structure):
@@ -40,7 +39,7 @@ class _Copy(ctypes.Structure):
 
 
 def convertible(source: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `convert` takes this source for results of `dtype` on this machine."""
+    """Whether `Arrivals` takes this source for results of `dtype` on this machine."""
     return (
         dtype in TYPES
         and source.dtype in TYPES
@@ -51,32 +50,44 @@ def convertible(source: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def convert(arrivals: Sequence[Arrival]) -> int | None:
-    """Do all of them, all to one dtype; each value is multiplied in float32 and rounded once.
+class Arrivals:
+    """All matrices of an adapter, to one dtype. What differs from one adapter to the next of the same layout is where
+    the file and the result lie, so the rest is written down once."""
 
-    The index of the first whose source holds a NaN or an infinity, with which the work ends, or None.
-    """
-    if not arrivals:
-        return None
-    native = library()
-    assert native is not None
-    run = getattr(native, f"arrive_{TYPES[arrivals[0].to.dtype]}")
-    run.restype = I64
-    structs = (_Arrival * len(arrivals))(
-        *(
-            _Arrival(
-                each.source.data_ptr(),
-                each.to.data_ptr(),
-                *each.source.shape,
-                int(each.turned),
-                int(each.source.dtype == torch.bfloat16),
-                each.scale,
-            )
-            for each in arrivals
+    def __init__(self, arrivals: Sequence[Arrival], source: int = 0, to: int = 0) -> None:
+        """`source` and `to`: addresses from which theirs are counted. All must be `convertible`."""
+        self._dtype = arrivals[0].to.dtype if arrivals else torch.float32
+        self._structs = np.array(
+            [
+                (
+                    each.source.data_ptr() - source,
+                    each.to.data_ptr() - to,
+                    *each.source.shape,
+                    each.turned,
+                    each.source.dtype == torch.bfloat16,
+                    each.scale,
+                )
+                for each in arrivals
+            ],
+            _ARRIVAL,
         )
-    )
-    first = int(run(structs, I64(len(arrivals))))
-    return None if first < 0 else first
+
+    def convert(self, source: int = 0, to: int = 0) -> int | None:
+        """Do all of them, counted from these addresses; each value is multiplied in float32 and rounded once.
+
+        The index of the first whose source holds a NaN or an infinity, with which the work ends, or None.
+        """
+        if not len(self._structs):
+            return None
+        native = library()
+        assert native is not None
+        run = getattr(native, f"arrive_{TYPES[self._dtype]}")
+        run.restype = I64
+        structs = self._structs.copy()
+        structs["source"] += source
+        structs["to"] += to
+        first = int(run(POINTER(structs.ctypes.data), I64(len(structs))))
+        return None if first < 0 else first
 
 
 def copy_all(copies: Iterable[tuple[int, int, int]]) -> bool:
