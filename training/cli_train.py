@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +146,7 @@ def train(
     from training import output
     from training.finetune import Plan
     from training.finetune import train as run
+    from training.processes import threads_here
     from training.skills import SkillData
 
     if extracted is not None:
@@ -164,7 +164,7 @@ def train(
             method=method,
             max_steps=max_steps,
             resume=resume,
-            threads=threads or len(os.sched_getaffinity(0)),
+            threads=threads or threads_here(),
             checkpoint_steps=checkpoint_steps,
             validation_steps=validation_steps,
             early_stop=early_stop,
@@ -173,6 +173,8 @@ def train(
             curves=curves,
         )
     )
+    if not outcome.written:  # the first process does the rest
+        return
     made = None
     if extracted is not None and extract_rank is not None:
         from training.cli_extract import show, write_extracted

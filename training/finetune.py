@@ -19,6 +19,7 @@ from training.checkpoints import Checkpoints
 from training.curves import check_curves, event_log, write_curves
 from training.data import Dataset, hold_out, read_jsonl
 from training.encode import EncodedSet, encode_all
+from training.processes import Processes
 from training.progress import ProgressLine
 from training.quiet import quiet_libraries
 from training.recipe import Recipe
@@ -62,6 +63,7 @@ class Outcome:
 
     out: Path
     facts: Facts
+    written: bool  # whether by this process; of several it is the first that writes
     losses: tuple[float, ...] = field(repr=False)  # mean of every forward, in order; after a resume those since
     curves: Curves = field(repr=False)  # of the whole run, before a resume too
 
@@ -69,9 +71,10 @@ class Outcome:
 def train(plan: Plan, console: Console | None = None) -> Outcome:
     """Run `plan` and write its result; progress goes to `console` (stderr by default).
 
-    Raises subclasses of `TrainingError`; an interrupted run leaves checkpoints beside `plan.out` for `resume`.
+    Where a launcher started several processes, all of them call this with the same plan and files, and each computes a
+    part of every step; the recipe's batch is each one's. Raises subclasses of `TrainingError`; an interrupted run
+    leaves checkpoints beside `plan.out` for `resume`.
     """
-    console = console or Console(stderr=True)
     output.check_free(plan.out)
     check_curves(plan.curves)
     dataset = read_jsonl(plan.data)
@@ -81,8 +84,14 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     own = len(training)
     if plan.skills is not None and mixed_in is not None:
         training = skills.mix_in(training, mixed_in.examples, plan.skills.share, plan.recipe.seed, validation)
-    checkpoints = Checkpoints.beside(plan.out, _identity(plan, dataset, mixed_in))
-    checkpoints.open(resume=plan.resume)
+    processes = Processes.here()
+    console = console or Console(stderr=True)
+    if not processes.first:
+        console = Console(quiet=True)
+    checkpoints = Checkpoints.beside(plan.out, _identity(plan, dataset, mixed_in, processes))
+    if processes.first:
+        checkpoints.open(resume=plan.resume)
+    processes.wait()
     if plan.threads:
         torch.set_num_threads(plan.threads)
     quiet_libraries()
@@ -99,12 +108,13 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     encoded = encode_all(tokenizer, template, training, stops, plan.recipe.max_length)
     held = encode_all(tokenizer, template, validation, stops, plan.recipe.max_length) if validation else None
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = processes.device
     torch.manual_seed(plan.recipe.seed)
     trainable = make_trainable(plan.base_directory, plan.base.name or "", plan.method, plan.recipe, device)
     line = ProgressLine(console, f"train {plan.out.name}")
     measured = Validation(held)
-    one_pass = math.ceil(math.ceil(len(encoded.examples) / plan.recipe.batch) / plan.recipe.accumulation)
+    forwards = math.ceil(math.ceil(len(encoded.examples) / plan.recipe.batch) / processes.count)
+    one_pass = math.ceil(forwards / plan.recipe.accumulation)
     watch = Watch(
         console,
         measured,
@@ -112,13 +122,13 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
         plan.early_stop,
         checkpoints.directory / "best.safetensors",
     )
-    trainer = _trainer(plan, trainable, tokenizer, encoded, checkpoints, [line, watch], device)
+    trainer = _trainer(plan, trainable, tokenizer, encoded, checkpoints, [line, watch], processes)
     for looks in (line, watch, measured):
         looks.watch(trainer)
-    announce(console, plan, trainable, encoded, held, device)
+    announce(console, plan, trainable, encoded, held, processes)
 
     resumed = checkpoints.latest() if plan.resume else None
-    events = _open_events(plan, watch, resumed)
+    events = _open_events(plan, watch, resumed) if processes.first else None
     if resumed is None:
         watch.begin()
     else:
@@ -137,10 +147,14 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
         if events is not None:
             events.close()
     spent = Spent(time.monotonic() - loop_started, time.process_time() - loop_cpu)
+    processes.wait()  # for the best weights, which the first one wrote
     watch.load_best()
     after = measured()
     mixed = _skill_facts(plan.skills, mixed_in, len(training) - own)
-    facts = facts_of(plan, dataset, encoded, held, trainable, trainer, watch, device, spent, after, mixed)
+    facts = facts_of(plan, dataset, encoded, held, trainable, trainer, watch, spent, after, mixed)
+    outcome = Outcome(plan.out, facts, processes.first, tuple(trainer.losses), watch.curves)
+    if not processes.first:
+        return outcome
     for path in plan.curves:
         write_curves(watch.curves, f"{plan.out.name}: {plan.method}, recipe {plan.recipe.name}", path)
     if plan.method == "full":
@@ -157,10 +171,10 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
         highlight=False,
         soft_wrap=True,
     )
-    return Outcome(plan.out, facts, tuple(trainer.losses), watch.curves)
+    return outcome
 
 
-def _identity(plan: Plan, dataset: Dataset, mixed_in: Dataset | None) -> dict[str, Any]:
+def _identity(plan: Plan, dataset: Dataset, mixed_in: Dataset | None, processes: Processes) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's."""
     return {
         "data": dataset.digest,
@@ -170,6 +184,7 @@ def _identity(plan: Plan, dataset: Dataset, mixed_in: Dataset | None) -> dict[st
         "max_steps": plan.max_steps,
         "validation_steps": plan.validation_steps,
         "early_stop": plan.early_stop,
+        "processes": processes.count if processes.count > 1 else None,
         "skills": [mixed_in.digest, plan.skills.share] if mixed_in is not None and plan.skills is not None else None,
     }
 
@@ -191,7 +206,7 @@ def _trainer(
     encoded: EncodedSet,
     checkpoints: Checkpoints,
     callbacks: list[Any],
-    device: str,
+    processes: Processes,
 ) -> LabelTrainer:
     from datasets import Dataset as Rows
     from transformers import PrinterCallback
@@ -214,7 +229,9 @@ def _trainer(
         gradient_checkpointing=recipe.gradient_checkpointing,
         seed=recipe.seed,
         bf16=trainable.autocast,
-        use_cpu=device == "cpu",
+        use_cpu=processes.device == "cpu",
+        ddp_backend="gloo" if processes.count > 1 and processes.device == "cpu" else None,
+        ddp_find_unused_parameters=False,
         save_strategy="steps",
         save_steps=plan.checkpoint_steps,
         save_total_limit=2,
@@ -222,14 +239,20 @@ def _trainer(
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=device != "cpu",
+        dataloader_pin_memory=processes.device != "cpu",
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    config._n_gpu = min(config.n_gpu, 1)  # several in one process would be DataParallel, whose forward is not ours
     rows = Rows.from_list([example.as_row() for example in encoded.examples])
     trainer = LabelTrainer(
-        model=trainable.model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
+        model=trainable.model,
+        args=config,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        processes=processes,
     )
     trainer.remove_callback(PrinterCallback)
     float32_adapters(trainer.model)

@@ -61,8 +61,8 @@ def _logit_scale(model: PreTrainedModel) -> float:
     return 1.0 if scaling is None else 1.0 / float(scaling)
 
 
-def mean_loss(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> float:
-    """Mean negative log-likelihood, in nats, of every labelled token of `batches`; the model is left as it was."""
+def summed_loss(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> tuple[float, int]:
+    """(sum in nats, labelled tokens) of `batches`; the model is left as it was."""
     training = model.training
     model.eval()
     total, tokens = 0.0, 0
@@ -74,4 +74,4 @@ def mean_loss(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> float
                 tokens += loss.tokens
     finally:
         model.train(training)
-    return total / tokens
+    return total, tokens

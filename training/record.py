@@ -18,6 +18,7 @@ from hub.facts import Facts
 from training.build import CARD
 from training.data import Dataset
 from training.encode import EncodedSet
+from training.processes import Processes
 from training.trainable import Trainable
 from training.watch import Watch
 
@@ -37,15 +38,21 @@ class Spent:
 
 
 def announce(
-    console: Console, plan: Plan, trainable: Trainable, encoded: EncodedSet, held: EncodedSet | None, device: str
+    console: Console,
+    plan: Plan,
+    trainable: Trainable,
+    encoded: EncodedSet,
+    held: EncodedSet | None,
+    processes: Processes,
 ) -> None:
     """One line: what is trained on what."""
     left_out = f", {encoded.too_long} over {plan.recipe.max_length} tokens left out" if encoded.too_long else ""
+    several = f"{processes.count} processes, " if processes.count > 1 else ""
     console.print(
         f"{plan.method} on {plan.base.name}: {len(encoded.examples)} examples ({encoded.tokens} tokens, "
         f"{encoded.label_tokens} of them trained{left_out}), {len(held.examples) if held else 0} held out; "
         f"recipe {plan.recipe.name}; {trainable.trained:,} of {trainable.parameters:,} parameters; "
-        f"{device}, {trainable.precision}",
+        f"{several}{processes.device}, {trainable.precision}",
         highlight=False,
         soft_wrap=True,
     )
@@ -59,7 +66,6 @@ def facts_of(
     trainable: Trainable,
     trainer: LabelTrainer,
     watch: Watch,
-    device: str,
     spent: Spent,
     after: float | None,
     skills: Mapping[str, Any] | None,
@@ -100,7 +106,8 @@ def facts_of(
             "trained_parameters": trainable.trained,
             "all_parameters": trainable.parameters,
             "precision": trainable.precision,
-            "device": f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)",
+            "processes": trainer.processes.count,
+            "device": f"{trainer.processes.device} ({platform.machine()}, {torch.get_num_threads()} threads)",
         },
         seeds={"training": plan.recipe.seed, "hold_out": plan.recipe.seed},
         base=BaseIdentity(plan.base.name, plan.base.revision, plan.base.fingerprint, quantization),

@@ -16,17 +16,19 @@ from trl import SFTTrainer
 from training.batches import LengthGroupedOrder
 from training.errors import TrainingDiverged
 from training.loss import label_loss
+from training.processes import Processes, as_forward
 
 
 class LabelTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped
     """Trains on `input_ids` and `labels` columns with logits only at labels and rows grouped by length.
 
     `losses` holds the mean loss of every forward since the trainer was made; `tokens` and `padding` count what went
-    through the model.
+    through the model. All of them are those of all processes together.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, processes: Processes | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.processes = processes or Processes()
         self.losses: list[float] = []
         self.tokens = 0  # real ones
         self.padding = 0
@@ -47,16 +49,20 @@ class LabelTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped
         mask = inputs["attention_mask"]
         # The forward that accelerate wraps in autocast is not the one called here.
         with self.accelerator.autocast():
-            loss = label_loss(_causal_model(model), inputs["input_ids"], mask, inputs["labels"])
-        seen = float(loss.total.detach()) / max(1, loss.tokens)
+            inner = _causal_model(self.accelerator.unwrap_model(model))
+            loss = as_forward(model, lambda: label_loss(inner, inputs["input_ids"], mask, inputs["labels"]))
+        here = (float(loss.total.detach()), loss.tokens, int(mask.sum()), mask.numel())
+        total, tokens, real, positions = self.processes.added(here)
+        seen = total / max(1, tokens)
         if seen != seen or seen in (float("inf"), float("-inf")):
             raise TrainingDiverged(f"the loss became {seen} at step {self.state.global_step}; lower the learning rate")
         self.losses.append(seen)
-        real = int(mask.sum())
-        self.tokens += real
-        self.padding += mask.numel() - real
-        items = loss.tokens if num_items_in_batch is None else num_items_in_batch
-        return loss.total / torch.as_tensor(items).clamp(min=1)
+        self.tokens += int(real)
+        self.padding += int(positions - real)
+        if num_items_in_batch is None:
+            return loss.total / max(1, loss.tokens)
+        # The items are those of all processes, over which gradients are averaged, not added.
+        return loss.total * self.processes.count / torch.as_tensor(num_items_in_batch).clamp(min=1)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows = self.train_dataset if train_dataset is None else train_dataset

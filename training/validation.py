@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from training.encode import Encoded, EncodedSet
-from training.loss import mean_loss
+from training.loss import summed_loss
 
 if TYPE_CHECKING:
     from training.trainer import LabelTrainer
 
 
 class Validation:
-    """The loss on the held-out examples; None where there are none."""
+    """The loss on the held-out examples, of which each process takes its share; None where there are none."""
 
     def __init__(self, held: EncodedSet | None) -> None:
         self._held = held
@@ -24,15 +24,18 @@ class Validation:
     def watch(self, trainer: LabelTrainer) -> None:
         """Say whose model to measure."""
         self._trainer = trainer
-        self._made = _batches(trainer, self._held.examples) if self._held is not None else []
+        if self._held is not None:
+            self._made = _batches(trainer, self._held.examples)[trainer.processes.number :: trainer.processes.count]
 
     def __call__(self) -> float | None:
         """Nats a trained token, with the weights as they are now."""
-        if self._trainer is None or not self._made:
+        if self._trainer is None or self._held is None:
             return None
         model = self._trainer.model
         with self._trainer.accelerator.autocast():
-            return mean_loss(model.get_base_model() if hasattr(model, "get_base_model") else model, self._made)
+            causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+            total, tokens = self._trainer.processes.added(summed_loss(causal, self._made))
+        return total / tokens
 
 
 def _batches(trainer: LabelTrainer, examples: tuple[Encoded, ...]) -> list[dict[str, Tensor]]:

@@ -130,7 +130,7 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]  # transfor
             self._keep_best()
 
     def _keep_best(self) -> None:
-        if self._trainer is None:
+        if self._trainer is None or not self._trainer.processes.first:
             return
         aside = self._best.with_suffix(".partial")
         save_file({name: parameter.data.contiguous() for name, parameter in _trained(self._trainer.model)}, aside)

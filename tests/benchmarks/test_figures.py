@@ -15,6 +15,7 @@ from benchmarks.__main__ import BENCHMARKS, page
 from benchmarks.figures import Figure, figures_table, markdown, percentile
 from benchmarks.memory import Account, Part, figures, table
 from benchmarks.population import Population, Registered, ask, zipf
+from benchmarks.registered import spread
 from benchmarks.report import write_json
 from benchmarks.resident import Ledger, in_ram, status, tensors_in
 from benchmarks.streams import Taken, Turn
@@ -162,3 +163,9 @@ def test_every_benchmark_of_the_run_is_there_and_names_its_command(tmp_path: Pat
     read = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
     assert read["figures"] == [{"name": "f", "value": 1.5, "least": None, "most": 1.3, "met": False}]
     assert (read["machine"], read["extra"]) == ("here", 1)
+
+
+def test_the_spread_of_a_ratio() -> None:
+    assert spread([1.0] * 50, [2.0] * 50) == (0.5, 0.5)
+    low, high = spread([1.0] * 99 + [9.0], [1.0] * 100)  # the slowest of a hundred is drawn twice or more in a quarter
+    assert (low, high) == (1.0, 9.0)
