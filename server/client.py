@@ -25,6 +25,7 @@ import grpc
 
 from protos.loraplex.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from server import client_messages as messages
+from server.client_feedback import Rating, feedback_request
 from server.client_messages import (
     Adapters,
     Answer,
@@ -38,11 +39,10 @@ from server.client_messages import (
     ModelInfo,
     Options,
     Prompt,
-    Rating,
-    Routing,
     Timing,
     Token,
 )
+from server.client_routing import Routing
 
 __all__ = [
     "Adapters",
@@ -121,7 +121,7 @@ class Client:
 
         `request_id` is the answer's. Raises `GenerationError`, with the reason FEEDBACK_OFF, REQUEST_NOT_FOUND, …
         """
-        request = messages.feedback_request(request_id, rating, correction, candidate, comment)
+        request = feedback_request(request_id, rating, correction, candidate, comment)
         return bool(self._call(self._inference.Feedback, request).replaced)
 
     def adapters(self) -> list[HeldAdapter]:
@@ -249,7 +249,7 @@ class AsyncClient:
         comment: str = "",
     ) -> bool:
         """As `Client.feedback`."""
-        request = messages.feedback_request(request_id, rating, correction, candidate, comment)
+        request = feedback_request(request_id, rating, correction, candidate, comment)
         return bool((await self._call(self._inference.Feedback, request)).replaced)
 
     async def adapters(self) -> list[HeldAdapter]:

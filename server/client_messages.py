@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from protos.loraplex.v1 import adapters_pb2, inference_pb2
+from server.client_routing import Routing, chosen_by
 
 if TYPE_CHECKING:
     import grpc
@@ -19,7 +20,6 @@ Adapters = str | Sequence[str | tuple[str, float]] | None
 """One ref, or several, each alone or with its weight; None: the base; "auto": what the server's router chooses."""
 
 FinishReason = Literal["stop", "length", "stop_string"]
-Rating = Literal["good", "bad"]
 
 _REASON_KEY = "loraplex-reason"
 
@@ -71,17 +71,6 @@ class AnsweringAdapter:
     version: str  # "team/sentiment@3"
     digest: str  # "sha256:…"
     weight: float
-
-
-@dataclass(frozen=True)
-class Routing:
-    """How the server chose for a request with the adapter `auto`."""
-
-    router: str
-    chosen: str  # the reference, as the router has it; empty: none of them, the base answers
-    nearest: str  # whose prompts this one is most like, chosen or not
-    distance: float  # squared, in units of those prompts' own spread
-    threshold: float  # beyond it the base answers
 
 
 @dataclass(frozen=True)
@@ -257,22 +246,6 @@ def tokenize_request(prompt: str | Sequence[Mapping[str, str]]) -> inference_pb2
     return inference_pb2.TokenizeRequest(chat=inference_pb2.Chat(messages=_chat(prompt)))
 
 
-def feedback_request(
-    request_id: str, rating: Rating | None, correction: str | None, candidate: int, comment: str
-) -> inference_pb2.FeedbackRequest:
-    """The message of a call; raises ValueError for a rating that there is not."""
-    ratings = {
-        None: inference_pb2.RATING_UNSPECIFIED,
-        "good": inference_pb2.RATING_GOOD,
-        "bad": inference_pb2.RATING_BAD,
-    }
-    if rating not in ratings:
-        raise ValueError(f"a rating is good or bad, not {rating!r}")
-    return inference_pb2.FeedbackRequest(
-        request_id=request_id, rating=ratings[rating], correction=correction, index=candidate, comment=comment
-    )
-
-
 class AnswerSoFar:
     """Joins a stream's chunks into an answer."""
 
@@ -291,7 +264,7 @@ class AnswerSoFar:
     @property
     def routing(self) -> Routing | None:
         """How they were chosen, known from the first chunk on; None where no router was asked."""
-        return _routing(self._whole)
+        return chosen_by(self._whole)
 
     def add(self, message: inference_pb2.GenerateChunk) -> Chunk:
         """Take one chunk in and return it for the caller."""
@@ -344,7 +317,7 @@ def answer(message: inference_pb2.GenerateResponse) -> Answer:
         warnings=tuple(message.warnings),
         request_id=message.request_id,
         candidates=tuple(_candidate(each, each.index) for each in message.candidates) or (first,),
-        routing=_routing(message),
+        routing=chosen_by(message),
     )
 
 
@@ -409,12 +382,6 @@ def _chat(messages: Iterable[Mapping[str, str]]) -> list[inference_pb2.ChatMessa
 
 def _answering(messages: Iterable[inference_pb2.ResolvedAdapter]) -> tuple[AnsweringAdapter, ...]:
     return tuple(AnsweringAdapter(each.version, each.digest, each.weight) for each in messages)
-
-
-def _routing(message: inference_pb2.GenerateResponse) -> Routing | None:
-    if not message.HasField("routing"):
-        return None
-    return Routing(**{field: getattr(message.routing, field) for field in Routing.__dataclass_fields__})
 
 
 def _logprobs(messages: Iterable[inference_pb2.PositionLogprobs]) -> tuple[Logprobs, ...]:

@@ -140,7 +140,7 @@ class RouterInvalid(ServerError):
 
 
 class RouterMismatch(ServerError):
-    """A router was fitted for another base: its fingerprint, its width or its layer is not this one's."""
+    """A router was fitted for another base: its fingerprint, precision, width or layer is not this one's."""
 
     reason = "ROUTER_MISMATCH"
 

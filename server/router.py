@@ -5,7 +5,8 @@ loaded but the base. Tasks are Gaussians with one covariance between them (linea
 prompts are projected so that this covariance is the identity, and go to the nearest task's mean. Where even that is
 farther away than all but `miss` of the task's own held-out prompts are, the answer is None: the base.
 
-A router on disk is router.json (what it is, for which base, the adapters' names) and router.safetensors:
+A router on disk is router.json (what it is, for which base in which precision, the adapters' names) and
+router.safetensors:
 
     mean        [d]       subtracted from an embedding
     projection  [d, p]    to where distances are Mahalanobis distances
@@ -21,13 +22,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hub.refs import AdapterRef
+from server.config import Quantization
 from server.errors import RouterInvalid
 
 SCHEMA: Final = "loraplex.router/1"
@@ -52,6 +54,7 @@ class Router:
     names: tuple[str, ...]  # what is chosen, one a task: adapter references
     layer: int  # whose output is averaged, counted from 0 (the embedding)
     base: str | None  # the base's fingerprint, where known
+    quantization: Quantization  # how the base was held when it read what the router was fitted on
     miss: float  # share of a task's own prompts that may go to the base
     mean: Tensor
     projection: Tensor
@@ -72,7 +75,7 @@ class Router:
     def save(self, directory: Path) -> None:
         """Write the router's two files into `directory`."""
         settings = {"schema": SCHEMA, "names": list(self.names), "layer": self.layer, "base": self.base,
-                    "miss": self.miss}  # fmt: skip
+                    "quantization": self.quantization, "miss": self.miss}  # fmt: skip
         (directory / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
         save_file({name: getattr(self, name).float().contiguous() for name in _SHAPES}, directory / _TENSORS)
 
@@ -90,6 +93,9 @@ class Router:
                 AdapterRef.parse(name)
             if type(told["layer"]) is not int or not isinstance(told["base"], str | None):
                 raise ValueError("its layer is a number, and its base a fingerprint or null")
+            told.setdefault("quantization", "none")  # all were, before it was written down
+            if told["quantization"] not in get_args(Quantization):
+                raise ValueError(f"its quantization is one of {', '.join(get_args(Quantization))}")
             return cls(names=names, **told, **tensors)
         except RouterInvalid:
             raise

@@ -12,6 +12,7 @@ from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json
 from server.cli import bound_openmp
 from training.cli_collect import collect_command
+from training.cli_router import router_command
 from training.quiet import quiet_libraries
 
 
@@ -21,6 +22,7 @@ def continual() -> None:
 
 
 continual.add_command(collect_command)
+continual.add_command(router_command)
 
 
 @continual.command(
@@ -49,11 +51,12 @@ def run(plan: Path, out: Path, threads: int, hub_url: str | None, as_json: bool)
 
     from hub.base import base_identity, locate_base
     from hub.opening import open_hub
-    from training.continual.embedding import embedder
+    from training.continual.embedding import EngineEmbed
     from training.continual.plan import ContinualPlan
-    from training.continual.run import Run, prepare_data
+    from training.continual.run import Run
     from training.continual.scoring import EngineScorer, Exam
     from training.continual.stage import StageTrainer
+    from training.continual.tasks import prepare_data
     from training.tasks import task_named
     from training.text_loss import read_text
 
@@ -79,8 +82,8 @@ def run(plan: Path, out: Path, threads: int, hub_url: str | None, as_json: bool)
         identity, located.directory, read.method, read.recipe, cores, read.max_steps, read.checkpoint_steps
     )
     with open_hub(hub_url) as hub:
-        embed, layer = embedder(located.directory) if read.strategy == "isolated" else (None, 0)
-        record = Run(read, out, data, trainer, scorer, hub, Console(stderr=True), embed, layer)()
+        embed = EngineEmbed(read.base, read.quantize, cores) if read.strategy == "isolated" else None
+        record = Run(read, out, data, trainer, scorer, hub, Console(stderr=True), embed)()
     from training.continual.report import as_markdown, summary
     from training.continual.run import read_intruders, read_routed
 

@@ -45,8 +45,8 @@ class Routing:
     ) -> Routing:
         """The routers in directories, by name.
 
-        Raises `RouterInvalid` for a directory that holds none, `RouterMismatch` for another base's and
-        `RouterUnavailable` where this base cannot be read.
+        Raises `RouterInvalid` for a directory that holds none, `RouterMismatch` for another base's or another
+        precision's, and `RouterUnavailable` where this base cannot be read.
         """
         routers = {}
         if places:
@@ -113,11 +113,12 @@ def _check(name: str, router: Router, engine: Engine) -> None:
             f"the router {name} was fitted for another base ({router.base}) than {base.identity.name} "
             f"({base.identity.fingerprint})"
         )
-    if base.quantization != "none":
-        # Measured: in NF4 SmolLM2's prompts are 2.8 times as far away, and 28 of 38 were routed otherwise.
+    if router.quantization != base.quantization:
+        # Measured: of SmolLM2's prompts two thirds go to the base where its precision is another.
         raise RouterMismatch(
-            f"the router {name} was fitted on the base as its files have it; held in {base.quantization} prompts lie "
-            "elsewhere: serve with --quantize none"
+            f"the router {name} was fitted on the base in the precision {router.quantization}; in {base.quantization} "
+            f"prompts lie elsewhere: serve with --quantize {router.quantization}, or fit it anew with "
+            f"`hub continual router PLAN RUN --quantize {base.quantization} --out DIR`"
         )
     width = int(base.model.config.get_text_config().hidden_size)
     if router.mean.numel() != width:

@@ -1,4 +1,4 @@
-"""What the engine reads of a prompt against `training.continual.router.embed` over transformers, and what is chosen.
+"""What the engine reads of a prompt against transformers' hidden states, and what is chosen.
 
 A router is fitted by the reference's embeddings of two kinds of prompts; then both see prompts of either kind and of
 none.
@@ -23,7 +23,8 @@ from server.model.base import _quantization
 from server.router import Router
 from tests.conftest import write_byte_tokenizer, write_tiny_llama
 from tests.equivalence.test_families import FAMILIES, write_family
-from training.continual.router import embed, fit
+from tests.hidden_states import embed
+from training.continual.router import fit
 
 # Shorter than a page, a page's end, past a window of 16, past longrope's switch at 64, several chunks of 48.
 LENGTHS = (1, 16, 17, 49, 65, 110)

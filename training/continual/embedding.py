@@ -1,41 +1,86 @@
-"""Prompts as the frozen base sees them, for the router."""
+"""Prompts as a server will read them, for the router: by its own engine, the base held in the same precision."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
+import torch
 from torch import Tensor
 
-from training.continual.router import embed, middle_layer
-from training.continual.run import Embed
+from server.config import EngineLimits, ModelConfig, Quantization
+from server.errors import InvalidRequest
 from training.data import Example
+from training.errors import GenerationFailed
+
+if TYPE_CHECKING:
+    from server.engine.engine import Engine
 
 
-def embedder(base: Path) -> tuple[Embed, int]:
-    """(what embeds prompts as the base's chat template renders them, the layer it takes); loaded when first used.
+@dataclass(frozen=True)
+class Embedded:
+    """Prompts as one base has read them."""
 
-    The states are those of the base as its files have it, whatever it is held in elsewhere.
-    """
-    from transformers import AutoConfig
+    groups: tuple[Tensor, ...]  # [prompts, d] float32 each
+    layer: int  # whose output was averaged over a prompt's tokens; counted as in `server.router`
+    base: str | None  # its fingerprint
+    quantization: Quantization
 
-    layer = middle_layer(AutoConfig.from_pretrained(str(base)))
 
-    @lru_cache(maxsize=1)
-    def loaded() -> tuple[Any, Any]:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+class Embed(Protocol):
+    """Reads groups of prompts, all by one base; what the examples answer is not looked at."""
 
-        return AutoModelForCausalLM.from_pretrained(str(base), dtype="auto"), AutoTokenizer.from_pretrained(str(base))
+    def __call__(self, groups: Sequence[Sequence[Example]]) -> Embedded:
+        """One tensor a group, its rows in order. Raises `GenerationFailed` for a prompt that cannot be read."""
+        ...
 
-    def embedded(examples: Sequence[Example]) -> Tensor:
-        model, tokenizer = loaded()
-        rows = []
-        for one in examples:
-            messages = [message.as_dict() for message in one.prompt]
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            rows.append(tokenizer(text, add_special_tokens=False).input_ids)
-        return embed(model, rows, layer)
 
-    return embedded, layer
+@dataclass(frozen=True)
+class EngineEmbed:
+    """Reads through `server.engine`, at the middle layer. Raises `RouterUnavailable` where the base cannot be read."""
+
+    base: str
+    quantize: Quantization = "none"
+    threads: int = 0
+
+    def __call__(self, groups: Sequence[Sequence[Example]]) -> Embedded:
+        """See `Embed`."""
+        from server.engine.engine import Engine
+
+        config = ModelConfig(base=self.base, quantization=self.quantize, threads=self.threads)
+        with closing(Engine.build(config, EngineLimits(), _no_adapter)) as engine:
+            layer = engine.base.layers // 2
+            engine.reads(layer)
+            rows = _read(engine, [one for group in groups for one in group], layer)
+            return Embedded(
+                torch.split(rows, [len(group) for group in groups]),
+                layer,
+                engine.base.identity.fingerprint,
+                self.quantize,
+            )
+
+
+def _read(engine: Engine, examples: Sequence[Example], layer: int) -> Tensor:
+    from server.engine.request import Request, Stopping
+
+    room = engine.base.context_tokens - 1  # a server refuses what is longer, so no router sees it
+    try:
+        prompts = [engine.text.render_chat([message.as_dict() for message in one.prompt])[:room] for one in examples]
+    except InvalidRequest as error:
+        raise GenerationFailed(str(error)) from error
+    rows = []
+    for done in engine.generate(
+        Request(f"read-{number}", tuple(prompt), Stopping(max_new_tokens=1), read_layer=layer)
+        for number, prompt in enumerate(prompts)
+    ):
+        embedding = done.deltas[-1].embedding
+        if embedding is None:
+            raise GenerationFailed(f"a prompt could not be read: {done.error}") from done.error
+        rows.append(embedding)
+    return torch.stack(rows)
+
+
+def _no_adapter(digest: str) -> NoReturn:
+    raise AssertionError(f"the base alone reads, and {digest} was asked for")

@@ -13,7 +13,7 @@ tasks:                            in the order of training
   - {task: iam-policy, train_file: mine.jsonl, eval_file: held.jsonl}    or your own; paths beside the plan
 gates: {max_drop: 0.02, max_text_drift: 0.02, alias: prod, after_refusal: go-on}
 text: README.md                   optional: held-out text, for its cross-entropy
-quantize: none                    how the engine holds the base when scoring: none, int8 or nf4 (so with qlora)
+quantize: none                    how the engine holds the base for scores and router: none, int8, nf4 (so with qlora)
 intruders: true                   count intruder dimensions of every stage at the end
 """
 

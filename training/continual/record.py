@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from training.continual.errors import RunMismatch, RunMissing
 from training.continual.metrics import Matrix
+from training.continual.plan import ContinualPlan
 from training.continual.stage import replace_file
 
 STATE = "state.json"
@@ -59,6 +60,15 @@ class RunRecord:
         if not self.stages:
             raise RunMissing("no stage of this run is finished yet")
         return Matrix(self.labels, self.base_row, tuple(stage.row for stage in self.stages))
+
+    def check(self, directory: Path, plan: ContinualPlan, data: Mapping[str, str]) -> None:
+        """Raise `RunMismatch` unless the run in `directory` is of this plan and of files with these digests."""
+        if self.plan_digest != plan.digest:
+            known = plan.as_dict()
+            differs = sorted(key for key in known if json.loads(json.dumps(known[key])) != self.plan.get(key))
+            raise RunMismatch(f"{directory} holds a run of another plan (other: {', '.join(differs)})")
+        if changed := sorted(name for name in data if self.data.get(name) != data[name]):
+            raise RunMismatch(f"the data has changed since this run began: {', '.join(changed)}")
 
     def write(self, directory: Path) -> None:
         """Replace the state in `directory`."""

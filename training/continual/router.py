@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from server.config import Quantization
 from server.errors import RouterInvalid
 from server.router import Router
 from training import output
@@ -19,10 +19,16 @@ _SHRINK = 0.1  # towards an even covariance: few prompts say little of one
 
 
 def fit(
-    embeddings: Mapping[str, Tensor], layer: int, base: str | None = None, miss: float = 0.05, width: int = 64
+    embeddings: Mapping[str, Tensor],
+    layer: int,
+    base: str | None = None,
+    quantization: Quantization = "none",
+    miss: float = 0.05,
+    width: int = 64,
 ) -> Router:
     """A router over tasks, by the adapter that each stands for; embeddings are [prompts, d], in any order.
 
+    They come from `layer` of the base with the fingerprint `base`, held in `quantization`, and the router is for that.
     Every fourth prompt of a task is held out and sets its threshold: the distance that all but `miss` of them keep.
     `width` bounds p. Raises `RouterInvalid` for fewer than two tasks or too few prompts.
     """
@@ -55,7 +61,7 @@ def fit(
         for rows, centre in zip(held.values(), centroids, strict=True)
     ]
     return Router(
-        tuple(embeddings), layer, base, miss, mean.float(), whitening.float(), centroids.float(),
+        tuple(embeddings), layer, base, quantization, miss, mean.float(), whitening.float(), centroids.float(),
         torch.tensor(thresholds, dtype=torch.float32),
     )  # fmt: skip
 
@@ -64,24 +70,6 @@ def write_router(router: Router, directory: Path) -> None:
     """Fill `directory`, which is not there yet, with the router; raises `OutputExists` where it is."""
     output.check_free(directory)
     output.write_directory(directory, router.save)
-
-
-def embed(model: Any, prompts: Sequence[Sequence[int]], layer: int) -> Tensor:
-    """The prompts' embeddings [n, d] from a transformers model, one by one, nothing padded; `layer` counts from 0."""
-    rows = []
-    model.eval()
-    with torch.inference_mode():
-        for ids in prompts:
-            states = model.base_model(
-                input_ids=torch.tensor([list(ids)]), use_cache=False, output_hidden_states=True
-            ).hidden_states
-            rows.append(states[layer][0].float().mean(dim=0))
-    return torch.stack(rows)
-
-
-def middle_layer(config: Any) -> int:
-    """The layer whose states are averaged where nothing else is asked for, from a model's transformers config."""
-    return int(config.get_text_config().num_hidden_layers) // 2
 
 
 def _quantile(distances: Tensor, share: float) -> float:

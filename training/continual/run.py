@@ -14,63 +14,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 from hub.errors import AliasMoved
 from hub.facade import HubFacade
 from hub.facts import FACTS_FILE, Facts
 from training import output
-from training.build import build_task
-from training.continual.errors import RunMismatch, RunMissing
+from training.continual.embedding import Embed
+from training.continual.errors import RunMissing
 from training.continual.factors import read_factors, write_factors
 from training.continual.gates import judge
 from training.continual.intruders import SiteIntruders, count
 from training.continual.plan import ContinualPlan
 from training.continual.record import RunRecord, StageRecord
-from training.continual.router import fit, write_router
+from training.continual.router import write_router
+from training.continual.routing import alias_names, route
 from training.continual.scoring import Scorer
 from training.continual.stage import StageTrainer, Trained, replace_file
 from training.continual.strategies import Outcome, Past, Strategy, strategy_named
+from training.continual.tasks import TaskData, digests
 from training.continual.weights import matrices
-from training.data import Dataset, Example, digest_of, read_jsonl, write_jsonl
+from training.data import Example, digest_of, read_jsonl, write_jsonl
 
 INTRUDERS, ROUTED, ROUTER = "intruders.json", "routed.json", "router"
-Embed = Callable[[Sequence[Example]], Tensor]  # prompts → embeddings [n, d], see `router.embed`
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """A task's examples."""
-
-    label: str
-    train: Dataset
-    evaluation: Dataset
-    train_file: Path
-    eval_file: Path
-
-
-def prepare_data(plan: ContinualPlan, directory: Path) -> tuple[TaskData, ...]:
-    """Every task's files, built where they are not there yet. Raises what building and reading raise."""
-    found = []
-    for task in plan.tasks:
-        if task.train_file is not None and task.eval_file is not None:
-            train, held = plan.directory / task.train_file, plan.directory / task.eval_file
-        else:
-            place = directory / "data" / task.label
-            train, held = place / "train.jsonl", place / "eval.jsonl"
-            if not place.is_dir():
-                beside = place.with_name(f".{task.label}.partial")
-                shutil.rmtree(beside, ignore_errors=True)
-                build_task(task.task, beside, task.train, task.evaluation, plan.recipe.seed)
-                beside.rename(place)
-        found.append(TaskData(task.label, read_jsonl(train), read_jsonl(held), train, held))
-    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -85,7 +56,6 @@ class Run:
     hub: HubFacade
     console: Console
     embed: Embed | None = None  # None: no router is fitted
-    layer: int = 0  # of the embeddings
 
     def __call__(self) -> RunRecord:
         """Run what is left of the plan; returns the whole record.
@@ -102,26 +72,18 @@ class Run:
             record.write(self.directory)
         if self.plan.intruders and record.stages:
             self._count_intruders(record)
-        if self.embed is not None and not strategy.evolving and len(record.stages) > 1:
+        if self.embed is not None and not strategy.evolving:
             self._route(record, self.embed)
         return record
 
     def _begin(self) -> RunRecord:
-        digests = {}
-        for task in self.data:
-            digests[f"{task.label}/train"] = task.train.digest
-            digests[f"{task.label}/eval"] = task.evaluation.digest
+        now = digests(self.data)
         try:
             record = RunRecord.read(self.directory)
         except RunMissing:
-            record = RunRecord(self.plan.as_dict(), self.plan.digest, digests)
+            record = RunRecord(self.plan.as_dict(), self.plan.digest, now)
             record.write(self.directory)
-        if record.plan_digest != self.plan.digest:
-            known = self.plan.as_dict()
-            differs = sorted(key for key in known if json.loads(json.dumps(known[key])) != record.plan.get(key))
-            raise RunMismatch(f"{self.directory} holds a run of another plan (other: {', '.join(differs)})")
-        if changed := sorted(name for name in digests if record.data.get(name) != digests[name]):
-            raise RunMismatch(f"the data has changed since this run began: {', '.join(changed)}")
+        record.check(self.directory, self.plan, now)
         return record
 
     def stage_directory(self, index: int) -> Path:
@@ -129,24 +91,23 @@ class Run:
         return self.directory / "stages" / f"{index + 1}-{self.plan.labels[index]}"
 
     def _route(self, record: RunRecord, embed: Embed) -> None:
-        """Fit the router over all adapters, and score every task with each question answered as it chooses."""
-        place, names = self.directory / ROUTED, [stage.version for stage in record.stages]
-        if place.is_file() and json.loads(place.read_text("utf-8"))["names"] == names:
+        """Fit the router over all promoted adapters, and score every task with each question answered as it chooses."""
+        place, names = self.directory / ROUTED, alias_names(record)
+        if place.is_file() and json.loads(place.read_text("utf-8"))["names"] == list(names):
             return
-        done = self.data[: len(names)]
-        rows = {name: embed(task.train.examples) for name, task in zip(names, done, strict=True)}
-        router = fit(rows, self.layer, self.trainer.base.fingerprint)
+        if sum(name is not None for name in names) < 2:
+            return
+        routed = route(self.data, names, embed)
         shutil.rmtree(self.directory / ROUTER, ignore_errors=True)
-        write_router(router, self.directory / ROUTER)
+        write_router(routed.router, self.directory / ROUTER)
         adapters = {name: self.stage_directory(index) / "adapter" for index, name in enumerate(names)}
-        chosen = [[router.choose(row).adapter for row in embed(task.evaluation.examples)] for task in done]
-        scores = self.scorer.routed([[adapters[name] if name else None for name in one] for one in chosen])
+        scores = self.scorer.routed([[adapters[name] if name else None for name in one] for one in routed.chosen])
         told = {
-            "names": names,
+            "names": list(names),
             "scores": [_headline(one) for one in scores],
             "oracle": list(record.stages[-1].row[: len(names)]),
-            "right": [sum(one == name for one in ones) / len(ones) for name, ones in zip(names, chosen, strict=True)],
-            "to_base": [sum(one is None for one in ones) / len(ones) for ones in chosen],
+            "right": list(routed.right),
+            "to_base": list(routed.to_base),
         }
         replace_file(place, json.dumps(told).encode())
 

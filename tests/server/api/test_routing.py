@@ -27,10 +27,11 @@ from server.engine.engine import Engine
 from server.errors import RouterInvalid, RouterMismatch, ServerError
 from server.metrics import Metrics
 from server.router import Router
+from tests.hidden_states import embed
 from tests.server.api.fakes import QUIET, RunningServer
 from tests.server.api.test_live import eventually
 from tests.server.api.test_metrics import samples
-from training.continual.router import embed, fit, write_router
+from training.continual.router import fit, write_router
 
 MOODS = ("a fine film", "dull from start to end", "charming and odd", "the worst of the year", "never a slow minute")
 PLACES = ("12 MAIN ST", "4711 HIGH RD", "99 ELM AVE", "1 KING SQ", "350 FIFTH AVE")
@@ -357,12 +358,17 @@ def test_a_router_for_another_base_is_refused_at_start(
         pass
 
 
-def test_a_quantized_base_is_refused_a_router(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its prompts lie elsewhere than those the router was fitted on."""
-    write_router(world.router, tmp_path / "router")
-    monkeypatch.setattr(world.server.engine, "base", replace(world.server.engine.base, quantization="nf4"))
-    with pytest.raises(RouterMismatch, match="held in nf4"), serving(world, (("x", tmp_path / "router"),)):
+@pytest.mark.parametrize(("fitted", "held"), [("none", "nf4"), ("nf4", "int8"), ("int8", "none")])
+def test_a_router_for_another_precision_is_refused_with_what_to_do(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fitted: Any, held: Any
+) -> None:
+    """Prompts lie elsewhere than those the router was fitted on."""
+    write_router(replace(world.router, quantization=fitted), tmp_path / "router")
+    monkeypatch.setattr(world.server.engine, "base", replace(world.server.engine.base, quantization=held))
+    with pytest.raises(RouterMismatch) as refused, serving(world, (("x", tmp_path / "router"),)):
         pass
+    for words in (f"in the precision {fitted}", f"serve with --quantize {fitted}", f"PLAN RUN --quantize {held} --out"):
+        assert words in str(refused.value)
 
 
 def test_hub_serve_ends_with_the_reason_and_is_never_ready(world: World, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from training.cli_continual import continual
 from training.cli_data import data
 from training.continual.collect import AnsweredBy, collect, example
 from training.continual.plan import ContinualPlan
-from training.continual.run import prepare_data
+from training.continual.tasks import prepare_data
 from training.data import Message, read_jsonl, write_jsonl
 
 DIGEST = "sha256:" + "a" * 64

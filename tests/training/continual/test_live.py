@@ -18,8 +18,9 @@ from server.config import MIB, EngineLimits, ModelConfig
 from tests.server.api.fakes import RunningServer
 from tests.training.continual.scripted import FORGETS, THREE, ScriptedScorer, ScriptedTrainer
 from training.continual.plan import ContinualPlan
-from training.continual.run import Run, prepare_data
+from training.continual.run import Run
 from training.continual.scoring import Cell
+from training.continual.tasks import prepare_data
 
 
 class Watching(ScriptedScorer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from hub.base import fingerprint_directory
+from server.config import Quantization
 from server.errors import RouterInvalid
+from server.model.base import _quantization
 from server.router import Router
-from training.continual.router import embed, fit, middle_layer, write_router
+from tests.hidden_states import embed
+from training.continual.embedding import EngineEmbed
+from training.continual.router import fit, write_router
 from training.data import Example
 
 WIDE = 48
@@ -77,7 +84,17 @@ def test_a_router_survives_its_files(router: Router, centres: dict[str, torch.Te
         read.choose(torch.full((WIDE,), float("nan")))
 
 
-@pytest.mark.parametrize("harm", ["schema", "missing", "shape", "nan", "twice"])
+def test_a_router_without_a_precision_is_the_unquantized_bases(router: Router, tmp_path: Path) -> None:
+    """Routers written before precisions were: all were fitted on the base as its files have it."""
+    write_router(replace(router, quantization="nf4"), tmp_path / "router")
+    assert Router.read(tmp_path / "router").quantization == "nf4"
+    settings = json.loads((tmp_path / "router" / "router.json").read_text())
+    assert settings.pop("quantization") == "nf4"
+    (tmp_path / "router" / "router.json").write_text(json.dumps(settings))
+    assert Router.read(tmp_path / "router").quantization == "none"
+
+
+@pytest.mark.parametrize("harm", ["schema", "missing", "shape", "nan", "twice", "precision"])
 def test_files_that_are_no_router_are_refused(router: Router, tmp_path: Path, harm: str) -> None:
     place = tmp_path / "router"
     write_router(router, place)
@@ -85,6 +102,8 @@ def test_files_that_are_no_router_are_refused(router: Router, tmp_path: Path, ha
     tensors = load_file(place / "router.safetensors")
     if harm == "schema":
         settings["schema"] = "other/1"
+    elif harm == "precision":
+        settings["quantization"] = "int2"
     elif harm == "missing":
         del tensors["thresholds"]
     elif harm == "shape":
@@ -109,28 +128,35 @@ def test_too_little_to_fit_is_refused() -> None:
         fit({"a": rows, "b": rows}, 1, miss=0.0)
 
 
-def test_embeddings_are_the_bases_own_states(tiny_base: Path, byte_tokenizer: Any) -> None:
-    """On the tiny base: prompts of two tasks as its template renders them, told apart."""
-    from transformers import AutoModelForCausalLM
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_embeddings_are_the_states_of_the_base_as_it_is_served(
+    quantization: Quantization, tiny_base: Path, byte_tokenizer: Any
+) -> None:
+    """On the tiny base: prompts of two tasks as its template renders them, one longer than its context, told apart.
 
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    layer = middle_layer(model.config)
-    assert layer == 1
+    bfloat16 has 8 bits: every product's input is off by up to 0.4 %, at random; 2 % of a mean's norm is far above that.
+    """
+    asked = {
+        "a": [Example.of(system="Say the mood.", user=f"It was dull {n * 7919 % 1000}", answer="-") for n in range(40)],
+        "b": [Example.of(system="Write JSON.", user=f"12 Main St {n * 7919 % 1000}", answer="-") for n in range(40)],
+    }
+    asked["b"].append(Example.of(user="12 Main St " * 100, answer="-"))
+    read = EngineEmbed(str(tiny_base), quantization, threads=1)(list(asked.values()))
+    assert (read.layer, read.quantization, [len(rows) for rows in read.groups]) == (1, quantization, [40, 41])
+    assert read.base == fingerprint_directory(tiny_base).fingerprint
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        tiny_base, dtype=torch.bfloat16, quantization_config=_quantization(quantization, torch.bfloat16)
+    )
 
-    def prompts(system: str, kind: str) -> list[list[int]]:
-        asked = [Example.of(system=system, user=f"{kind} {n * 7919 % 1000}", answer="-") for n in range(40)]
-        texts = [
-            byte_tokenizer.apply_chat_template(
-                [m.as_dict() for m in one.prompt], add_generation_prompt=True, tokenize=False
-            )
-            for one in asked
-        ]
-        return [byte_tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    def ids(one: Example) -> list[int]:
+        messages = [message.as_dict() for message in one.prompt]
+        text = byte_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(byte_tokenizer(text, add_special_tokens=False).input_ids)[:511]
 
-    tasks = {"a": prompts("Say the mood.", "It was dull"), "b": prompts("Write JSON.", "12 Main St")}
-    embeddings = {name: embed(model, ids, layer) for name, ids in tasks.items()}
-    states = model(input_ids=torch.tensor([tasks["a"][0]]), output_hidden_states=True).hidden_states
-    assert torch.allclose(embeddings["a"][0], states[1][0].mean(dim=0), atol=1e-5)
-    router = fit({name: rows[:30] for name, rows in embeddings.items()}, layer, miss=0.1)
-    for name, rows in embeddings.items():
-        assert all(router.choose(row).nearest == name for row in rows[30:])
+    for rows, examples in zip(read.groups, asked.values(), strict=True):
+        for mine, wanted in zip(rows, embed(model, [ids(one) for one in examples], 1), strict=True):
+            assert float((mine - wanted).norm()) < 0.02 * float(wanted.norm())
+    router = fit({name: rows[:30] for name, rows in zip(asked, read.groups, strict=True)}, 1, miss=0.1)
+    for name, rows in zip(asked, read.groups, strict=True):
+        assert all(router.choose(row).nearest == name for row in rows[30:40])

@@ -25,14 +25,16 @@ from hub.refs import AdapterRef
 from server.router import Router
 from tests.training.continual.scripted import FORGETS, GOOD, THREE, ScriptedScorer, ScriptedTrainer
 from training.continual import run as run_module
+from training.continual.embedding import Embedded
 from training.continual.errors import RunMismatch, RunMissing
 from training.continual.gates import Gates, judge
 from training.continual.plan import ContinualPlan
 from training.continual.record import RunRecord
 from training.continual.report import write_report
-from training.continual.run import Run, prepare_data
+from training.continual.run import Run
 from training.continual.scoring import Cell
 from training.continual.strategies import KINDS
+from training.continual.tasks import prepare_data
 from training.data import Example
 
 
@@ -213,28 +215,54 @@ def test_isolated_adapters_have_names_of_their_own(make_run: Callable[..., Run],
     assert [[exam for exam, adapter in cells if adapter] for cells in scorer.cells] == [[0], [1], [2]]
 
 
-def test_isolated_runs_fit_and_score_a_router(make_run: Callable[..., Run], tmp_path: Path) -> None:
-    """Embeddings that say the task, but for one question, which is like nothing before."""
-    run = make_run(ScriptedScorer(GOOD), strategy="isolated")
+def embedded(groups: Sequence[Sequence[Example]]) -> Embedded:
+    """Embeddings that say the task, but for the third's first evaluation question, which is like nothing before."""
     generator = torch.Generator().manual_seed(1)
-
-    def embedded(examples: Sequence[Example]) -> torch.Tensor:
+    read = []
+    for examples in groups:
         rows = torch.randn(len(examples), 6, generator=generator)
         for row, one in zip(rows, examples, strict=True):
             row[THREE.index(one.prompt[-1].content.split()[0])] += 30
         if len(examples) == 4 and "third" in examples[0].prompt[-1].content:
             rows[0] = 500.0
-        return rows
+        read.append(rows)
+    return Embedded(tuple(read), 1, "sha256:" + "1" * 64, "int8")
 
-    replace(run, embed=embedded, layer=1)()
+
+def test_isolated_runs_fit_and_score_a_router(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run(ScriptedScorer(GOOD), strategy="isolated")
+    replace(run, embed=embedded)()
     told = write_report(run.directory, tmp_path / "out")["routed"]
-    assert told["oracle"] == [0.8, 0.7, 0.9] and told["names"][0] == "team/stream-first@1"
+    assert told["oracle"] == [0.8, 0.7, 0.9]
+    assert told["names"] == [f"team/stream-{label}:prod" for label in THREE]
     assert told["to_base"][2] >= 0.25 and told["right"][2] <= 0.75
     assert all(right + base == 1 for right, base in zip(told["right"], told["to_base"], strict=True))  # none to another
     assert told["scores"] == told["right"]
     router = Router.read(run.directory / "router")
-    assert router.layer == 1 and router.names == tuple(told["names"])
+    assert (router.layer, router.base, router.quantization) == (1, "sha256:" + "1" * 64, "int8")
+    assert router.names == tuple(told["names"])
     assert "| third | " in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("promoted", [2, 1])
+def test_what_was_not_promoted_is_not_routed_to(
+    make_run: Callable[..., Run], hub: Hub, tmp_path: Path, promoted: int
+) -> None:
+    """Where the text's drift refuses a stage, its prompts are the base's; one promoted adapter is no choice."""
+    (tmp_path / "held.txt").write_text("x")
+    nats = [1.9] * promoted + [3.0] * (3 - promoted)
+    run = make_run(
+        ScriptedScorer(GOOD, nats), strategy="isolated", text="held.txt", gates={"max_drop": 1, "max_text_drift": 0.1}
+    )
+    record = replace(run, embed=embedded)()
+    assert [stage.promoted for stage in record.stages] == [index < promoted for index in range(3)]
+    if promoted == 1:
+        assert not (run.directory / "router").exists() and write_report(run.directory, tmp_path / "o")["routed"] is None
+        return
+    told = write_report(run.directory, tmp_path / "out")["routed"]
+    assert told["names"] == ["team/stream-first:prod", "team/stream-second:prod", None]
+    assert Router.read(run.directory / "router").names == tuple(told["names"][:2])
+    assert told["right"][2] == told["to_base"][2] == 1.0 and told["scores"][2] == 0.0
 
 
 def test_the_report_has_table_pictures_and_numbers(make_run: Callable[..., Run], tmp_path: Path) -> None:
@@ -330,7 +358,7 @@ def test_the_verb_routes_isolated_adapters_and_measures_drift(write_plan: Callab
     result = CliRunner().invoke(group, ["continual", "run", str(plan), *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert told["routed"]["names"] == ["team/stream-first@1", "team/stream-second@1"]
+    assert told["routed"]["names"] == ["team/stream-first:prod", "team/stream-second:prod"]
     assert told["text_drift_nats"] is not None and told["stages"][0]["text_nats"] > 0
     assert told["stages"][1]["intruders"]["relative_norm"] > 0
     assert "intruders_reduced" in told["stages"][0]["notes"]
