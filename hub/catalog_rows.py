@@ -31,6 +31,26 @@ class Record:
         return f"{self.full_name}@{self.number}"
 
 
+def _states() -> sa.Select[Any]:
+    a, t, v = tables.aliases, tables.targets, tables.versions
+    return (
+        sa.select(a.c.alias, a.c.generation, t.c.number, t.c.weight, v.c.digest)
+        .join(t, (t.c.full_name == a.c.full_name) & (t.c.alias == a.c.alias))
+        .join(v, (v.c.full_name == t.c.full_name) & (v.c.number == t.c.number))
+        .where(a.c.full_name == sa.bindparam("full_name"))
+        .order_by(a.c.alias, t.c.number)
+    )
+
+
+# What every resolution asks, built once: building one takes longer than the database does to answer it.
+_ALL_STATES = _states()
+_ONE_STATE = _ALL_STATES.where(tables.aliases.c.alias == sa.bindparam("alias"))
+_NUMBERED = sa.select(tables.versions).where(
+    tables.versions.c.full_name == sa.bindparam("full_name"), tables.versions.c.number == sa.bindparam("number")
+)
+_LAST_SEQ = sa.select(sa.func.coalesce(sa.func.max(tables.events.c.seq), 0))
+
+
 def resolve(connection: sa.Connection, ref: AdapterRef, key: str | None = None) -> Record:
     """The version that `ref` names now; of a weighted alias the one that `key` gets, without a key the heaviest.
 
@@ -64,7 +84,8 @@ def there(connection: sa.Connection, full_name: str, number: int, shown: str | N
 
 def numbered(connection: sa.Connection, full_name: str, number: int) -> Record | None:
     """The version with this number, removed or not."""
-    return select_record(connection, tables.versions.c.full_name == full_name, tables.versions.c.number == number)
+    row = connection.execute(_NUMBERED, {"full_name": full_name, "number": number}).first()
+    return None if row is None else record_of(row)
 
 
 def select_record(connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> Record | None:
@@ -91,18 +112,9 @@ def alias_state(connection: sa.Connection, full_name: str, alias: str) -> AliasS
 
 def alias_states(connection: sa.Connection, full_name: str, alias: str | None = None) -> dict[str, AliasState]:
     """What every alias of an adapter (or this one) holds, by alias."""
-    a, t, v = tables.aliases, tables.targets, tables.versions
-    query = (
-        sa.select(a.c.alias, a.c.generation, t.c.number, t.c.weight, v.c.digest)
-        .join(t, (t.c.full_name == a.c.full_name) & (t.c.alias == a.c.alias))
-        .join(v, (v.c.full_name == t.c.full_name) & (v.c.number == t.c.number))
-        .where(a.c.full_name == full_name)
-        .order_by(a.c.alias, t.c.number)
-    )
-    if alias is not None:
-        query = query.where(a.c.alias == alias)
+    query = _ALL_STATES if alias is None else _ONE_STATE
     targets: dict[tuple[str, int], list[Target]] = {}
-    for row in connection.execute(query):
+    for row in connection.execute(query, {"full_name": full_name, "alias": alias}):
         targets.setdefault((row.alias, row.generation), []).append(Target(row.number, Digest(row.digest), row.weight))
     return {name: state_of(found, generation) for (name, generation), found in targets.items()}
 
@@ -120,7 +132,7 @@ def held_by(state: AliasState | None) -> Held | None:
 
 def last_seq(connection: sa.Connection) -> int:
     """The newest event's number, 0 where nothing happened yet."""
-    return int(connection.execute(sa.select(sa.func.coalesce(sa.func.max(tables.events.c.seq), 0))).scalar_one())
+    return int(connection.execute(_LAST_SEQ).scalar_one())
 
 
 def select_events(
