@@ -114,6 +114,7 @@ def check(connection: sa.Connection) -> list[str]:
 
 def _statement(query: Query, after: tuple[str, int], few: Sequence[MetricTest]) -> sa.Select[Any]:
     v = tables.versions
+    named = tables.adapters if query.newest else v  # names are looked for where there are fewest
     statement = sa.select(v).where(v.c.removed.is_(None)).order_by(v.c.full_name, v.c.number)
     if after != ("", 0):
         statement = statement.where(sa.tuple_(v.c.full_name, v.c.number) > sa.tuple_(*map(sa.literal, after)))
@@ -131,11 +132,13 @@ def _statement(query: Query, after: tuple[str, int], few: Sequence[MetricTest]) 
     if query.pattern is not None:
         prefix = query.pattern[: next((i for i, char in enumerate(query.pattern) if char in _WILD), None)]
         if prefix == query.pattern:
-            statement = statement.where(v.c.full_name == prefix)
+            statement = statement.where(named.c.full_name == prefix)
         elif prefix:
-            statement = statement.where(v.c.full_name >= prefix, v.c.full_name < prefix[:-1] + chr(ord(prefix[-1]) + 1))
+            statement = statement.where(
+                named.c.full_name >= prefix, named.c.full_name < prefix[:-1] + chr(ord(prefix[-1]) + 1)
+            )
         if prefix != query.pattern:
-            statement = statement.where(v.c.full_name.like(_like(query.pattern), escape="\\"))
+            statement = statement.where(named.c.full_name.like(_like(query.pattern), escape="\\"))
     if query.base is not None:
         by_name = v.c.base_name == query.base
         by_print = v.c.base_fingerprint.startswith(query.base, autoescape=True)
