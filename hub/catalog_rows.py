@@ -45,6 +45,14 @@ def _states() -> sa.Select[Any]:
 # What every resolution asks, built once: building one takes longer than the database does to answer it.
 _ALL_STATES = _states()
 _ONE_STATE = _ALL_STATES.where(tables.aliases.c.alias == sa.bindparam("alias"))
+_HELD = (
+    sa.select(tables.versions, tables.targets.c.weight)
+    .join(
+        tables.targets, sa.and_(*(tables.targets.c[key] == tables.versions.c[key] for key in ("full_name", "number")))
+    )
+    .where(tables.targets.c.full_name == sa.bindparam("full_name"), tables.targets.c.alias == sa.bindparam("alias"))
+    .order_by(tables.targets.c.number)
+)
 _NUMBERED = sa.select(tables.versions).where(
     tables.versions.c.full_name == sa.bindparam("full_name"), tables.versions.c.number == sa.bindparam("number")
 )
@@ -58,12 +66,14 @@ def resolve(connection: sa.Connection, ref: AdapterRef, key: str | None = None) 
     """
     name, selector = ref.full_name, ref.selector
     if isinstance(selector, Alias):
-        state = alias_state(connection, name, selector.name)
-        if state is None:
+        rows = connection.execute(_HELD, {"full_name": name, "alias": selector.name}).all()
+        if not rows:
             check_known(connection, name)
             raise AliasNotFound(f"{name} has no alias {selector.name!r}")
-        number = state.version if key is None else canary.pick(state.targets, name, selector.name, key).version
-    elif isinstance(selector, Version):
+        targets = [Target(row.number, Digest(row.digest), row.weight) for row in rows]
+        chosen = canary.primary(targets) if key is None else canary.pick(targets, name, selector.name, key)
+        return _standing(record_of(rows[targets.index(chosen)]))
+    if isinstance(selector, Version):
         number = selector.number
     else:
         found = select_record(connection, tables.versions.c.full_name == name, tables.versions.c.digest == selector)
@@ -77,6 +87,10 @@ def there(connection: sa.Connection, full_name: str, number: int, shown: str | N
     if record is None:
         check_known(connection, full_name)
         raise VersionNotFound(f"{full_name} has no version {shown or number}")
+    return _standing(record)
+
+
+def _standing(record: Record) -> Record:
     if record.removed is not None:
         raise VersionNotFound(f"{record.text} was removed; while it is not swept, `hub restore {record.text}` helps")
     return record
