@@ -189,8 +189,9 @@ def _settle(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         found = os.fstat(descriptor)
-        if found.st_mode & 0o777 != 0o444:
-            os.fchmod(descriptor, 0o444)
+        readers = found.st_mode & 0o444  # no more than its creator let read it
+        if found.st_mode & 0o777 != readers:
+            os.fchmod(descriptor, readers)
         if abs(time.time() - found.st_mtime) > _YOUNG_SECONDS:
             os.utime(descriptor)
         os.fsync(descriptor)

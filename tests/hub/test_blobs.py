@@ -70,12 +70,13 @@ def test_a_file_that_is_kept_is_read_under_its_digest(store: BlobStore, tmp_path
 def test_a_file_on_the_same_file_system_becomes_the_blob_itself(tmp_path: Path) -> None:
     store, path = LocalBlobStore(tmp_path / "blobs"), tmp_path / "a file"
     path.write_bytes(b"bytes")
+    path.chmod(0o600)
     digest = Digest.of_hex(hashlib.sha256(b"bytes").hexdigest())
     assert store.flush_file(path)
     store.put_file(path, digest)
     blob = next((tmp_path / "blobs" / "sha256").glob("*/*"))
     assert blob.samefile(path)
-    assert blob.stat().st_mode & 0o222 == 0
+    assert blob.stat().st_mode & 0o777 == 0o400, "written no more, and read by nobody who could not before"
     blob.chmod(0o644)
     blob.write_bytes(b"damaged")
     path.unlink()
