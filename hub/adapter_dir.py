@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +54,18 @@ class AdapterFile:
     sha256: Digest
 
 
+# Told of the files when all are hashed and everything but the tensors' numbers is checked; from another thread perhaps.
+Hashed = Callable[[Sequence[AdapterFile]], None]
+TensorDigest = Callable[[memoryview], Digest | None]
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor: what it is, and the digest of its raw bytes."""
 
     dtype: str  # "F32", "F16", "BF16" or "F64"
     shape: tuple[int, ...]
-    sha256: Digest
+    sha256: Digest | None  # None: not asked for
     site: TensorSite
 
 
@@ -85,7 +90,8 @@ class ParsedAdapter:
 
     @property
     def tensors_digest(self) -> Digest:
-        """The weights' identity, whatever the file's metadata and order."""
+        """The weights' identity, whatever the file's metadata and order; tensors were digested."""
+        assert all(tensor.sha256 for tensor in self.tensors.values())
         return json_text.digest_of(
             {name: {"dtype": t.dtype, "shape": t.shape, "sha256": t.sha256} for name, t in self.tensors.items()}
         )
@@ -98,37 +104,51 @@ class ParsedAdapter:
         binding.check_binds(self.config, {t.site: t.shape for t in self.tensors.values()}, base_shapes)
 
 
-def parse_adapter(directory: Path, *, progress: Progress | None = None) -> ParsedAdapter:
-    """The adapter in `directory`; raises a subclass of AdapterRejected."""
+def sha256_of(data: bytes | memoryview) -> Digest:
+    """The digest of these bytes."""
+    return Digest.of_hex(hashlib.sha256(data).hexdigest())
+
+
+def parse_adapter(
+    directory: Path, *, progress: Progress | None = None, hashed: Hashed = lambda files: None,
+    digest: TensorDigest = sha256_of,
+) -> ParsedAdapter:  # fmt: skip
+    """The adapter in `directory`, its tensors digested by `digest`.
+
+    Raises a subclass of AdapterRejected, after `hashed` was called perhaps.
+    """
     try:
-        return _parsed(directory, progress or (lambda what, done, total: None))
+        return _parsed(directory, progress or (lambda what, done, total: None), hashed, digest)
     except OSError as error:
         raise AdapterFileMissing(f"{error.filename or directory} cannot be read: {error.strerror}") from error
 
 
-def _parsed(directory: Path, report: Progress) -> ParsedAdapter:
+def _parsed(directory: Path, report: Progress, hashed: Hashed, digest: TensorDigest) -> ParsedAdapter:
     sizes = _listed(directory)
     small = {name: _read_small(directory / name) for name in sizes if name != WEIGHTS_FILE}
     config = LoraConfig.parse(small[CONFIG_FILE])
     facts = Facts.parse(small[FACTS_FILE]) if FACTS_FILE in small else Facts()
-    files = {
-        name: AdapterFile(name, len(data), Digest.of_hex(hashlib.sha256(data).hexdigest()))
-        for name, data in small.items()
-    }
+    files = {name: AdapterFile(name, len(data), sha256_of(data)) for name, data in small.items()}
     with mapped(directory / WEIGHTS_FILE) as weights:
         sites = _sites(weights)
         shapes = {site: weights.slots[name].shape for name, site in sites.items()}
         ranks = binding.check_consistent(config, shapes)
+
+        def hash_whole() -> AdapterFile:
+            file = AdapterFile(WEIGHTS_FILE, len(weights.data), sha256_of(weights.data))
+            hashed([*files.values(), file])
+            return file
+
         # Hashing lets go of the interpreter: the whole file is hashed beside the look at its tensors.
         with ThreadPoolExecutor(1, thread_name_prefix="loraplex-hash") as beside:
-            whole = beside.submit(_sha256, weights.data)
+            whole = beside.submit(hash_whole)
             values = _look_at_values(weights, report)
             norms = _delta_norms(config, ranks, {sites[name]: value for name, value in values.items()})
             tensors = {
-                name: TensorInfo(slot.dtype, slot.shape, _sha256(weights.bytes_of(name)), sites[name])
+                name: TensorInfo(slot.dtype, slot.shape, digest(weights.bytes_of(name)), sites[name])
                 for name, slot in weights.slots.items()
             }
-            files[WEIGHTS_FILE] = AdapterFile(WEIGHTS_FILE, len(weights.data), whole.result())
+            files[WEIGHTS_FILE] = whole.result()
         report("checking", len(weights.data), len(weights.data))
     return ParsedAdapter(
         directory=directory,
@@ -233,10 +253,6 @@ def _inert(site: TensorSite, values: tensor_values.TensorValues) -> bool:
     return site.kind in ("lora_A", "lora_B", "embedding_A", "embedding_B", "base") or (
         site.kind == "lora_bias" and values.largest == 0
     )
-
-
-def _sha256(data: memoryview) -> Digest:
-    return Digest.of_hex(hashlib.sha256(data).hexdigest())
 
 
 def _elements(shape: tuple[int, ...]) -> int:

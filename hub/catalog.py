@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from hub import catalog_adoption, catalog_removal, catalog_rows, catalog_search, catalog_signatures, journal, tables
-from hub.alias_history import before_now
+from hub.alias_history import before_now, check_expected
 from hub.arrivals import AliasArrival
 from hub.catalog_rows import Record
 from hub.catalog_writer import Step, Writer, now
 from hub.errors import AdapterNotFound, AliasMoved, BlobsSwept, HubReadOnly, HubUnavailable, QueryInvalid
 from hub.journal import Journal
-from hub.refs import LATEST, AdapterRef, Alias, Digest
+from hub.refs import LATEST, AdapterRef, Digest
 from hub.replay import State
 from hub.search import Query
 from hub.sqlite import WRITING, cause
@@ -130,6 +130,11 @@ class Catalog:
         with self._reading() as connection:
             return catalog_rows.resolve(connection, ref, key)
 
+    def resolve_at(self, ref: AdapterRef, key: str | None = None) -> tuple[Record, int]:
+        """As `resolve`, with the newest event's number at that moment."""
+        with self._reading() as connection:
+            return catalog_rows.resolve(connection, ref, key), catalog_rows.last_seq(connection)
+
     def get(self, digest: Digest) -> Record:
         """The version with this digest; raises AdapterNotFound, VersionNotFound where it was removed."""
         with self._reading() as connection:
@@ -206,7 +211,7 @@ class Catalog:
             if len({record.number for record, _ in records}) < len(records):
                 raise QueryInvalid("the same version is named twice")
             held = catalog_rows.alias_state(writer.connection, name, alias)
-            _check_expected(name, alias, held, expect)
+            check_expected(name, alias, held, expect)
             if generation is not None and (held.generation if held else 0) != generation:
                 raise AliasMoved(f"{name}:{alias} was moved by somebody else just now")
             writer.point(name, alias, held, records, note)
@@ -217,10 +222,10 @@ class Catalog:
     def untag(self, full_name: str, alias: str, expect: int | None) -> Record:
         """Remove an alias; the version it held. Raises AliasNotFound, AliasMoved (see `tag`), AdapterNotFound."""
         with self._writing() as writer:
-            record = catalog_rows.resolve(writer.connection, AdapterRef(*_split(full_name), Alias(alias)))
+            record = catalog_rows.resolve(writer.connection, AdapterRef.parse(f"{full_name}:{alias}"))
             held = catalog_rows.alias_state(writer.connection, full_name, alias)
             assert held is not None
-            _check_expected(full_name, alias, held, expect)
+            check_expected(full_name, alias, held, expect)
             writer.drop_alias(record, alias, held)
         return record
 
@@ -236,8 +241,8 @@ class Catalog:
             history = catalog_rows.select_events(connection, e.full_name == full_name, e.alias == alias)
             held = catalog_rows.alias_state(connection, full_name, alias)
             if not history:
-                catalog_rows.resolve(connection, AdapterRef(*_split(full_name), Alias(alias)))
-            _check_expected(full_name, alias, held, expect)
+                catalog_rows.resolve(connection, AdapterRef.parse(f"{full_name}:{alias}"))
+            check_expected(full_name, alias, held, expect)
             wanted = before_now(f"{full_name}:{alias}", history)
             records = [(catalog_rows.there(connection, full_name, number), weight) for number, weight in wanted]
             writer.point(full_name, alias, held, records, "rollback")
@@ -389,22 +394,3 @@ def _translated() -> Iterator[None]:
         yield
     except (sa.exc.DBAPIError, sa.exc.TimeoutError, UnicodeDecodeError) as error:
         raise HubUnavailable("the hub's catalog cannot be used", cause(error)) from error
-
-
-def _check_expected(full_name: str, alias: str, held: AliasState | None, expect: int | None) -> None:
-    if expect is None:
-        return
-    numbers = [target.version for target in held.targets] if held is not None else []
-    if numbers == ([expect] if expect else []):
-        return
-    if len(numbers) > 1:
-        holds = f"is split over versions {', '.join(map(str, numbers))}"
-    else:
-        holds = f"holds version {numbers[0]}" if numbers else "does not exist"
-    wanted = f"version {expect}" if expect else "it not to exist"
-    raise AliasMoved(f"{full_name}:{alias} {holds}, you expected {wanted}")
-
-
-def _split(full_name: str) -> tuple[str | None, str]:
-    namespace, slash, name = full_name.rpartition("/")
-    return (namespace if slash else None), name

@@ -31,6 +31,34 @@ class Record:
         return f"{self.full_name}@{self.number}"
 
 
+def _states() -> sa.Select[Any]:
+    a, t, v = tables.aliases, tables.targets, tables.versions
+    return (
+        sa.select(a.c.alias, a.c.generation, t.c.number, t.c.weight, v.c.digest)
+        .join(t, (t.c.full_name == a.c.full_name) & (t.c.alias == a.c.alias))
+        .join(v, (v.c.full_name == t.c.full_name) & (v.c.number == t.c.number))
+        .where(a.c.full_name == sa.bindparam("full_name"))
+        .order_by(a.c.alias, t.c.number)
+    )
+
+
+# What every resolution asks, built once: building one takes longer than the database does to answer it.
+_ALL_STATES = _states()
+_ONE_STATE = _ALL_STATES.where(tables.aliases.c.alias == sa.bindparam("alias"))
+_HELD = (
+    sa.select(tables.versions, tables.targets.c.weight)
+    .join(
+        tables.targets, sa.and_(*(tables.targets.c[key] == tables.versions.c[key] for key in ("full_name", "number")))
+    )
+    .where(tables.targets.c.full_name == sa.bindparam("full_name"), tables.targets.c.alias == sa.bindparam("alias"))
+    .order_by(tables.targets.c.number)
+)
+_NUMBERED = sa.select(tables.versions).where(
+    tables.versions.c.full_name == sa.bindparam("full_name"), tables.versions.c.number == sa.bindparam("number")
+)
+_LAST_SEQ = sa.select(sa.func.coalesce(sa.func.max(tables.events.c.seq), 0))
+
+
 def resolve(connection: sa.Connection, ref: AdapterRef, key: str | None = None) -> Record:
     """The version that `ref` names now; of a weighted alias the one that `key` gets, without a key the heaviest.
 
@@ -38,12 +66,14 @@ def resolve(connection: sa.Connection, ref: AdapterRef, key: str | None = None) 
     """
     name, selector = ref.full_name, ref.selector
     if isinstance(selector, Alias):
-        state = alias_state(connection, name, selector.name)
-        if state is None:
+        rows = connection.execute(_HELD, {"full_name": name, "alias": selector.name}).all()
+        if not rows:
             check_known(connection, name)
             raise AliasNotFound(f"{name} has no alias {selector.name!r}")
-        number = state.version if key is None else canary.pick(state.targets, name, selector.name, key).version
-    elif isinstance(selector, Version):
+        targets = [Target(row.number, Digest(row.digest), row.weight) for row in rows]
+        chosen = canary.primary(targets) if key is None else canary.pick(targets, name, selector.name, key)
+        return _standing(record_of(rows[targets.index(chosen)]))
+    if isinstance(selector, Version):
         number = selector.number
     else:
         found = select_record(connection, tables.versions.c.full_name == name, tables.versions.c.digest == selector)
@@ -57,6 +87,10 @@ def there(connection: sa.Connection, full_name: str, number: int, shown: str | N
     if record is None:
         check_known(connection, full_name)
         raise VersionNotFound(f"{full_name} has no version {shown or number}")
+    return _standing(record)
+
+
+def _standing(record: Record) -> Record:
     if record.removed is not None:
         raise VersionNotFound(f"{record.text} was removed; while it is not swept, `hub restore {record.text}` helps")
     return record
@@ -64,7 +98,8 @@ def there(connection: sa.Connection, full_name: str, number: int, shown: str | N
 
 def numbered(connection: sa.Connection, full_name: str, number: int) -> Record | None:
     """The version with this number, removed or not."""
-    return select_record(connection, tables.versions.c.full_name == full_name, tables.versions.c.number == number)
+    row = connection.execute(_NUMBERED, {"full_name": full_name, "number": number}).first()
+    return None if row is None else record_of(row)
 
 
 def select_record(connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> Record | None:
@@ -91,18 +126,9 @@ def alias_state(connection: sa.Connection, full_name: str, alias: str) -> AliasS
 
 def alias_states(connection: sa.Connection, full_name: str, alias: str | None = None) -> dict[str, AliasState]:
     """What every alias of an adapter (or this one) holds, by alias."""
-    a, t, v = tables.aliases, tables.targets, tables.versions
-    query = (
-        sa.select(a.c.alias, a.c.generation, t.c.number, t.c.weight, v.c.digest)
-        .join(t, (t.c.full_name == a.c.full_name) & (t.c.alias == a.c.alias))
-        .join(v, (v.c.full_name == t.c.full_name) & (v.c.number == t.c.number))
-        .where(a.c.full_name == full_name)
-        .order_by(a.c.alias, t.c.number)
-    )
-    if alias is not None:
-        query = query.where(a.c.alias == alias)
+    query = _ALL_STATES if alias is None else _ONE_STATE
     targets: dict[tuple[str, int], list[Target]] = {}
-    for row in connection.execute(query):
+    for row in connection.execute(query, {"full_name": full_name, "alias": alias}):
         targets.setdefault((row.alias, row.generation), []).append(Target(row.number, Digest(row.digest), row.weight))
     return {name: state_of(found, generation) for (name, generation), found in targets.items()}
 
@@ -120,7 +146,7 @@ def held_by(state: AliasState | None) -> Held | None:
 
 def last_seq(connection: sa.Connection) -> int:
     """The newest event's number, 0 where nothing happened yet."""
-    return int(connection.execute(sa.select(sa.func.coalesce(sa.func.max(tables.events.c.seq), 0))).scalar_one())
+    return int(connection.execute(_LAST_SEQ).scalar_one())
 
 
 def select_events(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -129,13 +129,9 @@ def _statement(query: Query, after: tuple[str, int], few: Sequence[MetricTest]) 
         if after != ("", 0):
             statement = statement.where(a.c.full_name >= after[0])  # or a later page walks all before it again
     if query.pattern is not None:
-        prefix = query.pattern[: next((i for i, char in enumerate(query.pattern) if char in _WILD), None)]
-        if prefix == query.pattern:
-            statement = statement.where(v.c.full_name == prefix)
-        elif prefix:
-            statement = statement.where(v.c.full_name >= prefix, v.c.full_name < prefix[:-1] + chr(ord(prefix[-1]) + 1))
-        if prefix != query.pattern:
-            statement = statement.where(v.c.full_name.like(_like(query.pattern), escape="\\"))
+        statement = statement.where(*_named(v.c.full_name, query.pattern))
+        if query.newest:  # said of both: SQLite begins with the versions, PostgreSQL with the adapters, which are fewer
+            statement = statement.where(*_named(tables.adapters.c.full_name, query.pattern))
     if query.base is not None:
         by_name = v.c.base_name == query.base
         by_print = v.c.base_fingerprint.startswith(query.base, autoescape=True)
@@ -146,6 +142,18 @@ def _statement(query: Query, after: tuple[str, int], few: Sequence[MetricTest]) 
     for test in query.metrics:
         statement = statement.where(_meets(test, few=test in few))
     return statement
+
+
+def _named(name: Any, pattern: str) -> Iterator[sa.ColumnElement[bool]]:
+    """Conditions that every name the shell pattern matches meets, and few others."""
+    prefix = pattern[: next((i for i, char in enumerate(pattern) if char in _WILD), None)]
+    if prefix == pattern:
+        yield name == prefix
+        return
+    if prefix:
+        yield name >= prefix
+        yield name < prefix[:-1] + chr(ord(prefix[-1]) + 1)
+    yield name.like(_like(pattern), escape="\\")
 
 
 def _met_by_few(connection: sa.Connection, test: MetricTest) -> bool:

@@ -16,11 +16,7 @@ from hub.arguments import check_has, checked_holder, checked_time
 from hub.base import base_identity
 from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
-from hub.errors import (
-    AdapterNotFound,
-    AliasMoved,
-    BlobCorrupt,
-)
+from hub.errors import AdapterNotFound, AliasMoved, BlobCorrupt
 from hub.evaluations import Evaluations
 from hub.fingerprint import known_shapes
 from hub.gate import Gate, Promotion
@@ -140,10 +136,12 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         parents: Sequence[Digest] = (),
         creator: str | None = None,
         progress: Progress | None = None,
+        stored: publishing.Stored = publishing.copied,
     ) -> PushResult:
         """The second half of `push`: store an adapter that was read, whose base was `located` (None: not given).
 
-        `shapes` are those of the base's tensors; without them those that this machine knows of it are used.
+        `shapes` are those of the base's tensors; without them those that this machine knows of it are used. `stored`:
+        whether the files are copied, or kept themselves.
         """
         wanted = [*aliases, *pushed_aliases(ref)]
         identity = identity_of(adapter, located)
@@ -156,7 +154,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         )  # fmt: skip
         publishing.check_manifest(manifest)
         publishing.check_profile(self.profile_file, manifest)
-        record, created = publishing.publish(self._blobs, self._catalog, adapter, manifest, wanted, progress)
+        record, created = publishing.publish(self._blobs, self._catalog, adapter, manifest, wanted, progress, stored)
         return PushResult(self._version(record), created, warnings_of(adapter, identity))
 
     def resolve(self, ref: AdapterRef | str, key: str | None = None) -> Version:
@@ -206,6 +204,11 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
     def storage(self) -> BlobStore:
         """Where the bytes are; for the shared server, which hands them on in parts."""
         return self._blobs
+
+    @property
+    def entries(self) -> catalog.Catalog:
+        """What is in the hub; for the shared server, which hands manifests on as they are stored."""
+        return self._catalog
 
     @property
     def database(self) -> sa.Engine:

@@ -5,8 +5,10 @@ docs/FORMAT.md describes the JSON key by key.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from hub import json_text
@@ -136,6 +138,10 @@ class Manifest:
 
     def canonical(self) -> bytes:
         """The bytes that are stored and hashed."""
+        return self._canonical
+
+    @cached_property
+    def _canonical(self) -> bytes:
         return json_text.canonical(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
@@ -148,7 +154,7 @@ class Manifest:
     @property
     def digest(self) -> Digest:
         """The version's identity."""
-        return json_text.digest_of(self.to_json())
+        return Digest.of_hex(hashlib.sha256(self._canonical).hexdigest())
 
     @property
     def content(self) -> Digest:

@@ -6,7 +6,6 @@ configs that name code of their own are refused, the weights are mapped and look
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from hub import json_text, tensor_values
-from hub.adapter_dir import README_FILE, AdapterFile
+from hub.adapter_dir import README_FILE, AdapterFile, TensorDigest, sha256_of
 from hub.errors import (
     AdapterFileMissing,
     AdapterTooLarge,
@@ -71,7 +70,7 @@ class ModelTensor:
 
     dtype: str
     shape: tuple[int, ...]
-    sha256: Digest
+    sha256: Digest | None  # None: not asked for
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,8 @@ class ParsedModel:
 
     @property
     def tensors_digest(self) -> Digest:
-        """The weights' identity, however they are split over files."""
+        """The weights' identity, however they are split over files; tensors were digested."""
+        assert all(tensor.sha256 for tensor in self.tensors.values())
         return json_text.digest_of(
             {name: {"dtype": t.dtype, "shape": t.shape, "sha256": t.sha256} for name, t in self.tensors.items()}
         )
@@ -127,15 +127,15 @@ def model_file_limit(name: str) -> int | None:
     return MAX_WEIGHTS_FILE_BYTES if _WEIGHTS.fullmatch(name) else _SMALL.get(name)
 
 
-def parse_model(directory: Path, *, progress: Progress | None = None) -> ParsedModel:
-    """The model in `directory`; raises a subclass of AdapterRejected."""
+def parse_model(directory: Path, *, progress: Progress | None = None, digest: TensorDigest = sha256_of) -> ParsedModel:
+    """The model in `directory`, its tensors digested by `digest`; raises a subclass of AdapterRejected."""
     try:
-        return _parsed(directory, progress or (lambda what, done, total: None))
+        return _parsed(directory, progress or (lambda what, done, total: None), digest)
     except OSError as error:
         raise AdapterFileMissing(f"{error.filename or directory} cannot be read: {error.strerror}") from error
 
 
-def _parsed(directory: Path, report: Progress) -> ParsedModel:
+def _parsed(directory: Path, report: Progress, digest: TensorDigest) -> ParsedModel:
     sizes = _listed(directory)
     small = {name: _read_small(directory / name) for name in sizes if not _WEIGHTS.fullmatch(name)}
     values = {name: _parse_json(name, small[name]) for name in _JSON if name in small}
@@ -143,7 +143,7 @@ def _parsed(directory: Path, report: Progress) -> ParsedModel:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise ConfigMalformed(f"{CONFIG_FILE} names no architecture")
-    files = {name: AdapterFile(name, len(data), _sha256(data)) for name, data in small.items()}
+    files = {name: AdapterFile(name, len(data), sha256_of(data)) for name, data in small.items()}
     tensors: dict[str, ModelTensor] = {}
     found_in: dict[str, str] = {}
     done, total = 0, sum(sizes.values())
@@ -159,11 +159,11 @@ def _parsed(directory: Path, report: Progress) -> ParsedModel:
                     )
                 data = weights.bytes_of(tensor)
                 tensor_values.look_at(tensor, slot, data)
-                tensors[tensor] = ModelTensor(slot.dtype, slot.shape, _sha256(data))
+                tensors[tensor] = ModelTensor(slot.dtype, slot.shape, digest(data))
                 found_in[tensor] = name
                 done += slot.end - slot.begin
                 report("checking", done, total)
-            files[name] = AdapterFile(name, len(weights.data), _sha256(weights.data))
+            files[name] = AdapterFile(name, len(weights.data), sha256_of(weights.data))
     if not tensors:
         raise SafetensorsMalformed("the model has no tensors")
     _check_index(values.get(INDEX_FILE), found_in)
@@ -249,7 +249,3 @@ def _check_index(index: dict[str, Any] | None, found_in: Mapping[str, str]) -> N
 
 def _is_head(name: str) -> bool:
     return name.endswith(("lm_head.weight", "embed_out.weight"))
-
-
-def _sha256(data: bytes | memoryview) -> Digest:
-    return Digest.of_hex(hashlib.sha256(data).hexdigest())

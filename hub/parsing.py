@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hub.adapter_dir import FILE_LIMITS, ParsedAdapter, parse_adapter
+from hub.adapter_dir import FILE_LIMITS, Hashed, ParsedAdapter, parse_adapter
 from hub.model_dir import (
     MAX_FILES,
     MAX_WEIGHTS_FILE_BYTES,
@@ -15,7 +15,7 @@ from hub.model_dir import (
 )
 from hub.progress import Progress
 
-__all__ = ["MAX_FILES", "MAX_FILE_BYTES", "Parsed", "file_limit", "parse_directory"]
+__all__ = ["MAX_FILES", "MAX_FILE_BYTES", "Parsed", "check_directory", "file_limit", "parse_directory"]
 
 Parsed = ParsedAdapter | ParsedModel
 MAX_FILE_BYTES = max(MAX_WEIGHTS_FILE_BYTES, *FILE_LIMITS.values())  # of any one file
@@ -29,6 +29,18 @@ def parse_directory(directory: Path, *, progress: Progress | None = None) -> Par
     if is_model_directory(directory):
         return parse_model(directory, progress=progress)
     return parse_adapter(directory, progress=progress)
+
+
+def check_directory(directory: Path, *, progress: Progress | None, hashed: Hashed) -> Parsed:
+    """As `parse_directory`, for who only hands the files on: the tensors of the result have no digests.
+
+    Where it raises, `hashed` may have been called.
+    """
+    if not is_model_directory(directory):
+        return parse_adapter(directory, progress=progress, hashed=hashed, digest=lambda data: None)
+    model = parse_model(directory, progress=progress, digest=lambda data: None)
+    hashed(list(model.files.values()))
+    return model
 
 
 def file_limit(name: str, kind: str | None = None) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -20,16 +20,29 @@ from hub.refs import LATEST, AdapterRef, Alias, Digest
 
 MAX_LINE_CHARS: Final = 500
 _ATTEMPTS: Final = 5
+# How a file gets into the store: from where to, with the digest it was read to have; the digest it was stored as.
+Stored = Callable[[BlobStore, Path, Digest], Digest]
+
+
+def copied(blobs: BlobStore, path: Path, digest: Digest) -> Digest:
+    """The file stays its owner's, who may change it: its bytes are copied and hashed."""
+    with path.open("rb") as source:
+        return blobs.put(source)[0]
+
+
+def kept(blobs: BlobStore, path: Path, digest: Digest) -> Digest:
+    """The file is the hub's own already and nobody can write it: it may become the blob itself."""
+    return blobs.put_file(path, digest)
 
 
 def publish(
     blobs: BlobStore, entries: Catalog, adapter: Parsed, manifest: Manifest, aliases: Sequence[str],
-    progress: Progress | None,
+    progress: Progress | None, stored: Stored = copied,
 ) -> tuple[Record, bool]:  # fmt: skip
     """Store the bytes and enter the version; once more where a sweep took some of them in between."""
     for attempt in range(_ATTEMPTS):
         try:
-            store_files(blobs, adapter, progress)
+            store_files(blobs, adapter, progress, stored)
             # Known content keeps its manifest; storing that again mends a damaged copy.
             known = entries.find(manifest.name, manifest.content)
             data = known.manifest if known is not None else manifest.canonical()
@@ -112,13 +125,11 @@ def warnings_of(adapter: Parsed, identity: BaseIdentity) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def store_files(blobs: BlobStore, adapter: Parsed, progress: Progress | None) -> None:
+def store_files(blobs: BlobStore, adapter: Parsed, progress: Progress | None, stored: Stored = copied) -> None:
     """Store an adapter's files; raises AdapterChanged where one is not what was read before."""
     done = 0
     for file in adapter.files.values():
-        with (adapter.directory / file.name).open("rb") as source:
-            digest, _ = blobs.put(source)
-        if digest != file.sha256:
+        if stored(blobs, adapter.directory / file.name, file.sha256) != file.sha256:
             raise AdapterChanged(f"{file.name} changed while it was being pushed; nothing was published")
         done += file.bytes
         if progress is not None:

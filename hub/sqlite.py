@@ -17,6 +17,7 @@ from hub.blobs.local import sync_directory
 from hub.errors import HubUnavailable
 
 BUSY_SECONDS: Final = 30.0
+MAX_CONNECTIONS: Final = 15  # of one process; further threads wait for one
 WRITING: Final = "loraplex_writing"  # execution option: this transaction will write
 
 
@@ -58,7 +59,11 @@ def cause(error: Exception) -> str:
 
 def _engine(path: Path) -> sa.Engine:
     engine = sa.create_engine(
-        sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}
+        sa.URL.create("sqlite", database=str(path)),
+        connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},
+        # Opening one takes longer than most of what it is asked: none is closed as long as the engine lives.
+        pool_size=MAX_CONNECTIONS,
+        max_overflow=0,
     )
 
     @sa.event.listens_for(engine, "connect")

@@ -44,8 +44,13 @@ def copy_checked(blobs: BlobStore, digest: Digest, size: int, what: str, take: C
 
 def read_manifest(blobs: BlobStore, record: Record) -> Manifest:
     """The manifest of a version: the catalog's copy, or the blob where that is damaged; raises BlobCorrupt."""
+    return Manifest.parse(manifest_bytes(blobs, record))
+
+
+def manifest_bytes(blobs: BlobStore, record: Record) -> bytes:
+    """The bytes of a version's manifest, hashed and not parsed; raises BlobCorrupt."""
     if hashlib.sha256(record.manifest).hexdigest() == record.digest.hex:
-        return Manifest.parse(record.manifest)
+        return record.manifest
     text = f"{record.full_name}@{record.number}"
     try:
         with blobs.open(record.digest) as source:
@@ -54,7 +59,7 @@ def read_manifest(blobs: BlobStore, record: Record) -> Manifest:
         data = b""
     if hashlib.sha256(data).hexdigest() != record.digest.hex:
         raise BlobCorrupt(f"the manifest of {text} is damaged in the catalog and in the hub's storage")
-    return Manifest.parse(data)
+    return data
 
 
 def read_checked(blobs: BlobStore, version: Version, filename: str) -> bytes:

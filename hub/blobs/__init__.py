@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from hub.errors import BlobNotFound
@@ -46,6 +47,18 @@ class BlobStore(ABC):
     @abstractmethod
     def put(self, source: BinaryIO) -> tuple[Digest, int]:
         """Store what is left of `source`; its digest and length in bytes."""
+
+    def put_file(self, path: Path, digest: Digest) -> Digest:
+        """Store the file `path`, which has this digest and which nobody can write any more; the digest it got.
+
+        A store on the same file system keeps the file itself, under another name, and makes it read-only.
+        """
+        with path.open("rb") as source:
+            return self.put(source)[0]
+
+    def flush_file(self, path: Path) -> bool:
+        """Make a file durable that `put_file` is to keep, so that it takes less; False where the store keeps none."""
+        return False
 
     @abstractmethod
     def open(self, digest: Digest) -> BinaryIO:

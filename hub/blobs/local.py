@@ -1,7 +1,7 @@
 """Blobs as files: `<root>/sha256/<first two digits>/<64 hex digits>`, written next door in `<root>/staging`.
 
 Order of a put: unique temporary file → hash while writing → fsync → link to its name (never replacing) → fsync of the
-directory. A crash leaves at most a temporary file, which nobody reads.
+directory. A crash leaves at most a temporary file, which nobody reads. `put_file` begins at the fsync.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,6 +22,7 @@ from hub.errors import BlobNotFound, BlobsSwept, HubUnavailable
 from hub.refs import Digest
 
 _CHUNK: Final = 1024 * 1024
+_YOUNG_SECONDS: Final = 60.0
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 Step = Callable[[str], None]  # called with the name of each step just before it; tests cut the run there
@@ -55,6 +57,30 @@ class LocalBlobStore(BlobStore):
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
         return digest, size
+
+    def put_file(self, path: Path, digest: Digest) -> Digest:
+        """Store the file `path`, see `BlobStore`; where a link can reach it nothing is copied and nothing read."""
+        try:
+            self._make_directories()
+            if not self._reaches(path):
+                return super().put_file(path, digest)
+            self._step("blob:sync")
+            size = _settle(path)
+            self._publish(path, self._path(digest), size)
+        except OSError as error:
+            if error.errno == errno.EXDEV:  # one file system, mounted twice
+                return super().put_file(path, digest)
+            raise storage_unavailable(error) from error
+        return digest
+
+    def flush_file(self, path: Path) -> bool:
+        """Make a file durable that `put_file` is to keep; False where it would copy it."""
+        try:
+            if reached := self._reaches(path):
+                _settle(path)
+        except OSError as error:
+            raise storage_unavailable(error) from error
+        return reached
 
     def open(self, digest: Digest) -> BinaryIO:
         """The blob as a binary file for the caller to close; raises BlobNotFound."""
@@ -110,6 +136,11 @@ class LocalBlobStore(BlobStore):
         except OSError as error:
             raise storage_unavailable(error) from error
 
+    def _reaches(self, path: Path) -> bool:
+        """Whether a file is on the blobs' file system."""
+        there = next(each for each in (self._blobs, *self._blobs.parents) if each.exists())
+        return path.stat().st_dev == there.stat().st_dev
+
     def _make_directories(self) -> None:
         if not (self._blobs.is_dir() and self._staging.is_dir()):
             for directory in (self._blobs, self._staging):
@@ -151,6 +182,22 @@ class LocalBlobStore(BlobStore):
         self._step("blob:sync-directory")
         sync_directory(final.parent)
         sync_directory(self._blobs)
+
+
+def _settle(path: Path) -> int:
+    """Make a file read-only, as young as one just written (a sweep spares the young) and durable; its size."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(descriptor)
+        readers = found.st_mode & 0o444  # no more than its creator let read it
+        if found.st_mode & 0o777 != readers:
+            os.fchmod(descriptor, readers)
+        if abs(time.time() - found.st_mtime) > _YOUNG_SECONDS:
+            os.utime(descriptor)
+        os.fsync(descriptor)
+        return found.st_size
+    finally:
+        os.close(descriptor)
 
 
 def _holds(path: Path, size: int) -> bool:

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from hub.errors import BlobCorrupt, HubError, RefInvalid, UploadLost
 from hub.parsing import MAX_FILES, parse_directory
+from hub.publishing import kept
 from hub.refs import LATEST, AdapterRef, Alias, Digest
 from hub.registry.access import Access, Context, one_of
 from hub.registry.grants import Caller
@@ -69,23 +71,35 @@ class PushingCalls(Access):
             caller.require("read", parent.full_name)
             parents.append(self._hub.resolve(parent).digest)
         owner, files = _owner(caller, ref), _files(request.files)
-        with one_of(self._transfers, "transfers"), self._uploads.directory() as directory:
+        with (
+            one_of(self._transfers, "transfers"),
+            self._uploads.directory() as directory,
+            ThreadPoolExecutor(1, thread_name_prefix="loraplex-flush") as beside,
+        ):
             for name, digest, size in files:
                 self._lay_out(owner, ref, name, digest, size, directory)
+            # The disk and the processor have about as much to do.
+            flushed = beside.submit(self._flush, [directory / name for name, _, _ in files])
             adapter = _without_paths(parse_directory, directory)
             for name, digest, _ in files:
                 if adapter.files[name].sha256 != digest:  # damaged between its upload and now, by a crash perhaps
                     self._uploads.drop(owner, digest)
                     raise UploadLost(f"{name} was damaged on the server: it has to be uploaded again")
+            flushed.result()
             result = self._acting(caller, context).publish(
                 adapter, ref, located=messages.base_of(request.base) if request.HasField("base") else None,
                 aliases=aliases, parents=parents, creator=request.creator if request.HasField("creator") else None,
+                stored=kept,
             )  # fmt: skip
         for _, digest, _ in files:
             self._uploads.drop(owner, digest)
         return pb.PublishResponse(
             version=messages.version_message(result.version), created=result.created, warnings=result.warnings
         )
+
+    def _flush(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            self._hub.storage.flush_file(path)
 
     def _lay_out(self, owner: str, ref: AdapterRef, name: str, digest: Digest, size: int, directory: Path) -> None:
         """One file of a push at its place: as it was uploaded, or as another version of this adapter has it."""

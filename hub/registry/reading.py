@@ -16,6 +16,7 @@ from hub.registry.parts import in_parts
 from hub.registry.token_calls import grant_messages
 from hub.remote import messages
 from hub.search import Query
+from hub.verify import manifest_bytes
 from hub.versions import Version
 from protos.loraplex.v1 import registry_pb2 as pb
 
@@ -37,9 +38,13 @@ class ReadingCalls(Access):
         """See `Hub.resolve`."""
         caller, ref = self._caller(context), AdapterRef.parse(request.ref)
         caller.require("read", ref.full_name)
-        seq = self._hub.last_seq()
-        found = self._hub.resolve(ref, request.key if request.HasField("key") else None)
-        return pb.VersionResponse(version=messages.version_message(found), last_seq=seq)
+        found, seq = self._hub.entries.resolve_at(ref, request.key if request.HasField("key") else None)
+        # The caller parses the manifest, and this is the call that is made most.
+        version = pb.AdapterVersion(
+            full_name=found.full_name, number=found.number, digest=found.digest,
+            manifest=manifest_bytes(self._hub.storage, found),
+        )  # fmt: skip
+        return pb.VersionResponse(version=version, last_seq=seq)
 
     def GetVersion(self, request: pb.GetVersionRequest, context: Context) -> pb.VersionResponse:
         """See `Hub.get`; what the caller may not read is not found."""

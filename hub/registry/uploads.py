@@ -26,6 +26,7 @@ from hub.errors import HubUnavailable, ServerBusy, UploadLost, UploadRefused
 from hub.full_write import write_all
 from hub.parsing import file_limit
 from hub.refs import Digest
+from hub.registry.writers import nobody_writes
 
 KEEP_SECONDS: Final = 24 * 3600.0
 MAX_STAGED_BYTES: Final = 256 * 1024**3
@@ -119,10 +120,17 @@ class Uploads:
             yield file.write
 
     def place(self, owner: str, digest: Digest, target: Path) -> bool:
-        """Put a whole upload at `target`; False where there is none."""
+        """Put a whole upload at `target`, where nobody can change it any more; False where there is none."""
+        whole = self._path(owner, digest)
         with _translated():
             try:
-                os.link(self._path(owner, digest), target)
+                if nobody_writes(whole):
+                    os.link(whole, target)
+                    return True
+                # A server that shares this directory may still be at it: of an upload that went on here.
+                with whole.open("rb") as source, self.new_file(target, whole.stat().st_size) as write:
+                    while chunk := source.read(_CHUNK):
+                        write(chunk)
             except FileNotFoundError:
                 return False
         return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -60,6 +62,19 @@ class Connection:
         except grpc.RpcError as error:
             raise _raised(error) from error
 
+    def call_that_ends(self, method: str, request: Any, actor: str | None, stop: Stop) -> Any:
+        """As `call`, without a deadline, until `stop`; raises Stopped then."""
+        stop.check()
+        running = getattr(self.stub, method).future(request, metadata=self.metadata(actor))
+        with stop.ends(running):
+            try:
+                return running.result()
+            except grpc.FutureCancelledError as error:
+                stop.check()
+                raise ServerAway("the call was cancelled") from error
+            except grpc.RpcError as error:
+                raise _raised(error) from error
+
     def stream(self, method: str, request: Any, actor: str | None = None) -> Iterator[Any]:
         """The messages of an answer, as they come; raises as `call` does."""
         try:
@@ -85,6 +100,44 @@ class Connection:
     def close(self) -> None:
         """End it; running calls are cancelled."""
         self._channel.close()
+
+
+class Stopped(Exception):
+    """What was under way is wanted no more."""
+
+
+class Stop:
+    """Ends what is under way, from another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._running: Any = None
+
+    def now(self) -> None:
+        """Cancel the call that runs; none begins after this."""
+        with self._lock:
+            self._stopped = True
+            if self._running is not None:
+                self._running.cancel()
+
+    def check(self) -> None:
+        """Raise Stopped after `now`."""
+        if self._stopped:
+            raise Stopped
+
+    @contextmanager
+    def ends(self, call: Any) -> Iterator[None]:
+        """`now` cancels this call meanwhile."""
+        with self._lock:
+            self._running = call
+            if self._stopped:
+                call.cancel()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running = None
 
 
 class ServerAway(HubUnavailable):

@@ -12,13 +12,14 @@ from hub.base import base_identity
 from hub.errors import BlobCorrupt, UploadLost
 from hub.fingerprint import known_shapes
 from hub.lineage import relation
-from hub.parsing import parse_directory
+from hub.parsing import check_directory
 from hub.progress import Progress
 from hub.publishing import identity_of, pushed_aliases
 from hub.refs import AdapterRef, Alias, Digest
 from hub.remote import messages
 from hub.remote.calls import exact, parsed
 from hub.remote.reading import RemoteReading
+from hub.remote.sending import Sending
 from hub.remote.transfer import check_published, fetch, upload
 from hub.verify import read_checked
 from hub.versions import PushResult, Version
@@ -46,6 +47,8 @@ class RemoteContent(RemoteReading):
     ) -> PushResult:
         """See `Hub.push`: read and checked here, against the base that lies here, and read once more by the server.
 
+        The files are on their way while their numbers are looked at; where those are refused nothing is published.
+
         Files that a version of this adapter has already are not sent again.
         """
         target = parsed(ref)
@@ -53,11 +56,14 @@ class RemoteContent(RemoteReading):
         pushed_aliases(target)  # refuses a number before anything is read
         made_from = [str(exact(self._resolve_now(parsed(parent)))) for parent in parents]
         located, hashed = base_identity(base, progress=progress) if base is not None else (None, None)
-        adapter = parse_directory(Path(directory), progress=progress)
-        identity = identity_of(adapter, located)
-        shapes = hashed.shapes if hashed else identity.fingerprint and known_shapes(identity.fingerprint)
-        if shapes:
-            adapter.check_binds(shapes)
+        # Nobody sees what is sent before it is published, which is asked for when the checks have passed.
+        with Sending(self._connection, Path(directory), str(target), self._actor, progress) as sending:
+            adapter = check_directory(Path(directory), progress=progress, hashed=sending.begin)
+            identity = identity_of(adapter, located)
+            shapes = hashed.shapes if hashed else identity.fingerprint and known_shapes(identity.fingerprint)
+            if shapes:
+                adapter.check_binds(shapes)
+            sending.finish()
         files = list(adapter.files.values())
         request = pb.PublishRequest(
             ref=str(target),
@@ -68,7 +74,8 @@ class RemoteContent(RemoteReading):
             creator=creator,
         )
         for attempt in range(_ROUNDS):
-            upload(self._connection, adapter.directory, files, str(target), self._actor, progress)
+            if attempt:
+                upload(self._connection, adapter.directory, files, str(target), self._actor, progress)
             try:
                 # Said again after a cut it changes nothing: the same content is the same version.
                 answer = self._connection.persist(

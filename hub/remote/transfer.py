@@ -13,7 +13,7 @@ from hub.errors import AdapterChanged, BlobCorrupt, BlobNotFound, HubUnavailable
 from hub.full_write import write_all
 from hub.progress import Progress
 from hub.remote.cache import Cache
-from hub.remote.connection import Connection
+from hub.remote.connection import Connection, Stop
 from hub.versions import Version
 from protos.loraplex.v1 import registry_pb2 as pb
 
@@ -23,9 +23,10 @@ _ROUNDS: Final = 3
 
 def upload(
     connection: Connection, directory: Path, files: Sequence[AdapterFile], ref: str, actor: str | None,
-    progress: Progress | None,
+    progress: Progress | None, stop: Stop | None = None,
 ) -> None:  # fmt: skip
-    """Bring the server what it lacks of `files`; raises AdapterChanged where one changed meanwhile."""
+    """Bring the server what it lacks of `files`; raises AdapterChanged where one changed meanwhile, Stopped."""
+    stop = stop or Stop()
     wanted = [pb.PushedFile(name=file.name, sha256=file.sha256, bytes=file.bytes) for file in files]
     by_name = {file.name: file for file in files}
     total = sum(file.bytes for file in files)
@@ -34,6 +35,7 @@ def upload(
 
     def missing() -> dict[str, int]:
         nonlocal acknowledged
+        stop.check()
         answer = connection.call("BeginPush", pb.BeginPushRequest(ref=ref, files=wanted), actor)
         found = {each.name: int(each.offset) for each in answer.missing}
         offsets.update({name: found.get(name, by_name[name].bytes) for name in by_name})
@@ -48,7 +50,7 @@ def upload(
     def send_missing() -> None:
         for name, offset in missing().items():
             try:
-                _send(connection, directory / name, by_name[name], ref, offset, actor, told)
+                _send(connection, directory / name, by_name[name], ref, offset, actor, told, stop)
             except UploadRefused as error:
                 if _sha256(directory / name) != by_name[name].sha256.hex:
                     raise AdapterChanged(f"{name} changed while it was being pushed; nothing was published") from error
@@ -123,7 +125,7 @@ def fetch(
 
 def _send(
     connection: Connection, path: Path, file: AdapterFile, ref: str, offset: int, actor: str | None,
-    told: Callable[[str, int], None],
+    told: Callable[[str, int], None], stop: Stop,
 ) -> None:  # fmt: skip
     pushed = pb.PushedFile(name=file.name, sha256=file.sha256, bytes=file.bytes)
     short = False
@@ -151,7 +153,7 @@ def _send(
                 done += len(data)
                 told(file.name, done)
 
-    answer = connection.call("Upload", parts(), actor, seconds=None)
+    answer = connection.call_that_ends("Upload", parts(), actor, stop)
     if unreadable:
         raise AdapterChanged(f"{file.name} cannot be read any more: {unreadable[0].strerror}") from unreadable[0]
     if short or answer.bytes < file.bytes:

@@ -17,12 +17,13 @@ from hub.errors import HubError, HubUnavailable
 from hub.hub import Hub
 from tests.faults.failing_disk import FailingDisk
 from tests.faults.full import FULL
-from tests.hub.making import lora_tensors, write_adapter
+from tests.hub.making import lora_tensors, push_kept, write_adapter
 
 Act = Callable[[Hub, Path], object]
 
 VERBS: dict[str, Act] = {
     "push": lambda hub, tmp: hub.push(tmp / "a3", "team/x", aliases=["prod"]),
+    "push kept files": lambda hub, tmp: push_kept(hub, tmp / "a3", "team/x"),
     "push known bytes": lambda hub, tmp: hub.push(tmp / "a1", "team/x", aliases=["prod"]),
     "tag": lambda hub, tmp: hub.tag("team/x@2", "prod"),
     "rm": lambda hub, tmp: hub.remove("team/x@1"),

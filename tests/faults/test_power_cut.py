@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hub.hub import Hub
 from hub.location import open_local
 from tests.faults.full import times
 from tests.faults.power_cut import VolatileDisk
-from tests.hub.making import lora_tensors, write_adapter
+from tests.hub.making import lora_tensors, push_kept, write_adapter
 
 SLICE = times(1, 6)  # every so manyth cut is looked at
 
@@ -29,8 +30,9 @@ class Told:
 
 @pytest.mark.timeout(170)
 @pytest.mark.parametrize("names", ["synced", "early"])
+@pytest.mark.parametrize("push", [Hub.push, push_kept], ids=["copied", "kept"])
 def test_a_power_cut_at_every_moment_of_every_write(
-    tmp_path: Path, names: str, monkeypatch: pytest.MonkeyPatch
+    push: Callable[[Hub, Path, str], object], tmp_path: Path, names: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = [write_adapter(tmp_path / f"a{seed}", tensors=lora_tensors(seed=seed)) for seed in range(3)]
     (tmp_path / "disk").mkdir()
@@ -46,7 +48,7 @@ def test_a_power_cut_at_every_moment_of_every_write(
         with Hub(*open_local(tmp_path / "disk" / "made" / "hub", step=cut)) as hub:
             cut()
             for number, source in enumerate(sources[:2], 1):
-                hub.push(source, "team/x")
+                push(hub, source, "team/x")
                 told.pushed[number] = number - 1
                 cut()
             hub.tag("team/x@1", "prod")
@@ -61,7 +63,7 @@ def test_a_power_cut_at_every_moment_of_every_write(
             cut()
             hub.sweep(retention_seconds=0, grace_seconds=0)
             cut()
-            hub.push(sources[2], "team/x")
+            push(hub, sources[2], "team/x")
             told.pushed[3] = 2
             cut()
     assert len(cuts) > 60

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hub.hub import Hub
+from hub.parsing import parse_directory
+from hub.publishing import kept
+from hub.refs import AdapterRef
+from hub.versions import PushResult
 
 HIDDEN, KEYS, LAYERS, VOCABULARY = 16, 8, 2, 32
 
@@ -79,6 +87,16 @@ def write_adapter(
     body = weights if weights is not None else safetensors(lora_tensors() if tensors is None else tensors)
     (directory / "adapter_model.safetensors").write_bytes(body)
     return directory
+
+
+def push_kept(hub: Hub, source: Path, ref: str) -> PushResult:
+    """Push a copy of `source` as the shared server does: its files are the server's own, and become the blobs."""
+    copy = source.with_name(f"kept-{uuid.uuid4().hex}")
+    shutil.copytree(source, copy)
+    try:
+        return hub.publish(parse_directory(copy), AdapterRef.parse(ref), located=None, stored=kept)
+    finally:
+        shutil.rmtree(copy)
 
 
 def write_base(directory: Path, *, hidden: int = HIDDEN, seed: int = 0) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import os
 import random
 import threading
 import time
@@ -51,6 +53,55 @@ def test_what_is_put_can_be_read_under_its_sha256(store: BlobStore, data: bytes)
     assert list(store.infos()) == [(digest, store.info(digest))]
     assert read(store.stored(), digest) == data
     assert list(store.unfinished()) == []
+
+
+def test_a_file_that_is_kept_is_read_under_its_digest(store: BlobStore, tmp_path: Path) -> None:
+    path = tmp_path / "a file"
+    path.write_bytes(b"bytes")
+    os.utime(path, (0, 0))
+    digest = Digest.of_hex(hashlib.sha256(b"bytes").hexdigest())
+    assert store.put_file(path, digest) == digest
+    assert store.put_file(path, digest) == digest
+    assert read(store, digest) == b"bytes"
+    assert abs(store.info(digest).modified - time.time()) < 60, "a sweep that spares the young took it"
+    assert list(store.unfinished()) == []
+
+
+def test_a_file_on_the_same_file_system_becomes_the_blob_itself(tmp_path: Path) -> None:
+    store, path = LocalBlobStore(tmp_path / "blobs"), tmp_path / "a file"
+    path.write_bytes(b"bytes")
+    path.chmod(0o600)
+    digest = Digest.of_hex(hashlib.sha256(b"bytes").hexdigest())
+    assert store.flush_file(path)
+    store.put_file(path, digest)
+    blob = next((tmp_path / "blobs" / "sha256").glob("*/*"))
+    assert blob.samefile(path)
+    assert blob.stat().st_mode & 0o777 == 0o400, "written no more, and read by nobody who could not before"
+    blob.chmod(0o644)
+    blob.write_bytes(b"damaged")
+    path.unlink()
+    path.write_bytes(b"bytes")
+    store.put_file(path, digest)
+    assert read(store, digest) == b"bytes"
+
+
+def test_a_file_that_no_link_reaches_is_copied_and_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, path = LocalBlobStore(tmp_path / "blobs"), tmp_path / "a file"
+    path.write_bytes(b"bytes")
+    link = os.link
+
+    def refuse(source: Path, target: Path) -> None:
+        if source == path:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", refuse)
+    other = Digest.of_hex(hashlib.sha256(b"other bytes").hexdigest())
+    digest = store.put_file(path, other)
+    assert digest != other, "its own bytes say what it is"
+    path.unlink()
+    assert read(store, digest) == b"bytes"
+    assert not store.has(other)
 
 
 def test_an_absent_blob_is_not_found(store: BlobStore) -> None:

@@ -94,6 +94,9 @@ def test_sending_the_same_bytes_again_and_again_is_no_progress(tmp_path: Path) -
                     break
             raise ServerAway("cut")
 
+        def call_that_ends(self, method: str, request: Any, actor: str | None, stop: object) -> Any:
+            return self.call(method, request, actor)
+
         def persist(self, attempt: Callable[[], Any], progress: Callable[[], int]) -> Any:
             from hub.remote.connection import Connection
 
