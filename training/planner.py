@@ -99,7 +99,7 @@ def weigh(base: Path, recipe: Recipe, data: Data, machine: Machine, price_per_ho
                 machine.dtype,
             )
             seconds = flops_of(rehearsal, data, recipe) / machine.flops * _SLOWER.get(method, 1.0)
-            memory = peak_in_process(base, method, rehearsal, machine.device) + machine.overhead
+            memory = peak_in_process(base, method, rehearsal, machine.device, machine.dtype) + machine.overhead
             options.append(
                 Option(
                     method=method,
@@ -116,17 +116,23 @@ def weigh(base: Path, recipe: Recipe, data: Data, machine: Machine, price_per_ho
 
 # What a process on a CPU grows by once it trains, beside the tensors: kernels made for the shapes, tokenizer, loader.
 GROWTH = 80_000_000
-# What it holds more where the allocator keeps freed blocks, as glibc's does by itself: a constant and a share of the
-# activations. Fitted on the cells of one task, checked on another's (benchmarks/results/training_processes.md).
+# What it holds more where the allocator keeps freed blocks, as glibc's does by itself: a constant and, where values are
+# cast on the way (to bfloat16, or from NF4), a share of the activations. Fitted on the bfloat16 cells of one task,
+# checked on another's; that float32 has no such share was seen on a third (benchmarks/results/training_processes.md).
 ALLOCATOR = 682_000_000
 ALLOCATOR_SHARE = 0.27
 
 
-def peak_in_process(base: Path, method: str, rehearsal: Rehearsal, device: str) -> int:
+def casts(method: str, dtype: torch.dtype) -> bool:
+    """Whether values are cast on the way through the model; `dtype` is that of the products."""
+    return method == "qlora" or dtype != torch.float32
+
+
+def peak_in_process(base: Path, method: str, rehearsal: Rehearsal, device: str, dtype: torch.dtype) -> int:
     """Bytes by which a run's resident set grows above that of the process before it; on a GPU, bytes of tensors."""
     if device != "cpu":
         return rehearsal.peak
-    kept = ALLOCATOR + ALLOCATOR_SHARE * rehearsal.activations
+    kept = ALLOCATOR + (ALLOCATOR_SHARE * rehearsal.activations if casts(method, dtype) else 0)
     return round(rehearsal.peak + mapped_bytes(base, method, rehearsal) + kept)
 
 

@@ -63,6 +63,11 @@ class Summary:
         return float(np.mean([record["peak_bytes"] for record in self.records]))
 
     @property
+    def precisions(self) -> tuple[str, ...]:
+        """What the products were computed in, "bfloat16" or "float32"."""
+        return tuple(sorted({str(record["metrics"]["precision"]) for record in self.records}))
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """Which seeds are in the mean."""
         return tuple(record["recipe"]["seed"] for record in self.records)
@@ -107,7 +112,8 @@ def write_page(
         "the lowest and highest seed where there are several. Losses are nats a trained token on held-out examples,",
         "before → after. Peak memory is the whole process's (VmHWM), interpreter, libraries and loading included.",
         "CPU time is the optimizer loop's, validations included; unlike the clock it does not count what other",
-        "processes on the machine took. The raw cells, with every loss, are in [cells/](cells).",
+        "processes on the machine took. Precision is that of the products. The raw cells, with every loss, are in",
+        "[cells/](cells).",
     ]
     for task, each in found.items():
         lines += ["", *_section(plan, task, each, data[task], fingerprint, records)]
@@ -152,9 +158,20 @@ def _section(
     lines += [
         "",
         _row(
-            ["", *versus, "learning rate", "trained", "held-out loss", "peak MB", "CPU s", "tokens/s of CPU", "seeds"]
+            [
+                "",
+                *versus,
+                "learning rate",
+                "trained",
+                "held-out loss",
+                "precision",
+                "peak MB",
+                "CPU s",
+                "tokens/s of CPU",
+                "seeds",
+            ]
         ),
-        _row(["---"] * (8 + len(versus))),
+        _row(["---"] * (9 + len(versus))),
     ]
     for summary in each:
         recipe = summary.records[0]["recipe"]
@@ -182,6 +199,7 @@ def _section(
                     f"{recipe['learning_rate']:g}",
                     f"{summary.mean_of('trained_parameters') / 1e6:.2f} M",
                     losses,
+                    " ".join(summary.precisions),
                     f"{summary.peak_bytes / 1e6:,.0f}",
                     f"{cpu:,.0f}",
                     f"{tokens / max(cpu, 1e-9):.0f}",
@@ -189,6 +207,13 @@ def _section(
                 ]
             )
         )
+    precisions = sorted({precision for summary in each for precision in summary.precisions})
+    if len(precisions) > 1:
+        lines += [
+            "",
+            f"These cells computed in {' or '.join(precisions)}, as the machines they ran on do it faster: memory and",
+            "time compare only within one of them.",
+        ]
     return lines
 
 

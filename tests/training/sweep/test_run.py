@@ -151,6 +151,29 @@ def test_a_sweep_trains_scores_together_and_goes_on_where_it_was(
         assert name in text and (records.out / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_page_says_where_precisions_are_mixed(tmp_path: Path, data: dict[str, TaskData], apart: bool) -> None:
+    """Finished on two machines, of which one computes in bfloat16."""
+    plan, records = SweepPlan.parse(PLAN, "tiny", "small"), Records(tmp_path / "out")
+    for number, cell in enumerate(plan.cells):
+        metrics = {
+            "precision": "bfloat16" if apart and number % 4 else "float32", "validation_loss_before": None,
+            "validation_loss": None, "seconds": 1.0, "cpu_seconds": 1.0, "tokens_per_second": 1,
+            "trained_parameters": 1,
+        }  # fmt: skip
+        records.finish(
+            records.key(cell, "sha256:base", data["sentiment"]),
+            {
+                "scores": {"accuracy": {"value": 0.5, "resampled": [0.5] * 400}}, "recipe": cell.recipe.as_dict(),
+                "metrics": metrics, "peak_bytes": 1, "finished": "2026-01-01", "variant": cell.variant,
+                "curves": {"training": [[1, 1.0]], "validation": []},
+            },
+        )  # fmt: skip
+    text = write_page(plan, data, "sha256:base", records, "Machine: two.", "hub sweep tiny.yaml").read_text()
+    assert ("bfloat16 or float32" in text) == apart
+    assert (" bfloat16 | " in text) == apart and " float32 | " in text
+
+
 def test_means_and_intervals_over_seeds_are_those_of_the_answers() -> None:
     from training.metrics import accuracy
     from training.sweep.report import Summary
