@@ -38,8 +38,9 @@ def tensors_in(data: bytes) -> dict[str, Tensor]:
 
 
 def header_of(data: bytes) -> bytes:
-    """The length and the header of a file, as they are; what there is of a shorter one."""
-    return data[: 8 + int.from_bytes(data[:8], "little")]
+    """The length and the header of a file, as they are; nothing of one that ends before its header does."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return data[:end] if end <= len(data) else b""
 
 
 def address_of(data: bytes) -> int:
