@@ -59,12 +59,6 @@ class Processes:
         torch.distributed.all_reduce(numbers)
         return [float(number) for number in numbers]
 
-    def leave(self) -> None:
-        """End what joins them."""
-        if self.count > 1:
-            self.wait()
-            torch.distributed.destroy_process_group()
-
 
 def as_forward(model: torch.nn.Module, compute: Callable[[], T]) -> T:
     """`compute()`, which runs modules of `model`, so that gradients are averaged where `model` is one process's of

@@ -29,7 +29,7 @@ class Validation:
 
     def __call__(self) -> float | None:
         """Nats a trained token, with the weights as they are now."""
-        if self._trainer is None or self._held is None:
+        if self._trainer is None or self._held is None or not self._held.examples:
             return None
         model = self._trainer.model
         with self._trainer.accelerator.autocast():
