@@ -70,7 +70,7 @@ class Layouts:
             return
         layout = Layout(
             len(data),
-            {module: (pair.a.shape[0], pair.a.shape[1], pair.b.shape[0]) for module, pair in pairs.items()},
+            {module: pair.shape for module, pair in pairs.items()},
             Arrivals(arrivals(pairs, sites, parsed), start, _first(sites)),
             dtype,
         )

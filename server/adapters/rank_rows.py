@@ -28,6 +28,11 @@ class Pair:
     a: Tensor
     b: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(rank, in, out)."""
+        return self.a.shape[0], self.a.shape[1], self.b.shape[0]
+
 
 def check_shapes(module: str, pair: Pair, shape: tuple[int, int], max_rank: int) -> None:
     """`shape`: (out, in) of the module. Raises `TensorUnbound` or `RankTooLarge`."""
@@ -47,7 +52,7 @@ def rank_rows(pairs: Mapping[str, Pair], config: LoraConfig, dtype: torch.dtype)
 
     Raises `AdapterUnservable` for what is not finite. Each value is scaled in float32 and rounded to `dtype` once.
     """
-    shapes = {module: (pair.a.shape[0], pair.a.shape[1], pair.b.shape[0]) for module, pair in pairs.items()}
+    shapes = {module: pair.shape for module, pair in pairs.items()}
     sites = room_for(shapes, dtype)
     moves = arrivals({module: Pair(_readable(p.a), _readable(p.b)) for module, p in pairs.items()}, sites, config)
     if all(convertible(each.source, dtype) for each in moves):
