@@ -64,16 +64,23 @@ def build(
     }
     model = ModelConfig(base=base, quantization=quantization, dtype=dtype, threads=threads)
     engine = Engine.build(model, EngineLimits(**settings), fetch, told)
-    forward = engine._loop._forward
+    loop = engine._loop
+    loop._forward = watched(loop._forward)
+    if loop._resting is not None:  # the way of crowded steps, which the ordinary engine alone has
+        loop._resting = watched(loop._resting)
+    return engine
 
-    def watched(shares: Seq[Share]) -> Any:
-        step, logits = forward(shares)
+
+def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, which notes its logits."""
+
+    def noting(*args: Any) -> Any:
+        step, logits = forward(*args)
         for share, row in zip(step.sampling, logits, strict=True):
             LOGITS[share.sequence.request.id].append(row.numpy().tobytes())
         return step, logits
 
-    engine._loop._forward = watched
-    return engine
+    return noting
 
 
 def draw(
