@@ -15,7 +15,6 @@ import torch
 from server.config import EngineLimits, ModelConfig
 from server.engine.engine import Engine
 from server.engine.request import AdapterUse, Request, Sampling, Stopping, Structure
-from server.engine.scheduler import Share
 from server.errors import DeterminismUnavailable
 from server.kernels import native
 from server.model.attention import PagedKv
