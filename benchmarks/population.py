@@ -17,7 +17,7 @@ from threading import Event
 
 from benchmarks.workload import prompt
 from hub.refs import AdapterRef
-from server.adapters.directory import HubEvent, ResolvedAdapter
+from server.adapters.directory import HubAlias, HubEvent, ResolvedAdapter
 from server.adapters.weights import AdapterFiles
 from server.engine.engine import Engine
 from server.engine.request import AdapterUse, Request, Stopping
@@ -72,6 +72,10 @@ class Registered:
         """bench/adapter-N → its version."""
         digest = f"sha256:{int(ref.name.rpartition('-')[2]):064x}"
         return HubVersion(digest, f"bench/{ref.name}@1")
+
+    def aliases(self, full_name: str) -> dict[str, HubAlias]:
+        """None: these adapters are named by number."""
+        return {}
 
     def last_seq(self) -> int:
         """No events."""

@@ -1,6 +1,6 @@
 """A thousand registered adapters and room for 32: what the crowd costs those who are served.
 
-    python -m benchmarks.registered [--parts zipf steps first-token] [--rounds 4] [--threads 2] [--json out.json]
+    python -m benchmarks.registered [--parts zipf steps first-token] [--rounds 4] [--turns 12] [--windows 10]
 
 SmolLM2-135M in bfloat16, adapters of rank 16 on every linear layer, an arena for 32 of them, prefix cache off. All
 figures of one run, its cases in turn (A B A B, or up and down), after a turn that is not counted:
@@ -8,7 +8,8 @@ figures of one run, its cases in turn (A B A B, or up and down), after a turn th
 * zipf: tokens/s of 64 prompts whose adapters are drawn from 1,000 (zipf 1.2, other draws each round), at most 16 at
   once, against mix16 (16 prompts, 16 resident adapters) on an engine of its own.
 * steps: the median decode step of 16 sequences with 16 resident adapters while 1, 10, 100 and 1,000 other adapters are
-  known to the directory and parsed in host memory (those have rank 2, to fit).
+  known to the directory and parsed in host memory (those have rank 2, to fit). Four engines take short turns, and each
+  of them has each number once (a Latin square): neither a slow minute nor a place in memory is taken for the crowd's.
 * first-token: p99 time to first token of callers on resident adapters, each with an adapter of its own and always one
   request in flight, while nothing loads, while 10 adapters a second load (and as many are evicted), and while one loads
   after the other without a pause. Short windows take turns, so that a slow minute of the machine falls on all three;
@@ -112,41 +113,86 @@ def throughput(
 # -- a step ----------------------------------------------------------------------------------------------------------
 
 
-def steps(mix: Bench, few: Population, others: Population, options: argparse.Namespace) -> tuple[str, list[Figure]]:
-    """The same 16 requests while more and more adapters, then fewer and fewer, are registered beside theirs."""
-    directory = AdapterDirectory(mix.hub)
-    uses = [[resolved(directory.resolve(AdapterRef.parse(few.use(n).name)))] for n in range(SEQUENCES)]
-    for (use,) in uses:
-        mix.load(use)
-        mix.engine.adapters.pin(use.digest)
+class Crowded:
+    """An engine whose 16 callers answer beside a number of other registered adapters."""
+
+    def __init__(self, base: Path, few: Population, others: Population, hub: Registered, threads: int) -> None:
+        self.bench = Bench(base, threads, hub)
+        self._others = others
+        self._directory = AdapterDirectory(hub)
+        self._held = 0
+        self._uses = [[self._resolve(few, n)] for n in range(SEQUENCES)]
+        for (use,) in self._uses:
+            self.bench.load(use)
+            self.bench.engine.adapters.pin(use.digest)
+
+    def _resolve(self, population: Population, number: int) -> AdapterUse:
+        return resolved(self._directory.resolve(AdapterRef.parse(population.use(number).name)))
+
+    def register(self, count: int) -> None:
+        """Have `count` others known and parsed in host memory, no more and no less."""
+        for number in range(self._held, count):
+            self.bench.load(self._resolve(self._others, number))
+        for number in range(count, self._held):
+            self.bench.engine.adapters.unload(self._others.digest(number))
+        self._held = count
+        known = len(self.bench.engine.adapters.list())
+        if known != SEQUENCES + count:
+            raise SystemExit(f"{known} adapters are held, not {SEQUENCES + count}: host memory is too small")
+
+    def step(self, tokens: int) -> float:
+        """The median decode step in seconds of 16 requests for `tokens` tokens each."""
+        since = len(self.bench.watch.steps)
+        timed(self.bench.engine, self._uses, tokens)
+        return statistics.median(self.bench.watch.decode_steps(SEQUENCES, since))
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._directory.close()
+        self.bench.engine.close()
+
+
+def steps(
+    base: Path, few: Population, others: Population, hub: Registered, options: argparse.Namespace
+) -> tuple[str, list[Figure]]:
+    """One engine for each count, in short turns; and each engine with each count, for no two lie in memory alike."""
+    engines = [Crowded(base, few, others, hub, options.threads) for _ in COUNTS]
     taken: dict[int, list[float]] = {count: [] for count in COUNTS}
-    held = 0
-    timed(mix.engine, uses, options.tokens)
-    for turn in range(options.rounds):
-        for count in COUNTS if turn % 2 == 0 else reversed(COUNTS):
-            for number in range(held, count):
-                mix.load(resolved(directory.resolve(AdapterRef.parse(others.use(number).name))))
-            for number in range(count, held):
-                mix.engine.adapters.unload(others.digest(number))
-            held = count
-            known = len(mix.engine.adapters.list())
-            if known != SEQUENCES + count:
-                raise SystemExit(f"{known} adapters are held, not {SEQUENCES + count}: host memory is too small")
-            timed(mix.engine, uses, options.tokens // 2)  # settles caches after the loading
-            since = len(mix.watch.steps)
-            timed(mix.engine, uses, options.tokens)
-            taken[count].append(statistics.median(mix.watch.decode_steps(SEQUENCES, since)))
-        progress(f"steps, round {turn + 1} of {options.rounds}")
-    for number in range(held):
-        mix.engine.adapters.unload(others.digest(number))
-    directory.close()
-    medians = {count: statistics.median(each) for count, each in taken.items()}
+    for square in range(len(COUNTS)):
+        placed = [(COUNTS[(place + square) % len(COUNTS)], engine) for place, engine in enumerate(engines)]
+        for count, engine in placed:
+            engine.register(count)
+            engine.step(options.tokens)  # settles caches after the loading
+        for turn in range(options.turns):
+            for count, engine in placed if turn % 2 else reversed(placed):
+                taken[count].append(engine.step(options.tokens // 2))
+        progress(f"steps, square {square + 1} of {len(COUNTS)}")
+    for engine in engines:
+        engine.close()
+    alone = taken[COUNTS[0]]
+    changes = {count: [seconds / one for seconds, one in zip(taken[count], alone, strict=True)] for count in COUNTS}
+    medians = {count: statistics.median(each) for count, each in changes.items()}
     table = markdown(
-        ("registered beside the 16 that answer", "decode step ms", "rounds"),
-        [(str(count), f"{1000 * medians[count]:.2f}", shown([1000 * s for s in taken[count]])) for count in COUNTS],
+        ("registered beside the 16 that answer", "decode step ms", "of the same turn's with 1", "middle 95 %"),
+        [
+            (
+                str(count),
+                f"{1000 * statistics.median(taken[count]):.2f}",
+                f"{medians[count]:.3f}",
+                "–" if count == COUNTS[0] else "{:.3f} … {:.3f}".format(*median_spread(changes[count])),
+            )
+            for count in COUNTS
+        ],
     )
-    worst = max(abs(medians[count] / medians[COUNTS[0]] - 1) for count in COUNTS)
+    worst = max(abs(median - 1) for median in medians.values())
     return table, [Figure("decode step, 1 → 1,000 registered: largest change", worst, most=0.05)]
+
+
+def median_spread(values: Sequence[float], draws: int = 1000) -> tuple[float, float]:
+    """The middle 95 % of the median over draws of the values with replacement."""
+    drawn = random.Random(0)
+    medians = sorted(statistics.median(drawn.choices(values, k=len(values))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
 # -- the first token -------------------------------------------------------------------------------------------------
@@ -269,6 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a prompt (default 32)")
     parser.add_argument("--requests", type=int, default=64, help="prompts of zipf16 (default 64)")
+    parser.add_argument("--turns", type=int, default=12, help="of steps in each of four squares (default 12)")
     parser.add_argument("--windows", type=int, default=10, help="of each first-token case (default 10)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a window (default 4)")
     parser.add_argument("--files", type=int, default=40, help="distinct files behind the 1,000 adapters (default 40)")
@@ -291,18 +338,16 @@ def main(arguments: list[str] | None = None) -> None:
         tables: dict[str, tuple[str, list[Figure]]] = {}
         if "zipf" in options.parts or "first-token" in options.parts:
             crowd = Bench(base, options.threads, hub)
-        if "zipf" in options.parts or "steps" in options.parts:
-            mix = Bench(base, options.threads, hub)
         if "zipf" in options.parts:
+            mix = Bench(base, options.threads, hub)
             tables["zipf"] = throughput(mix, crowd, few, many, options)
+            mix.engine.close()
         if "first-token" in options.parts:
             tables["first-token"] = first_tokens(crowd, many, options)
         if "zipf" in options.parts or "first-token" in options.parts:
             crowd.engine.close()
         if "steps" in options.parts:
-            tables["steps"] = steps(mix, few, others, options)
-        if "zipf" in options.parts or "steps" in options.parts:
-            mix.engine.close()
+            tables["steps"] = steps(base, few, others, hub, options)
     where = machine(options.threads)
     print(f"1,000 registered adapters, room for {ROOM}; {options.rounds} rounds; {where}; bf16\n")
     for part in options.parts:
