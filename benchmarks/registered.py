@@ -1,6 +1,6 @@
 """A thousand registered adapters and room for 32: what the crowd costs those who are served.
 
-    python -m benchmarks.registered [--parts zipf steps first-token] [--rounds 4] [--turns 12] [--windows 10]
+    python -m benchmarks.registered [--parts zipf steps first-token] [--rounds 4] [--turns 12] [--windows 24]
 
 SmolLM2-135M in bfloat16, adapters of rank 16 on every linear layer, an arena for 32 of them, prefix cache off. All
 figures of one run, its cases in turn (A B A B, or up and down), after a turn that is not counted:
@@ -11,9 +11,9 @@ figures of one run, its cases in turn (A B A B, or up and down), after a turn th
   known to the directory and parsed in host memory (those have rank 2, to fit). Four engines take short turns, and each
   of them has each number once (a Latin square): neither a slow minute nor a place in memory is taken for the crowd's.
 * first-token: p99 time to first token of callers on resident adapters, each with an adapter of its own and always one
-  request in flight, while nothing loads, while 10 adapters a second load (and as many are evicted), and while one loads
-  after the other without a pause. Short windows take turns, so that a slow minute of the machine falls on all three;
-  the middle 95 % of a ratio is taken over draws of the requests (bootstrap).
+  request in flight, while nothing loads and while one adapter loads (and another is evicted) after the other without a
+  pause. Short windows take turns, so that a slow minute of the machine falls on both; the middle 95 % of a ratio is
+  taken over draws of the requests (bootstrap).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ CALLERS = 8
 BEGIN = 0.5  # seconds in which they begin, or the first step of a window, with all their prompts, would be its p99
 COUNTS = (1, 10, 100, 1000)
 PARTS = ("zipf", "steps", "first-token")
-PAUSES = {"nothing loads": None, "10 loads a second": 0.1, "loads without a pause": 0.0}
+QUIET, LOADING = "nothing loads", "loads without a pause"
 
 
 class Bench:
@@ -199,37 +199,36 @@ def median_spread(values: Sequence[float], draws: int = 1000) -> tuple[float, fl
 
 
 def first_tokens(crowd: Bench, many: Population, options: argparse.Namespace) -> tuple[str, list[Figure]]:
-    """Steady callers, in turn without loads, with some and with as many as go."""
-    seconds: dict[str, list[float]] = {name: [] for name in PAUSES}
-    loads: dict[str, list[float]] = {name: [] for name in PAUSES}
+    """Steady callers, in turn without loads and with as many as go."""
+    seconds: dict[str, list[float]] = {QUIET: [], LOADING: []}
+    loads: list[float] = []
     cold = iter(range(CALLERS, 10**9))
-    cases = list(PAUSES.items())
     for turn in range(options.windows + 1):
-        for name, pause in cases[turn % 3 :] + cases[: turn % 3]:
-            wait = options.seconds if turn else 1.0
-            with loading(crowd, many, cold, pause) as loaded:
+        wait = options.seconds if turn else 1.0
+        for name in (QUIET, LOADING) if turn % 2 else (LOADING, QUIET):
+            with loading(crowd, many, cold if name == LOADING else iter(())) as loaded:
                 found = steady(crowd, many, wait, seed=turn)
             if turn:
                 seconds[name] += found
-                loads[name].append(len(loaded) / wait)
+                if name == LOADING:
+                    loads.append(len(loaded) / wait)
         progress(f"first tokens, window {turn} of {options.windows}")
     p99 = {name: percentile(each, 0.99) for name, each in seconds.items()}
-    quiet, *others = PAUSES
     table = markdown(
         ("beside steady callers", "loads/s", "requests", "p50 ms", "p99 ms", "p99 of nothing's, middle 95 %"),
         [
             (
                 name,
-                f"{statistics.mean(loads[name]):.1f}",
-                str(len(seconds[name])),
-                f"{1000 * percentile(seconds[name], 0.5):.0f}",
+                "0" if name == QUIET else f"{statistics.mean(loads):.1f}",
+                str(len(each)),
+                f"{1000 * percentile(each, 0.5):.0f}",
                 f"{1000 * p99[name]:.0f}",
-                "–" if name == quiet else "{:.2f} … {:.2f}".format(*spread(seconds[name], seconds[quiet])),
+                "–" if name == QUIET else "{:.2f} … {:.2f}".format(*spread(each, seconds[QUIET])),
             )
-            for name in PAUSES
+            for name, each in seconds.items()
         ],
     )
-    return table, [Figure(f"p99 first token, {name} / {quiet}", p99[name] / p99[quiet], most=1.3) for name in others]
+    return table, [Figure(f"p99 first token, {LOADING} / {QUIET}", p99[LOADING] / p99[QUIET], most=1.3)]
 
 
 def spread(values: Sequence[float], others: Sequence[float], draws: int = 1000) -> tuple[float, float]:
@@ -272,14 +271,17 @@ def steady(crowd: Bench, many: Population, seconds: float, seed: int) -> list[fl
 
 
 @contextmanager
-def loading(crowd: Bench, many: Population, cold: Iterator[int], pause: float | None) -> Iterator[list[int]]:
-    """Meanwhile load adapters that are not on the device, `pause` seconds apart (None: none); yields those loaded."""
+def loading(crowd: Bench, many: Population, cold: Iterator[int]) -> Iterator[list[int]]:
+    """Meanwhile load one adapter after the other that is not on the device, as long as `cold` gives a number; yields
+    those loaded."""
     loaded: list[int] = []
     stop = threading.Event()
 
     def load() -> None:
-        while pause is not None and not stop.wait(pause):
-            number = CALLERS + next(cold) % (many.count - CALLERS)
+        for drawn in cold:
+            if stop.is_set():
+                return
+            number = CALLERS + drawn % (many.count - CALLERS)
             # Forgotten first, so that each load reads, checks and converts the files.
             crowd.engine.adapters.unload(many.digest(number))
             crowd.load(many.use(number))
@@ -316,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a prompt (default 32)")
     parser.add_argument("--requests", type=int, default=64, help="prompts of zipf16 (default 64)")
     parser.add_argument("--turns", type=int, default=12, help="of steps in each of four squares (default 12)")
-    parser.add_argument("--windows", type=int, default=10, help="of each first-token case (default 10)")
+    parser.add_argument("--windows", type=int, default=24, help="of each first-token case (default 24)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a window (default 4)")
     parser.add_argument("--files", type=int, default=40, help="distinct files behind the 1,000 adapters (default 40)")
     parser.add_argument("--base", type=Path, default=None, help="a transformers directory (default: smollm2-135m)")
