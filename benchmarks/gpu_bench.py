@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class Bench:
         """Seconds left to the section that runs."""
         return self.until - time.monotonic()
 
-    def seconds(self, calls: list[Callable[[], Any]], rounds: int = 7) -> float:
+    def seconds(self, calls: Sequence[Callable[[], object]], rounds: int = 7) -> float:
         """Median seconds of one of `calls`, which do the same over different memory, replayed as one captured graph.
 
         Give enough of them that what they read does not fit the cache.
@@ -52,7 +52,7 @@ class Bench:
             for call in calls:
                 call()
         graph.replay()
-        times = []
+        times: list[float] = []
         for _ in range(rounds):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ BF16 = torch.bfloat16
 
 def nf4_products(bench: Bench) -> Report:
     """The four products of an 8B layer by rows: time, share of bandwidth, beside bf16 by torch."""
-    shape, rows = (TINY, []) if bench.tiny else (LLAMA_8B, [])
+    shape = TINY if bench.tiny else LLAMA_8B
     workspace = nf4.Workspace(bench.device)
+    rows: list[dict[str, object]] = []
     for name, (out, width) in shape.linears.items():
         copies = 1 if bench.tiny else max(4, (256 << 20) // (out * width // 2))
         weights = [random_weight(out, width, bench.device) for _ in range(copies)]
@@ -31,8 +33,8 @@ def nf4_products(bench: Bench) -> Report:
             if bench.left() < 5:
                 return {"rows": rows, "cut": f"no time left before {name} at {m} rows"}
             x = torch.randn(m, width, dtype=BF16, device=bench.device)
-            ours = bench.seconds([lambda w=w, x=x: nf4.matmul(x, w, workspace) for w in weights])
-            theirs = bench.seconds([lambda w=w, x=x: x @ w.T for w in full])
+            ours = bench.seconds([partial(nf4.matmul, x, w, workspace) for w in weights])
+            theirs = bench.seconds([partial(_dense_product, x, w) for w in full])
             size = weights[0].nbytes + 2 * m * (width + out)
             rows.append(
                 {
@@ -47,11 +49,15 @@ def nf4_products(bench: Bench) -> Report:
     return {"rows": rows}
 
 
+def _dense_product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.T
+
+
 def nf4_tilings(bench: Bench) -> Report:
     """Other ways to cut the same products, best first: what `nf4.tiling` should choose."""
     shape = TINY if bench.tiny else LLAMA_8B
     workspace = nf4.Workspace(bench.device, 1 << 24)
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, (out, width) in shape.linears.items():
         weights = [random_weight(out, width, bench.device) for _ in range(1 if bench.tiny else 4)]
         for m in (1,) if bench.tiny else (1, 32):
@@ -60,7 +66,7 @@ def nf4_tilings(bench: Bench) -> Report:
             for cut in _cuts(bench, nf4.tiling(m, out, width), width):
                 if bench.left() < 5:
                     break
-                taken = bench.seconds([lambda w=w, x=x, c=cut: nf4.matmul(x, w, workspace, cut=c) for w in weights], 3)
+                taken = bench.seconds([partial(nf4.matmul, x, w, workspace, cut=cut) for w in weights], 3)
                 tried.append((taken, cut))
             tried.sort(key=lambda pair: pair[0])
             given = next((taken for taken, cut in tried if cut == nf4.tiling(m, out, width)), None)
@@ -97,7 +103,8 @@ def nf4_cuts(bench: Bench) -> Report:
     if not cuda.available():
         raise Missing("cuda-bindings or NVRTC is not installed")
     device = torch.device(bench.device, torch.cuda.current_device())
-    count, rows, workspace = processors(device), [], nf4.Workspace(device)
+    count, workspace = processors(device), nf4.Workspace(device)
+    rows: list[dict[str, object]] = []
     fours = nf4_cuda.has_fours(device)
     chosen = {
         (name, m, wgmma): _different_cuts(m, *LLAMA_8B.linears[name], wgmma)
@@ -114,12 +121,12 @@ def nf4_cuts(bench: Bench) -> Report:
         out, width = LLAMA_8B.linears[name]
         x = torch.randn(m, width, dtype=BF16, device=bench.device)
         triton = nf4.tiling(m, out, width)
-        plain = bench.seconds([lambda w=w, x=x, c=triton: nf4.matmul(x, w, workspace, cut=c) for w in weights[name]], 3)
+        plain = bench.seconds([partial(nf4.matmul, x, w, workspace, cut=triton) for w in weights[name]], 3)
         meant = nf4.matmul(x, weights[name][0], workspace, cut=triton).double()
         for cut in cuts:
             if bench.left() < 3:
                 return {"rows": rows, "cut": f"no time left at {name}, {m} rows"}
-            calls = [lambda w=w, x=x, c=cut: _cut_product(x, w, workspace, c) for w in weights[name]]
+            calls = [partial(_cut_product, x, w, workspace, cut) for w in weights[name]]
             taken = bench.seconds(calls, 3)
             off = float((calls[0]().double() - meant).norm() / meant.norm())
             rows.append(
@@ -173,7 +180,8 @@ def nf4_bitsandbytes(bench: Bench) -> Report:
         raise Missing("bitsandbytes' CUDA kernels need a GPU")
     import bitsandbytes
 
-    rows, workspace = [], nf4.Workspace(bench.device)
+    workspace = nf4.Workspace(bench.device)
+    rows: list[dict[str, object]] = []
     for name, (out, width) in LLAMA_8B.linears.items():
         kept = []
         for _ in range(4):
@@ -184,10 +192,8 @@ def nf4_bitsandbytes(bench: Bench) -> Report:
             kept.append((packed, state, nf4.from_bitsandbytes(packed, state, BF16)))
         for m in (1, 8, 32):
             x = torch.randn(m, width, dtype=BF16, device=bench.device)
-            ours = bench.seconds([lambda w=w, x=x: nf4.matmul(x, w, workspace) for _, _, w in kept])
-            theirs = bench.seconds(
-                [lambda p=p, s=s, x=x: bitsandbytes.matmul_4bit(x, p.t(), quant_state=s) for p, s, _ in kept]
-            )
+            ours = bench.seconds([partial(nf4.matmul, x, w, workspace) for _, _, w in kept])
+            theirs = bench.seconds([partial(bitsandbytes.matmul_4bit, x, p.t(), quant_state=s) for p, s, _ in kept])
             rows.append(
                 {"product": name, "rows": m, "ours us": ours * 1e6, "theirs us": theirs * 1e6, "times": theirs / ours}
             )
@@ -197,7 +203,7 @@ def nf4_bitsandbytes(bench: Bench) -> Report:
 def lora(bench: Bench) -> Report:
     """Shrink and expand of q, k, v and of gate, up: distinct adapters of rank 16, bytes against bandwidth."""
     shape = TINY if bench.tiny else LLAMA_8B
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, outs in shape.sites.items():
         width = shape.linears[name][1]
         for batch in (2,) if bench.tiny else (1, 8, 32, 64):
@@ -213,9 +219,9 @@ def lora(bench: Bench) -> Report:
             x = torch.randn(batch, width, dtype=BF16, device=bench.device)
             y = torch.zeros(batch, sum(outs), dtype=BF16, device=bench.device)
             h = scratch(plan, sets[0])
-            taken = bench.seconds([lambda s=s, x=x, y=y, p=plan, h=h: lora_add(y, x, s, p, h) for s in sets])
+            taken = bench.seconds([partial(lora_add, y, x, s, plan, h) for s in sets])
             plan.fill([])
-            idle = bench.seconds([lambda s=s, x=x, y=y, p=plan, h=h: lora_add(y, x, s, p, h) for s in sets])
+            idle = bench.seconds([partial(lora_add, y, x, s, plan, h) for s in sets])
             rows.append(
                 {
                     "product": name,
@@ -231,7 +237,7 @@ def lora(bench: Bench) -> Report:
 def attention_kernels(bench: Bench) -> Report:
     """Decode by bytes of keys and values, prefill by floating-point operations (half of the square: causal)."""
     shape = TINY if bench.tiny else LLAMA_8B
-    rows = []
+    rows: list[dict[str, object]] = []
     for batch, length in ((2, 40),) if bench.tiny else ((1, 8192), (8, 8192), (32, 384), (32, 2048), (64, 1024)):
         if bench.left() < 5:
             return {"rows": rows, "cut": "no time left"}
@@ -243,12 +249,7 @@ def attention_kernels(bench: Bench) -> Report:
         lengths = torch.full((batch,), length, dtype=torch.int32, device=bench.device)
         room = attention.DecodeScratch(batch, shape.heads, shape.width, length, bench.device)
         taken = bench.seconds(
-            [
-                lambda k=k, v=v, q=q, t=table, n=lengths, r=room: attention.decode(
-                    q, k, v, t, n, r, page_tokens=PAGE, scale=0.1
-                )
-                for k, v in caches
-            ]
+            [partial(attention.decode, q, k, v, table, lengths, room, page_tokens=PAGE, scale=0.1) for k, v in caches]
         )
         rows.append(
             {"kernel": f"decode {batch} x {length}", "us": taken * 1e6, "share": bench.share_of_bandwidth(size, taken)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Step:
         self.dtype = torch.bfloat16
         self.x = self._random(rows, shape.hidden)
         self.layers = [self._layer(packed, adapters * rank) for _ in range(shape.layers)]
-        self.head = self._random(shape.vocabulary, shape.hidden) * shape.hidden**-0.5
+        self.head: Tensor = self._random(shape.vocabulary, shape.hidden) * shape.hidden**-0.5
         self.norm = torch.ones(shape.hidden, dtype=self.dtype, device=device)
         self.workspace = nf4.Workspace(device)
         self.plan = LoraPlan(device, tokens=DECODE_TOKENS, groups=max(1, rows), pieces=max(1, rows * -(-rank // 16)))
@@ -89,9 +90,12 @@ class Step:
     def _random(self, *size: int) -> Tensor:
         return torch.randn(*size, dtype=self.dtype, device=self.device)
 
-    def _layer(self, packed: bool, arena_rows: int) -> dict:
+    def _layer(self, packed: bool, arena_rows: int) -> dict[str, Any]:
         shape, pages = self.shape, self.rows * -(-self.context // PAGE)
-        layer: dict = {"lora": {}, "norms": [torch.ones(shape.hidden, dtype=self.dtype, device=self.device)] * 2}
+        layer: dict[str, Any] = {
+            "lora": {},
+            "norms": [torch.ones(shape.hidden, dtype=self.dtype, device=self.device)] * 2,
+        }
         for name, (out, width) in shape.linears.items():
             layer[name] = random_weight(out, width, self.device) if packed else self._random(out, width) * width**-0.5
             if arena_rows:
@@ -104,7 +108,7 @@ class Step:
 
     def weight_bytes(self) -> int:
         """Bytes of weights a step reads at least, the head included."""
-        return self.head.nbytes + sum(layer[name].nbytes for layer in self.layers for name in self.shape.linears)
+        return self.head.nbytes + sum(int(layer[name].nbytes) for layer in self.layers for name in self.shape.linears)
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values a step reads at least."""
@@ -136,7 +140,7 @@ class Step:
         x = elementwise.rms_norm(x, self.norm, 1e-5, residual)
         return (x @ self.head.T).argmax(-1)
 
-    def _product(self, layer: dict, name: str, x: Tensor) -> Tensor:
+    def _product(self, layer: dict[str, Any], name: str, x: Tensor) -> Tensor:
         weight = layer[name]
         y = nf4.matmul(x, weight, self.workspace) if isinstance(weight, nf4.Nf4Weight) else x @ weight.T
         if layer["lora"]:

@@ -98,7 +98,7 @@ def peft(bench: Bench) -> Report:
 class TheirStep(Step):
     """The same decode step with bitsandbytes' products in the place of ours."""
 
-    def _layer(self, packed: bool, arena_rows: int) -> dict:
+    def _layer(self, packed: bool, arena_rows: int) -> dict[str, Any]:
         from bitsandbytes import functional
 
         layer = super()._layer(True, arena_rows)
@@ -107,11 +107,12 @@ class TheirStep(Step):
             layer[name] = functional.quantize_4bit(dense, quant_type="nf4", blocksize=64, compress_statistics=True)
         return layer
 
-    def _product(self, layer: dict, name: str, x: Tensor) -> Tensor:
+    def _product(self, layer: dict[str, Any], name: str, x: Tensor) -> Tensor:
         import bitsandbytes
 
         packed, state = layer[name]
-        return bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
+        y: Tensor = bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
+        return y
 
 
 def bitsandbytes_step(bench: Bench) -> Report:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -40,7 +41,7 @@ def copy_seconds(bench: Bench, source: Tensor, target: Tensor) -> float:
     """Median of copies to the device that no graph holds."""
     if bench.device == "cpu":
         return bench.seconds([lambda: target.copy_(source)])
-    times = []
+    times: list[float] = []
     for _ in range(9):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -109,7 +110,7 @@ def _all(*changes: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cut_by(**costs: float) -> Iterator[None]:
+def _cut_by(**costs: Any) -> Iterator[None]:
     """Cuts of the CUDA product by other costs than those that were fitted."""
     nf4_cuda.best.cache_clear()
     with patch.multiple(nf4_cuda, **costs):
@@ -147,7 +148,7 @@ def variants(bench: Bench) -> Report:
         "wide, early, 1 tile ahead": lambda: _all(patch.object(nf4_cuda, "MOST_ROWS", 64), _early(True), _ahead(1)),
     }
     adapters: dict[str, Change] = {
-        f"LoRA {name}": lambda cut=cut: _lora(cut)
+        f"LoRA {name}": partial(_lora, cut)
         for name, cut in {
             "in Triton": lora._TILING,
             "tiles of 64": Cut(blocks=1),

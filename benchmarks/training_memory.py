@@ -19,7 +19,11 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from training.trainable import Method, Trainable
 
 RESULTS = Path(__file__).parent / "results" / "training_memory"
 
@@ -28,7 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "training_memory"
 class Case:
     """One run. `fit`: its excess over the tensors sets what the planner adds; the others only check it."""
 
-    method: str
+    method: Method
     checkpointing: bool
     words: int  # of a row
     rank: int = 16
@@ -87,7 +91,7 @@ def run_one(base: str, case: Case, threads: int) -> dict[str, float]:
     from training.planner import GROWTH, flops_of, peak_returned, read_data
     from training.presets import named_recipe
     from training.rehearsal import rehearse
-    from training.trainable import bfloat16_is_fast
+    from training.trainable import bfloat16_is_fast, make_trainable
 
     torch.set_num_threads(threads)
     torch.ones(256, 256).bfloat16() @ torch.ones(256, 256).bfloat16()
@@ -110,20 +114,19 @@ def run_one(base: str, case: Case, threads: int) -> dict[str, float]:
             base_directory=directory,
             recipe=recipe,
             out=Path(scratch) / "out",
-            method=case.method,  # type: ignore[arg-type]
+            method=case.method,
             threads=threads,
         )
         loading: list[int] = []
-        real = finetune.make_trainable
 
-        def make_trainable(*args: Any) -> Any:
-            made = real(*args)
+        def weighed(*args: Any) -> Trainable:
+            made = make_trainable(*args)
             loading.append(resident("VmHWM") - before)
             Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew
             return made
 
-        finetune.make_trainable = make_trainable
-        facts = finetune.train(plan, Console(file=Path(os.devnull).open("w"))).facts  # noqa: SIM115
+        with patch.object(finetune, "make_trainable", weighed):
+            facts = finetune.train(plan, Console(file=Path(os.devnull).open("w"))).facts  # noqa: SIM115
         measured = resident("VmHWM") - before
         data = read_data(plan.data, directory, recipe)
         started = time.monotonic()
@@ -156,7 +159,7 @@ def main() -> None:
     if given.case:
         print(json.dumps(run_one(given.base, Case(**given.case), given.threads)))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in CASES:
         command = [sys.executable, "-m", "benchmarks.training_memory", "--base", given.base]
         command += ["--threads", str(given.threads), "--case", json.dumps(asdict(case))]
@@ -177,13 +180,15 @@ def main() -> None:
         RESULTS.with_suffix(".md").write_text(page(given.base, given.threads, rows))
 
 
-def fitted(rows: list[dict[str, float]]) -> float:
+def fitted(rows: list[dict[str, Any]]) -> float:
     """What a process grows by beside the tensors, from the runs that are there to say it: their mean excess."""
-    excess = [row["measured_bytes"] - (row["predicted_bytes"] - row["predicted_growth"]) for row in rows if row["fit"]]
+    excess: list[float] = [
+        row["measured_bytes"] - (row["predicted_bytes"] - row["predicted_growth"]) for row in rows if row["fit"]
+    ]
     return sum(excess) / len(excess)
 
 
-def line(row: dict[str, float], growth: float) -> str:
+def line(row: dict[str, Any], growth: float) -> str:
     """One row of the table, with `growth` bytes in place of what the planner added."""
     predicted = row["predicted_bytes"] - row["predicted_growth"] + growth
     error = predicted / row["measured_bytes"] - 1
@@ -195,7 +200,7 @@ def line(row: dict[str, float], growth: float) -> str:
     )
 
 
-def page(base: str, threads: int, rows: list[dict[str, float]]) -> str:
+def page(base: str, threads: int, rows: list[dict[str, Any]]) -> str:
     """The result file."""
     growth = fitted(rows)
     errors = [
