@@ -152,7 +152,7 @@ def variants(bench: Bench) -> Report:
         for name, cut in {
             "in Triton": lora._TILING,
             "tiles of 64": Cut(blocks=1),
-            "8 and 6 groups": Cut(shrink_groups=8, expand_groups=5),
+            "8 and 5 groups": Cut(shrink_groups=8, expand_groups=5),
             "4 and 3 groups": Cut(shrink_groups=4, expand_groups=3),
             "2 turns": Cut(turns=2),
         }.items()
