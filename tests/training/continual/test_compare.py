@@ -232,16 +232,20 @@ def test_what_is_changed_is_run_and_nothing_else(
 
 
 def test_changed_data_or_text_is_another_run(compare: Callable[..., Any], tmp_path: Path) -> None:
-    read, kept, _ = compare("tiny")
-    before = [kept.key(case, kept.data(case)) for case in read.cases]
+    read, first, _ = compare("tiny")
+
+    def keys(base: str = "sha256:base") -> set[str]:
+        kept = Kept(first.cells, first.work, base)
+        return {kept.key(case, kept.data(case)) for case in read.cases}
+
+    before = keys()
+    assert before == {path.stem for path in first.cells.directory.iterdir()}
     (tmp_path / "held.txt").write_text("Other text.")
-    text = [kept.key(case, kept.data(case)) for case in read.cases]
+    text = keys()
     file = tmp_path / "second-eval.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
-    data = [kept.key(case, kept.data(case)) for case in read.cases]
-    assert not set(before) & set(text) and not set(text) & set(data)
-    other = Kept(kept.cells, kept.work, "sha256:other")
-    assert not {other.key(case, kept.data(case)) for case in read.cases} & set(data)
+    data = keys()
+    assert not before & text and not text & data and not data & keys("sha256:other")
 
 
 def test_what_is_left_is_told_by_what_an_arm_took(write: Callable[..., Path]) -> None:

@@ -35,7 +35,7 @@ def joint_bound(run: Run) -> tuple[dict[str, Any], Facts]:
     trained = run.trainer.fit(strategy.lesson(past), place, run.console)
     outcome = strategy.finish(past, trained.factors)
     served = place / "served"
-    served.mkdir(exist_ok=True)
+    served.mkdir(parents=True, exist_ok=True)
     size = write_factors(served, outcome.served, run.trainer.base.name or "")
     exams = range(len(plan.tasks))
     found = run.scorer.scores([*((exam, None) for exam in exams), *((exam, served) for exam in exams)])

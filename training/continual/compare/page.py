@@ -106,7 +106,7 @@ def _table(arms: Sequence[Arm]) -> list[str]:
         "",
         "Intruders are of the adapter after the last stage, over all matrices, 10 directions each; in brackets those",
         "of a random ΔW of equal rank and norm. Adapter: what is served, of `isolated` all together. Training counts",
-        "the processor's time, also where an adapter was taken over from another run.",
+        "the processor's time, also where an adapter was taken over from another run." + _resumed(arms),
         "",
         *_head(_COSTS),
     ]
@@ -121,6 +121,11 @@ def _table(arms: Sequence[Arm]) -> list[str]:
         ]
         lines.append(_row([arm.name, *cells]))
     return lines
+
+
+def _resumed(arms: Sequence[Arm]) -> str:
+    count = sum(bool(record["resumed"]) for arm in arms for _, record in arm.runs)
+    return f" Of {count} interrupted runs a stage may count only what came after." if count else ""
 
 
 def _figures(found: Sequence[Wanted]) -> list[str]:

@@ -10,7 +10,6 @@ from training.continual.compare.figures import Arm, learned_means
 from training.continual.errors import PlotsUnavailable
 from training.continual.metrics import Matrix
 from training.continual.plots import curves, heat_map
-from training.curves import save_figure
 
 
 def draw(arms: Sequence[Arm], matrices: Mapping[str, Matrix], out: Path) -> dict[str, Any]:
@@ -29,8 +28,9 @@ def draw(arms: Sequence[Arm], matrices: Mapping[str, Matrix], out: Path) -> dict
 
 
 def _kept(figure: Any, path: Path) -> Path:
-    figure.set_layout_engine("constrained")
-    save_figure(figure, path)
+    figure.savefig(
+        path, dpi=120, bbox_inches="tight", metadata={"Software": None}
+    )  # the same bytes for the same figure
     return path
 
 

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,12 +57,16 @@ class Kept:
     cells: Cells
     work: Path
     base: str  # the base's fingerprint
+    _read: dict[tuple[Path, tuple[str, ...]], tuple[TaskData, ...]] = field(default_factory=dict, repr=False)
 
     def data(self, case: Case) -> tuple[TaskData, ...]:
-        """The run's tasks, built where they are not there yet; runs of one seed share them."""
+        """The run's tasks, read once, built where they are not there yet; runs of one seed share the files."""
         plan = case.plan
         sizes = sorted((task.label, task.task, task.train, task.evaluation) for task in plan.tasks)
-        return prepare_data(plan, self.work / "data" / f"{case.seed}-{key_of(sizes)}")
+        place = self.work / "data" / f"{case.seed}-{key_of(sizes)}"
+        if (place, plan.labels) not in self._read:
+            self._read[place, plan.labels] = prepare_data(plan, place)
+        return self._read[place, plan.labels]
 
     def key(self, case: Case, data: Sequence[TaskData]) -> str:
         """The name of the run's cell."""
