@@ -30,7 +30,7 @@ def write_page(
     arms = arms_of(comparison, records)
     lines = [f"# {comparison.title}", ""]
     lines += [comparison.question, ""] if comparison.question else []
-    lines += _how(comparison, records, machine, command)
+    lines += _how(comparison, records, machine, command, out.name)
     lines += ["", *_data(data)]
     if arms:
         lines += ["", *_table(arms), "", *_figures(wanted(arms))]
@@ -48,7 +48,7 @@ def write_page(
     return page
 
 
-def _how(comparison: Comparison, records: Mapping[Case, Record], machine: str, command: str) -> list[str]:
+def _how(comparison: Comparison, records: Mapping[Case, Record], machine: str, command: str, folder: str) -> list[str]:
     told = list(records.values())
     days = sorted({record["finished"][:10] for record in told})
     when = f" Run {days[0]}{f' to {days[-1]}' if len(days) > 1 else ''}." if days else ""
@@ -68,7 +68,8 @@ def _how(comparison: Comparison, records: Mapping[Case, Record], machine: str, c
         "",
         f"Base {comparison.base}, recipe `{recipe.name}`: rank {recipe.rank}, rate {recipe.learning_rate:g}, "
         f"{recipe.epochs:g} passes, batches of {recipe.step_batch}. A run is one arm in one order with one seed, which "
-        "also draws the data; `joint` and `isolated` run once a seed, for the order makes no difference to them.",
+        "also draws the data; `joint` and `isolated` run once a seed, for the order makes no difference to them. Every "
+        f"run with all its numbers: [{folder}/cells]({folder}/cells).",
         "",
         "| order | |",
         "|---|---|",
