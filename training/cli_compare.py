@@ -64,7 +64,7 @@ def compare_command(
     from training.cells import Cells
     from training.continual.compare.page import write_page
     from training.continual.compare.plan import Comparison
-    from training.continual.compare.run import Kept, run_cases
+    from training.continual.compare.run import Kept, alone, run_cases
 
     read = Comparison.read(comparison, size)
     cases = [case for case in read.cases if not arms or any(fnmatchcase(case.arm, arm) for arm in arms)]
@@ -86,7 +86,8 @@ def compare_command(
         return write_page(read, records(), kept.data(read.cases[0]), out, told, command)
 
     if not report_only:
-        run_cases(cases, kept, threads, Console(stderr=True), _Progress(page, cases, records()), keep)
+        with alone(kept.work):
+            run_cases(cases, kept, threads, Console(stderr=True), _Progress(page, cases, records()), keep)
     written = page()
     if as_json:
         print_json({"report": str(written), "runs": len(cases), "finished": len(records())})

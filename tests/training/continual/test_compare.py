@@ -23,8 +23,8 @@ from training.cli_compare import Expected
 from training.continual.compare.figures import arms_of, wanted
 from training.continual.compare.page import write_page
 from training.continual.compare.plan import Case, Comparison
-from training.continual.compare.run import Kept, run_cases
-from training.continual.errors import ContinualPlanInvalid
+from training.continual.compare.run import Kept, alone, run_cases
+from training.continual.errors import ContinualPlanInvalid, WorkTaken
 from training.continual.run import Run
 from training.errors import PlanInvalid
 
@@ -305,6 +305,8 @@ def test_the_verb_trains_once_what_several_runs_share(write: Callable[..., Path]
         return result
 
     assert "nothing is known of the time" in compare("--dry-run").output
+    with alone(out / "work"), pytest.raises(WorkTaken, match="another comparison is at work"):
+        compare()
     said = compare("--only", "joint", "--only", "isolated", "--keep").stderr
     assert "[2/2] isolated · order any · seed 0: ACC" in said and "trained already" not in said
     assert (out / "work" / "runs").is_dir()

@@ -9,6 +9,7 @@ Killed at any point, the same command goes on: a run by itself goes on where it 
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from training.cells import Cells, key_of
 from training.continual.compare.bound import joint_bound
 from training.continual.compare.plan import Case
 from training.continual.compare.shared import sharing
+from training.continual.errors import WorkTaken
 from training.continual.factors import read_factors
 from training.continual.making import make_run
 from training.continual.report import summary
@@ -77,13 +79,24 @@ class Kept:
         return self.cells.finished(self.key(case, self.data(case)))
 
 
+@contextmanager
+def alone(work: Path) -> Iterator[None]:
+    """Hold the work directory, which is made where it is not there; raises `WorkTaken` where another process does."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / ".gitignore").write_text("*\n", "utf-8")
+    with (work / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise WorkTaken(f"another comparison is at work in {work}; give one of them another --work") from error
+        yield
+
+
 def run_cases(
     cases: Sequence[Case], kept: Kept, threads: int, console: Console, watcher: Watcher, keep: bool = False,
     make: Make | None = None,
 ) -> None:  # fmt: skip
     """Finish every run, in this order. Raises what a run raises; what was finished before stays."""
-    kept.work.mkdir(parents=True, exist_ok=True)
-    (kept.work / ".gitignore").write_text("*\n", "utf-8")
     make = make or _maker(kept, threads, console)
     watcher.begin(len(cases), sum(kept.record(case) is not None for case in cases))
     for case in cases:
