@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json
 from server.cli import bound_openmp
 from training.cli_collect import collect_command
+from training.cli_compare import compare_command
 from training.cli_router import router_command
 from training.quiet import quiet_libraries
 
@@ -22,6 +22,7 @@ def continual() -> None:
 
 
 continual.add_command(collect_command)
+continual.add_command(compare_command)
 continual.add_command(router_command)
 
 
@@ -49,41 +50,13 @@ def run(plan: Path, out: Path, threads: int, hub_url: str | None, as_json: bool)
     quiet_libraries()
     from rich.console import Console
 
-    from hub.base import base_identity, locate_base
     from hub.opening import open_hub
-    from training.continual.embedding import EngineEmbed
+    from training.continual.making import make_run
     from training.continual.plan import ContinualPlan
-    from training.continual.run import Run
-    from training.continual.scoring import EngineScorer, Exam
-    from training.continual.stage import StageTrainer
-    from training.continual.tasks import prepare_data
-    from training.tasks import task_named
-    from training.text_loss import read_text
 
     read = ContinualPlan.read(plan)
-    out.mkdir(parents=True, exist_ok=True)
-    data = prepare_data(read, out)
-    located = locate_base(read.base)
-    identity, _ = base_identity(read.base)
-    cores = threads or len(os.sched_getaffinity(0))
-    scorer = EngineScorer(
-        base=read.base,
-        base_directory=located.directory,
-        exams=tuple(
-            Exam(task.label, task_named(task.task), one.evaluation.examples)
-            for task, one in zip(read.tasks, data, strict=True)
-        ),
-        quantize=read.quantize,
-        threads=cores,
-        text=read_text(read.directory / read.text) if read.text is not None else None,
-        text_windows=read.text_windows,
-    )
-    trainer = StageTrainer(
-        identity, located.directory, read.method, read.recipe, cores, read.max_steps, read.checkpoint_steps
-    )
     with open_hub(hub_url) as hub:
-        embed = EngineEmbed(read.base, read.quantize, cores) if read.strategy == "isolated" else None
-        record = Run(read, out, data, trainer, scorer, hub, Console(stderr=True), embed)()
+        record = make_run(read, out, hub, threads, Console(stderr=True))()
     from training.continual.report import as_markdown, summary
     from training.continual.run import read_intruders, read_routed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import sys
 import time
@@ -19,6 +18,7 @@ from hub.cli_options import examples, json_option
 from hub.cli_output import print_json, print_table
 from server.cli import bound_openmp
 from training.quiet import quiet_libraries
+from training.sitting import duration, machine
 
 if TYPE_CHECKING:
     from training.sweep.plan import Cell, SweepPlan
@@ -77,7 +77,7 @@ def sweep(
     command = shlex.join(["hub", "sweep", str(plan), "--size", size])
 
     def page() -> Path:
-        return write_page(whole, data, fingerprint, records, " ".join(filter(None, (_machine(threads), note))), command)
+        return write_page(whole, data, fingerprint, records, " ".join(filter(None, (machine(threads), note))), command)
 
     if not report_only:
         run(read, data, Setting(read.base, fingerprint, threads, keep), records, _Line(page))
@@ -146,7 +146,7 @@ def _dry_run(
                 str(cell.recipe.seed),
                 cell.recipe.method,
                 f"{cell.recipe.learning_rate:g}",
-                _duration(estimate.seconds),
+                duration(estimate.seconds),
                 f"{estimate.memory / 1e9:.1f} GB",
                 "finished" if finished[cell] is not None else "",
             ]
@@ -155,7 +155,7 @@ def _dry_run(
     )
     click.echo(
         f"{len(plan.cells)} cells, {sum(each is not None for each in finished.values())} finished; training the others "
-        f"takes about {_duration(left)} by the planner, on a quiet machine, scoring not counted"
+        f"takes about {duration(left)} by the planner, on a quiet machine, scoring not counted"
     )
 
 
@@ -208,17 +208,4 @@ class _Line:
         if not self._ran:
             return ""
         each = (time.monotonic() - self._started) / self._ran
-        return f", about {_duration(each * (self._cells - self._done))} left"
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
-def _machine(threads: int) -> str:
-    used = threads or len(os.sched_getaffinity(0))
-    return (
-        f"Machine: {platform.machine()}, {os.cpu_count()} cores, {used} thread{'s' if used > 1 else ''} a cell, "
-        f"Python {platform.python_version()}."
-    )
+        return f", about {duration(each * (self._cells - self._done))} left"

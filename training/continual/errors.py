@@ -23,6 +23,12 @@ class RunMissing(TrainingError):
     reason = "CONTINUAL_RUN_MISSING"
 
 
+class WorkTaken(TrainingError):
+    """Another comparison is running in the same work directory."""
+
+    reason = "COMPARISON_WORK_TAKEN"
+
+
 class FactorsUnsupported(TrainingError):
     """An adapter has parts that are no plain low-rank deltas, or adapters do not fit each other."""
 

@@ -14,7 +14,7 @@ tasks:                            in the order of training
 gates: {max_drop: 0.02, max_text_drift: 0.02, alias: prod, after_refusal: go-on}
 text: README.md                   optional: held-out text, for its cross-entropy
 quantize: none                    how the engine holds the base for scores and router: none, int8, nf4 (so with qlora)
-intruders: true                   count intruder dimensions of every stage at the end
+intruders: true                   count intruder dimensions of every stage at the end; last: of the last stage
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ContinualPlan:
     text: str | None = None
     text_windows: int = 64
     quantize: Quantization = "none"
-    intruders: bool = True
+    intruders: bool | Literal["last"] = True
     max_steps: int | None = None  # a stage's, for trying out
     checkpoint_steps: int = 50
 
@@ -140,7 +140,7 @@ class ContinualPlan:
             quantize=_one_of(
                 value, "quantize", get_args(Quantization), "nf4" if value.get("method") == "qlora" else "none"
             ),
-            intruders=_flag(value, "intruders", True),
+            intruders="last" if value.get("intruders") == "last" else _flag(value, "intruders", True),
             max_steps=_count(value, "max_steps", None),
             checkpoint_steps=_count(value, "checkpoint_steps", 50),
         )
@@ -236,7 +236,7 @@ def _one_of(value: Mapping[str, Any], key: str, known: tuple[str, ...], default:
 def _flag(value: Mapping[str, Any], key: str, default: bool) -> bool:
     found = value.get(key, default)
     if not isinstance(found, bool):
-        raise ContinualPlanInvalid(f"{key} is true or false, not {found!r}")
+        raise ContinualPlanInvalid(f"{key} is true, false or last, not {found!r}")
     return found
 
 

@@ -18,7 +18,7 @@ def draw_all(matrix: Matrix, intruders: Mapping[str, Sequence[SiteIntruders]], o
     except ImportError as error:
         raise PlotsUnavailable("plots need matplotlib: pip install 'loraplex[plots]'") from error
     out.mkdir(parents=True, exist_ok=True)
-    pictures = {"matrix.png": _heat_map(Figure, matrix), "curves.png": _curves(Figure, matrix)}
+    pictures = {"matrix.png": heat_map(Figure, matrix), "curves.png": curves(Figure, matrix)}
     if intruders:
         pictures["intruders.png"] = _by_layer(Figure, intruders)
     for name, figure in pictures.items():
@@ -26,7 +26,8 @@ def draw_all(matrix: Matrix, intruders: Mapping[str, Sequence[SiteIntruders]], o
     return [out / name for name in pictures]
 
 
-def _heat_map(figure_of: Any, matrix: Matrix) -> Any:
+def heat_map(figure_of: Any, matrix: Matrix) -> Any:
+    """Every task's score after every stage; `figure_of` is matplotlib's Figure."""
     rows = [matrix.base, *matrix.rows]
     figure = figure_of(figsize=(1.2 * len(matrix.tasks) + 2, 0.6 * len(rows) + 1.4))
     axes = figure.subplots()
@@ -48,7 +49,8 @@ def _frame(stage: int) -> Any:
     return Rectangle((stage - 0.5, stage + 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.5)
 
 
-def _curves(figure_of: Any, matrix: Matrix) -> Any:
+def curves(figure_of: Any, matrix: Matrix) -> Any:
+    """Every task's score over the stages, its own marked."""
     figure = figure_of(figsize=(7, 4))
     axes = figure.subplots()
     for index, name in enumerate(matrix.tasks):

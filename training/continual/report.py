@@ -36,6 +36,7 @@ def summary(
         "worst": {"task": worst.task, "change": worst.change} if worst is not None else None,
         "below": {name: matrix.below(bound) for name, bound in bounds.items()},
         "routed": dict(routed) if routed is not None else None,
+        "base_text_nats": record.base_text_nats,
         "text_drift_nats": drift(record.base_text_nats, nats)
         if nats is not None and record.base_text_nats is not None
         else None,
@@ -54,7 +55,7 @@ def summary(
                 "memory_bytes": stage.memory_bytes,
                 "memory_digest": stage.memory_digest,
                 "notes": dict(stage.notes),
-                "intruders": _intruder_totals(intruders.get(stage.task, ())),
+                "intruders": intruder_totals(intruders.get(stage.task, ())),
             }
             for stage in record.stages
         ],
@@ -134,7 +135,8 @@ _METRICS = (
 )
 
 
-def _intruder_totals(sites: Sequence[SiteIntruders]) -> dict[str, float] | None:
+def intruder_totals(sites: Sequence[SiteIntruders]) -> dict[str, float] | None:
+    """Over all matrices of one adapter; None where nothing was counted."""
     if not sites:
         return None
     return {

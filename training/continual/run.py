@@ -113,10 +113,12 @@ class Run:
 
     def _count_intruders(self, record: RunRecord) -> None:
         place = self.directory / INTRUDERS
-        names = [stage.task for stage in record.stages]
-        if place.is_file() and list(json.loads(place.read_text("utf-8"))) == names:
+        wanted = list(enumerate(stage.task for stage in record.stages))
+        if self.plan.intruders == "last":
+            wanted = wanted[-1:]
+        if place.is_file() and list(json.loads(place.read_text("utf-8"))) == [name for _, name in wanted]:
             return
-        adapters = {name: read_factors(self.stage_directory(i) / "adapter") for i, name in enumerate(names)}
+        adapters = {name: read_factors(self.stage_directory(index) / "adapter") for index, name in wanted}
         modules = list(dict.fromkeys(module for factors in adapters.values() for module in factors))
         self.console.print(f"counting intruder dimensions in {len(modules)} matrices", highlight=False)
         weights = matrices(self.trainer.base_directory, modules)

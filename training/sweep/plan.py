@@ -84,32 +84,32 @@ class SweepPlan:
     @classmethod
     def parse(cls, value: Any, name: str, size: str) -> Self:
         """The plan in what YAML gave; raises `PlanInvalid`."""
-        value = _mapping(value, "the plan")
+        value = mapping(value, "the plan")
         if strange := [key for key in value if key not in _KEYS]:
             raise PlanInvalid(f"the plan has the unknown key {strange[0]!r}; known: {', '.join(_KEYS)}")
         tasks = {
-            task: _overrides(given, f"tasks: {task}") for task, given in _mapping(value.get("tasks"), "tasks").items()
+            task: _overrides(given, f"tasks: {task}") for task, given in mapping(value.get("tasks"), "tasks").items()
         }
         for task in tasks:
             if task not in MODULES:
                 raise PlanInvalid(f"tasks: there is no task {task!r}; there are: {', '.join(MODULES)}")
-        sizes = _mapping(value.get("sizes"), "sizes")
+        sizes = mapping(value.get("sizes"), "sizes")
         if size not in sizes:
             raise PlanInvalid(f"the plan has no size {size!r}; it has: {', '.join(map(str, sizes))}")
-        chosen = _mapping(sizes[size], f"sizes: {size}")
-        data = {task: _data_size(chosen, task, size) for task in tasks}
+        chosen = mapping(sizes[size], f"sizes: {size}")
+        data = {task: data_size(chosen, task, size) for task in tasks}
         variants = _variants(value)
         reference = value.get("reference")
         if reference is not None and reference not in [variant for variant, _, _ in variants]:
             raise PlanInvalid(f"reference: there is no variant {reference!r}")
-        plot = _mapping(value.get("plot", {}), "plot")
+        plot = mapping(value.get("plot", {}), "plot")
         x = plot.get("x")
         if x is not None and x not in _FIELDS:
             raise PlanInvalid(f"plot: x: {x!r} is no field of a recipe")
         common = _overrides(value.get("set", {}), "set")
         cells = tuple(
             Cell(task, variant, line, _recipe(value, {**common, **tasks[task], **given}, seed, f"{task}: {variant}"))
-            for seed in _seeds(chosen.get("seeds"), size)
+            for seed in seeds_of(chosen.get("seeds"), size)
             for task in tasks
             for variant, line, given in variants
         )
@@ -123,14 +123,14 @@ class SweepPlan:
 
 def _variants(value: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     """(name, name without the grid, overrides) of every variant at every point of the grid."""
-    grid = _mapping(value.get("grid", {}), "grid")
+    grid = mapping(value.get("grid", {}), "grid")
     for field, points in grid.items():
         _overrides({field: None}, "grid")
         if not isinstance(points, list) or not points:
             raise PlanInvalid(f"grid: {field} needs a list of values")
     combinations = [dict(zip(grid, points, strict=True)) for points in itertools.product(*grid.values())]
     found = []
-    for line, given in _mapping(value.get("variants"), "variants").items():
+    for line, given in mapping(value.get("variants"), "variants").items():
         own = _overrides(given, f"variants: {line}")
         for point in combinations:
             mark = "".join(f" {field}={_shown(at)}" for field, at in point.items())
@@ -148,22 +148,24 @@ def _recipe(value: Mapping[str, Any], overrides: Mapping[str, Any], seed: int, w
 
 
 def _overrides(value: Any, where: str) -> dict[str, Any]:
-    value = _mapping(value if value is not None else {}, where)
+    value = mapping(value if value is not None else {}, where)
     for field in value:
         if field not in _FIELDS:
             raise PlanInvalid(f"{where}: {field!r} is no field of a recipe; they are: {', '.join(sorted(_FIELDS))}")
     return dict(value)
 
 
-def _data_size(chosen: Mapping[str, Any], task: str, size: str) -> DataSize:
-    given = _mapping(_mapping(chosen.get("data"), f"sizes: {size}: data").get(task), f"sizes: {size}: data: {task}")
+def data_size(chosen: Mapping[str, Any], task: str, size: str) -> DataSize:
+    """How many examples of a task the size `chosen` takes; raises `PlanInvalid`, as all below."""
+    given = mapping(mapping(chosen.get("data"), f"sizes: {size}: data").get(task), f"sizes: {size}: data: {task}")
     counts = [given.get("train"), given.get("eval")]
     if given.keys() != {"train", "eval"} or not all(type(count) is int and count > 0 for count in counts):
         raise PlanInvalid(f"sizes: {size}: data: {task} needs train and eval, numbers of examples")
     return DataSize(given["train"], given["eval"])
 
 
-def _seeds(value: Any, size: str) -> Sequence[int]:
+def seeds_of(value: Any, size: str) -> Sequence[int]:
+    """The seeds of a size."""
     if not isinstance(value, list) or not value or not all(type(seed) is int and seed >= 0 for seed in value):
         raise PlanInvalid(f"sizes: {size}: seeds needs a list of numbers from 0 up")
     if len(set(value)) < len(value):
@@ -171,7 +173,8 @@ def _seeds(value: Any, size: str) -> Sequence[int]:
     return value
 
 
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+def mapping(value: Any, where: str) -> Mapping[str, Any]:
+    """The value as a mapping."""
     if not isinstance(value, dict):
         raise PlanInvalid(f"{where} is no mapping")
     return value

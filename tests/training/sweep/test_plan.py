@@ -13,7 +13,7 @@ from training.presets import named_recipe
 from training.sweep.plan import SweepPlan
 from training.sweep.records import Records, TaskData
 
-EXPERIMENTS = sorted((Path(__file__).parents[3] / "training" / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted((Path(__file__).parents[3] / "training" / "experiments").glob("[0-9]*.yaml"))
 SMALL: dict[str, Any] = {
     "recipe": "demo",
     "set": {"epochs": 2.0},
