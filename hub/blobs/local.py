@@ -40,6 +40,7 @@ class LocalBlobStore(BlobStore):
         self._staging = root / "staging"
         self._root = root
         self._step = step
+        self._durable: set[Path] = set()  # directories whose own names survive a power cut, as far as is known here
 
     def put(self, source: BinaryIO) -> tuple[Digest, int]:
         """Store what is left of `source`; its digest and length in bytes."""
@@ -58,14 +59,14 @@ class LocalBlobStore(BlobStore):
                 temporary.unlink(missing_ok=True)
         return digest, size
 
-    def put_file(self, path: Path, digest: Digest) -> Digest:
+    def put_file(self, path: Path, digest: Digest, *, flushed: bool = False) -> Digest:
         """Store the file `path`, see `BlobStore`; where a link can reach it nothing is copied and nothing read."""
         try:
             self._make_directories()
             if not self._reaches(path):
                 return super().put_file(path, digest)
             self._step("blob:sync")
-            size = _settle(path)
+            size = path.stat().st_size if flushed else _settle(path)
             self._publish(path, self._path(digest), size)
         except OSError as error:
             if error.errno == errno.EXDEV:  # one file system, mounted twice
@@ -181,7 +182,9 @@ class LocalBlobStore(BlobStore):
             temporary.replace(final)
         self._step("blob:sync-directory")
         sync_directory(final.parent)
-        sync_directory(self._blobs)
+        if final.parent not in self._durable:  # nobody removes one
+            sync_directory(self._blobs)
+            self._durable.add(final.parent)
 
 
 def _settle(path: Path) -> int:
