@@ -31,8 +31,8 @@ def copied(blobs: BlobStore, path: Path, digest: Digest) -> Digest:
 
 
 def kept(blobs: BlobStore, path: Path, digest: Digest) -> Digest:
-    """The file is the hub's own already, flushed, and nobody can write it: it may become the blob itself."""
-    return blobs.put_file(path, digest, flushed=True)
+    """The file is the hub's own already and nobody can write it: it may become the blob itself."""
+    return blobs.put_file(path, digest)
 
 
 def publish(

@@ -48,11 +48,10 @@ class BlobStore(ABC):
     def put(self, source: BinaryIO) -> tuple[Digest, int]:
         """Store what is left of `source`; its digest and length in bytes."""
 
-    def put_file(self, path: Path, digest: Digest, *, flushed: bool = False) -> Digest:
+    def put_file(self, path: Path, digest: Digest) -> Digest:
         """Store the file `path`, which has this digest and which nobody can write any more; the digest it got.
 
-        A store on the same file system keeps the file itself, under another name, and makes it read-only. `flushed`:
-        `flush_file` was done, just now.
+        A store on the same file system keeps the file itself, under another name, and makes it read-only.
         """
         with path.open("rb") as source:
             return self.put(source)[0]

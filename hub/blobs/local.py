@@ -59,14 +59,14 @@ class LocalBlobStore(BlobStore):
                 temporary.unlink(missing_ok=True)
         return digest, size
 
-    def put_file(self, path: Path, digest: Digest, *, flushed: bool = False) -> Digest:
+    def put_file(self, path: Path, digest: Digest) -> Digest:
         """Store the file `path`, see `BlobStore`; where a link can reach it nothing is copied and nothing read."""
         try:
             self._make_directories()
             if not self._reaches(path):
                 return super().put_file(path, digest)
             self._step("blob:sync")
-            size = path.stat().st_size if flushed else _settle(path)
+            size = _settle(path)
             self._publish(path, self._path(digest), size)
         except OSError as error:
             if error.errno == errno.EXDEV:  # one file system, mounted twice
