@@ -23,7 +23,6 @@ from hub.registry.patience import IDLE_SECONDS, Patience
 from hub.registry.service import RegistryService, ServiceLimits
 from hub.registry.tokens import TokenStore
 from hub.registry.uploads import MAX_STAGED_BYTES, Uploads
-from hub.remote.connection import FRAMES
 from protos.loraplex.v1 import registry_pb2, registry_pb2_grpc
 
 SERVICE: Final = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
@@ -168,7 +167,6 @@ def _options() -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", -1),
-        FRAMES,
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         # Without this a second server would share the port and take half the calls.

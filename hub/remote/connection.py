@@ -17,9 +17,7 @@ from protos.loraplex.v1 import registry_pb2_grpc
 
 CALL_SECONDS: Final = 15.0  # a short call's deadline
 PATIENCE_SECONDS: Final = 30.0  # how long a transfer that was cut tries to go on without a byte getting through
-# Pieces of files, in frames that hold a piece or two: gRPC's own 16 KiB cost a third of a transfer's speed.
-CHUNK_BYTES: Final = 512 * 1024
-FRAMES: Final = ("grpc.http2.max_frame_size", 1024 * 1024)  # what a side takes; both say it
+CHUNK_BYTES: Final = 512 * 1024  # of a file, in one message; each is copied some times, which more of them made slower
 _ACTOR_KEY: Final = "loraplex-actor-bin"
 T = TypeVar("T")
 
@@ -34,7 +32,6 @@ class Connection:
         self._token = token
         options = [
             ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-            FRAMES,
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 5_000),
             ("grpc.http2.max_pings_without_data", 0),
