@@ -34,7 +34,7 @@ from hub.hub import Hub
 from hub.manifest import FileEntry, LoraFacts, Manifest
 from hub.refs import Digest
 from hub.search import MetricTest, Query
-from hub.sqlite import WRITING
+from hub.transactions import writing
 
 PER_ADAPTER = 10
 PAGE = 50
@@ -252,7 +252,7 @@ def main() -> None:
         for where, url in urls.items():
             begun = time.perf_counter()
             with Hub.open(url) as hub:
-                with hub.database.execution_options(**{WRITING: True}).begin() as connection:
+                with writing(hub.database) as connection:
                     fill(connection, options.versions)
                 if where == "PostgreSQL":
                     with hub.database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

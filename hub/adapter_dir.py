@@ -139,13 +139,18 @@ def _parsed(directory: Path, report: Progress, hashed: Hashed, digest: TensorDig
             hashed([*files.values(), file])
             return file
 
-        # Hashing lets go of the interpreter: the whole file is hashed beside the look at its tensors.
+        # Hashing lets go of the interpreter: it is done beside the look at the tensors.
         with ThreadPoolExecutor(1, thread_name_prefix="loraplex-hash") as beside:
             whole = beside.submit(hash_whole)
-            values = _look_at_values(weights, report)
-            norms = _delta_norms(config, ranks, {sites[name]: value for name, value in values.items()})
+            digests = beside.submit(lambda: {name: digest(weights.bytes_of(name)) for name in weights.slots})
+            try:
+                values = _look_at_values(weights, report)
+                norms = _delta_norms(config, ranks, {sites[name]: value for name, value in values.items()})
+            except BaseException:
+                digests.cancel()
+                raise
             tensors = {
-                name: TensorInfo(slot.dtype, slot.shape, digest(weights.bytes_of(name)), sites[name])
+                name: TensorInfo(slot.dtype, slot.shape, digests.result()[name], sites[name])
                 for name, slot in weights.slots.items()
             }
             files[WEIGHTS_FILE] = whole.result()

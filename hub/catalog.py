@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import sqlalchemy as sa
 
@@ -24,7 +25,8 @@ from hub.journal import Journal
 from hub.refs import LATEST, AdapterRef, Digest
 from hub.replay import State
 from hub.search import Query
-from hub.sqlite import WRITING, cause
+from hub.sqlite import cause
+from hub.transactions import Question, T, asked, read, writing
 from hub.versions import AliasState, Event, Lease
 
 __all__ = ["Catalog", "Publication", "Record", "Step", "now"]
@@ -121,52 +123,52 @@ class Catalog:
 
     def find(self, full_name: str, content: Digest) -> Record | None:
         """The version of this adapter with this content, removed or not, if there is one."""
-        with self._reading() as connection:
-            v = tables.versions.c
-            return catalog_rows.select_record(connection, v.full_name == full_name, v.content == content)
+        v = tables.versions.c
+        return self._asked(
+            lambda connection: catalog_rows.select_record(connection, v.full_name == full_name, v.content == content)
+        )
 
     def resolve(self, ref: AdapterRef, key: str | None = None) -> Record:
         """See `hub.catalog_rows.resolve`."""
-        with self._reading() as connection:
-            return catalog_rows.resolve(connection, ref, key)
+        return self.resolve_at(ref, key)[0]
 
     def resolve_at(self, ref: AdapterRef, key: str | None = None) -> tuple[Record, int]:
         """As `resolve`, with the newest event's number at that moment."""
-        with self._reading() as connection:
-            return catalog_rows.resolve(connection, ref, key), catalog_rows.last_seq(connection)
+        found = self._asked(lambda connection: catalog_rows.named(connection, ref, key))
+        # What of it is unknown takes further statements to tell.
+        return found or self._read(lambda connection: catalog_rows.resolve_at(connection, ref, key))
 
     def get(self, digest: Digest) -> Record:
         """The version with this digest; raises AdapterNotFound, VersionNotFound where it was removed."""
-        with self._reading() as connection:
-            record = catalog_rows.select_record(connection, tables.versions.c.digest == digest)
-            if record is None:
-                raise AdapterNotFound(f"there is no version {digest} in this hub")
-            return catalog_rows.there(connection, record.full_name, record.number)
+        v = tables.versions.c
+        record = self._asked(lambda connection: catalog_rows.select_record(connection, v.digest == digest))
+        if record is None:
+            raise AdapterNotFound(f"there is no version {digest} in this hub")
+        return catalog_rows.standing(record)
 
     def records(self) -> list[Record]:
         """All versions, removed ones too, by name and number."""
-        with self._reading() as connection:
-            v = tables.versions
-            query = sa.select(v).order_by(v.c.full_name, v.c.number)
-            return [catalog_rows.record_of(row) for row in connection.execute(query)]
+        v = tables.versions
+        query = sa.select(v).order_by(v.c.full_name, v.c.number)
+        return self._asked(lambda connection: [catalog_rows.record_of(row) for row in connection.execute(query)])
 
     def search(self, query: Query) -> tuple[list[Record], dict[Digest, tuple[str, ...]], bool]:
         """Versions that are there and meet the query, by name and number; their aliases; whether there are more."""
-        with self._reading() as connection:
-            records, more = catalog_search.search(connection, query)
-            return records, catalog_search.held_by(connection, records), more
+        found = self._asked(lambda connection: catalog_search.search(connection, query, at_once=True))
+        if found is None:
+            found = self._read(lambda connection: catalog_search.search(connection, query))
+        assert found is not None
+        return found
 
     def names_file(self, full_name: str, digest: Digest) -> bool:
         """Whether a version of this adapter, removed or not, has a file with this digest."""
         f = tables.files.c
-        with self._reading() as connection:
-            query = sa.select(sa.literal(1)).where(f.full_name == full_name, f.sha256 == digest).limit(1)
-            return connection.execute(query).first() is not None
+        query = sa.select(sa.literal(1)).where(f.full_name == full_name, f.sha256 == digest).limit(1)
+        return self._asked(lambda connection: connection.execute(query).first()) is not None
 
     def children(self, digest: Digest) -> list[Record]:
         """The versions that name this one as a parent, by name and number."""
-        with self._reading() as connection:
-            return catalog_search.naming(connection, digest)
+        return self._asked(lambda connection: catalog_search.naming(connection, digest))
 
     def sign(self, digest: Digest, signature: Digest, missing: Callable[[], bool]) -> bool:
         """Note that the version with this digest has a signature; see `hub.catalog_signatures.enter`, and `publish`."""
@@ -179,21 +181,18 @@ class Catalog:
 
     def signatures(self, record: Record) -> list[Digest]:
         """The digests of a version's signatures."""
-        with self._reading() as connection:
-            return catalog_signatures.of(connection, record)
+        return self._asked(lambda connection: catalog_signatures.of(connection, record))
 
     def all_signatures(self) -> list[tuple[str, int, Digest]]:
         """Every signature, with the name and number of its version."""
-        with self._reading() as connection:
-            return list(catalog_signatures.everywhere(connection))
+        return self._asked(lambda connection: list(catalog_signatures.everywhere(connection)))
 
     # Aliases
 
     def aliases(self, full_name: str) -> dict[str, AliasState]:
         """What every alias of an adapter holds, by alias; raises AdapterNotFound."""
-        with self._reading() as connection:
-            catalog_rows.check_known(connection, full_name)
-            return catalog_rows.alias_states(connection, full_name)
+        found = self._asked(lambda connection: catalog_rows.alias_states(connection, full_name))
+        return found or self._read(lambda connection: catalog_rows.known_alias_states(connection, full_name))
 
     def tag(
         self, refs: Sequence[tuple[AdapterRef, int]], alias: str, expect: int | None, *,
@@ -264,8 +263,7 @@ class Catalog:
 
     def expired(self, removed_before: str) -> list[Record]:
         """The versions that were marked as removed up to this time."""
-        with self._reading() as connection:
-            return catalog_removal.expired(connection, removed_before)
+        return self._asked(lambda connection: catalog_removal.expired(connection, removed_before))
 
     def purge(self, records: Sequence[Record]) -> list[Record]:
         """Forget these versions for good, but for those that were restored meanwhile; which they were."""
@@ -274,8 +272,7 @@ class Catalog:
 
     def unreferenced(self, digests: Sequence[Digest], leaving: Sequence[Record] = ()) -> list[Digest]:
         """Those of `digests` that no version needs, versions in `leaving` not counted."""
-        with self._reading() as connection:
-            return catalog_removal.unreferenced(connection, digests, leaving)
+        return self._read(lambda connection: catalog_removal.unreferenced(connection, digests, leaving))
 
     def sweep(self, digests: Sequence[Digest], delete: Callable[[Digest], None]) -> list[Digest]:
         """Call `delete` for those of `digests` that no version needs, while no version can be published."""
@@ -298,8 +295,7 @@ class Catalog:
 
     def leases(self, full_name: str | None) -> list[Lease]:
         """What is held now, of one adapter or of all."""
-        with self._reading() as connection:
-            return catalog_removal.leases(connection, full_name)
+        return self._asked(lambda connection: catalog_removal.leases(connection, full_name))
 
     # Events
 
@@ -307,19 +303,15 @@ class Catalog:
         """Up to `limit` events with seq > `since_seq`, in order; of one adapter or of all."""
         e = tables.events.c
         conditions = [e.seq > min(since_seq, _MAX_SEQ)] + ([e.full_name == full_name] if full_name else [])
-        with self._reading() as connection:
-            return catalog_rows.select_events(connection, *conditions, limit=limit)
+        return self._asked(lambda connection: catalog_rows.select_events(connection, *conditions, limit=limit))
 
     def last_seq(self) -> int:
         """The newest event's number, 0 where nothing happened yet."""
-        with self._reading() as connection:
-            return catalog_rows.last_seq(connection)
+        return self._asked(catalog_rows.last_seq)
 
     def settle(self) -> None:
         """Write to the journal what it lacks of the catalog's events."""
-        with self._reading() as connection:
-            newest = connection.execute(sa.select(sa.func.max(tables.events.c.batch))).scalar()
-        self._settle(newest)
+        self._settle(self._asked(catalog_rows.last_batch))
 
     def behind_journal(self) -> bool:
         """Whether the journal has writes that this catalog lacks: it was put back from a backup, or lost its end."""
@@ -336,13 +328,11 @@ class Catalog:
 
     def state(self) -> State:
         """What the tables hold, without the events."""
-        with self._reading() as connection:
-            return catalog_search.state(connection)
+        return self._read(catalog_search.state)
 
     def check(self) -> list[str]:
         """What is wrong with the database itself, in words; empty where nothing is."""
-        with self._reading() as connection:
-            return catalog_search.check(connection)
+        return self._read(catalog_search.check)
 
     def replace(self, fill: Callable[[sa.Connection], None]) -> None:
         """Empty every table and let `fill` enter the rows anew, in one transaction."""
@@ -353,28 +343,28 @@ class Catalog:
 
     def _settle(self, batch: int | None) -> None:
         """Write the journal's records up to `batch`, oldest first: a record is there only when all before it are."""
-        b = tables.events.c.batch
         lacking: list[int] = []
-        with self._reading() as connection:
-            while batch is not None and not self._journal.has(batch):
-                lacking.append(batch)
-                batch = connection.execute(sa.select(sa.func.max(b)).where(b < batch)).scalar()
+        while batch is not None and not self._journal.has(batch):
+            lacking.append(batch)
+            batch = self._asked(partial(catalog_rows.last_batch, before=batch))
         for number in reversed(lacking):
-            with self._reading() as connection:
-                events = catalog_rows.select_events(connection, b == number)
+            events = self._asked(partial(catalog_rows.events_of, batch=number))
             self._journal.put(number, journal.encode(events))
 
-    @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
-        with _translated(), self._engine.begin() as connection:
-            yield connection
+    def _asked(self, question: Question[T]) -> T:
+        with _translated():
+            return asked(self._engine, question)
+
+    def _read(self, question: Question[T]) -> T:
+        with _translated():
+            return read(self._engine, question)
 
     @contextmanager
     def _writing(self) -> Iterator[Writer]:
         self.check_writable()
         with _translated():
             self._step("catalog:begin")
-            with self._engine.execution_options(**{WRITING: True}).begin() as connection:
+            with writing(self._engine) as connection:
                 writer = Writer(connection, self._step, self._actor)
                 yield writer
                 if writer.batch is not None and self._journal.has(writer.batch):

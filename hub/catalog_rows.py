@@ -45,18 +45,19 @@ def _states() -> sa.Select[Any]:
 # What every resolution asks, built once: building one takes longer than the database does to answer it.
 _ALL_STATES = _states()
 _ONE_STATE = _ALL_STATES.where(tables.aliases.c.alias == sa.bindparam("alias"))
+_LAST_SEQ = sa.select(sa.func.coalesce(sa.func.max(tables.events.c.seq), 0))
+_AT = _LAST_SEQ.scalar_subquery().label("seq")
 _HELD = (
-    sa.select(tables.versions, tables.targets.c.weight)
+    sa.select(tables.versions, tables.targets.c.weight, _AT)
     .join(
         tables.targets, sa.and_(*(tables.targets.c[key] == tables.versions.c[key] for key in ("full_name", "number")))
     )
     .where(tables.targets.c.full_name == sa.bindparam("full_name"), tables.targets.c.alias == sa.bindparam("alias"))
     .order_by(tables.targets.c.number)
 )
-_NUMBERED = sa.select(tables.versions).where(
-    tables.versions.c.full_name == sa.bindparam("full_name"), tables.versions.c.number == sa.bindparam("number")
-)
-_LAST_SEQ = sa.select(sa.func.coalesce(sa.func.max(tables.events.c.seq), 0))
+_ONE = sa.select(tables.versions, _AT).where(tables.versions.c.full_name == sa.bindparam("full_name"))
+_NUMBERED = _ONE.where(tables.versions.c.number == sa.bindparam("number"))
+_DIGESTED = _ONE.where(tables.versions.c.digest == sa.bindparam("digest"))
 
 
 def resolve(connection: sa.Connection, ref: AdapterRef, key: str | None = None) -> Record:
@@ -64,33 +65,53 @@ def resolve(connection: sa.Connection, ref: AdapterRef, key: str | None = None) 
 
     Raises AdapterNotFound, VersionNotFound (also for one that is removed) or AliasNotFound.
     """
+    return resolve_at(connection, ref, key)[0]
+
+
+def resolve_at(connection: sa.Connection, ref: AdapterRef, key: str | None = None) -> tuple[Record, int]:
+    """As `resolve`, with the newest event's number."""
+    found = named(connection, ref, key)
+    if found is not None:
+        return found
+    name, selector = ref.full_name, ref.selector
+    check_known(connection, name)
+    if isinstance(selector, Alias):
+        raise AliasNotFound(f"{name} has no alias {selector.name!r}")
+    raise _no_version(name, str(selector).removeprefix("@"))
+
+
+def named(connection: sa.Connection, ref: AdapterRef, key: str | None = None) -> tuple[Record, int] | None:
+    """As `resolve_at`, by one statement; None where there is no such version or alias."""
     name, selector = ref.full_name, ref.selector
     if isinstance(selector, Alias):
         rows = connection.execute(_HELD, {"full_name": name, "alias": selector.name}).all()
         if not rows:
-            check_known(connection, name)
-            raise AliasNotFound(f"{name} has no alias {selector.name!r}")
+            return None
         targets = [Target(row.number, Digest(row.digest), row.weight) for row in rows]
         chosen = canary.primary(targets) if key is None else canary.pick(targets, name, selector.name, key)
-        return _standing(record_of(rows[targets.index(chosen)]))
-    if isinstance(selector, Version):
-        number = selector.number
+        row: Any = rows[targets.index(chosen)]
+    elif isinstance(selector, Version):
+        row = connection.execute(_NUMBERED, {"full_name": name, "number": selector.number}).first()
     else:
-        found = select_record(connection, tables.versions.c.full_name == name, tables.versions.c.digest == selector)
-        number = found.number if found is not None else 0
-    return there(connection, name, number, str(selector).removeprefix("@"))
+        row = connection.execute(_DIGESTED, {"full_name": name, "digest": selector}).first()
+    return None if row is None else (standing(record_of(row)), row.seq)
 
 
-def there(connection: sa.Connection, full_name: str, number: int, shown: str | None = None) -> Record:
+def there(connection: sa.Connection, full_name: str, number: int) -> Record:
     """The version with this number; raises VersionNotFound where it is not there or removed, AdapterNotFound."""
     record = numbered(connection, full_name, number)
     if record is None:
         check_known(connection, full_name)
-        raise VersionNotFound(f"{full_name} has no version {shown or number}")
-    return _standing(record)
+        raise _no_version(full_name, number)
+    return standing(record)
 
 
-def _standing(record: Record) -> Record:
+def _no_version(full_name: str, shown: str | int) -> VersionNotFound:
+    return VersionNotFound(f"{full_name} has no version {shown}")
+
+
+def standing(record: Record) -> Record:
+    """The record; raises VersionNotFound where it is marked as removed."""
     if record.removed is not None:
         raise VersionNotFound(f"{record.text} was removed; while it is not swept, `hub restore {record.text}` helps")
     return record
@@ -133,6 +154,12 @@ def alias_states(connection: sa.Connection, full_name: str, alias: str | None = 
     return {name: state_of(found, generation) for (name, generation), found in targets.items()}
 
 
+def known_alias_states(connection: sa.Connection, full_name: str) -> dict[str, AliasState]:
+    """As `alias_states`; raises AdapterNotFound where there is no such adapter."""
+    check_known(connection, full_name)
+    return alias_states(connection, full_name)
+
+
 def state_of(targets: Sequence[Target], generation: int) -> AliasState:
     """An alias with these targets."""
     first = canary.primary(targets)
@@ -147,6 +174,19 @@ def held_by(state: AliasState | None) -> Held | None:
 def last_seq(connection: sa.Connection) -> int:
     """The newest event's number, 0 where nothing happened yet."""
     return int(connection.execute(_LAST_SEQ).scalar_one())
+
+
+def last_batch(connection: sa.Connection, before: int | None = None) -> int | None:
+    """The number of the newest write, of those before write `before`; None where there is none."""
+    b = tables.events.c.batch
+    query = sa.select(sa.func.max(b))
+    found: int | None = connection.execute(query if before is None else query.where(b < before)).scalar()
+    return found
+
+
+def events_of(connection: sa.Connection, batch: int) -> list[Event]:
+    """The events of one write, in order."""
+    return select_events(connection, tables.events.c.batch == batch)
 
 
 def select_events(

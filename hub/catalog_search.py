@@ -15,14 +15,28 @@ from hub.refs import Digest
 from hub.replay import State
 from hub.search import COMPARE, MetricTest, Query
 
-_BATCH: Final = 500
+_BATCH: Final = 1001  # a page of the shared server's, and whether there is more
 _FEW: Final = 1000
 _WILD: Final = frozenset("*?[")
 
 
-def search(connection: sa.Connection, query: Query) -> tuple[list[Record], bool]:
-    """Versions that are there and meet the query, by name and number, and whether there are more."""
+Page = tuple[list[Record], dict[Digest, tuple[str, ...]], bool]  # versions, their aliases, whether there are more
+_HELD_BY = (
+    sa.select(sa.func.aggregate_strings(tables.targets.c.alias, ","))
+    .where(*(tables.targets.c[key] == tables.versions.c[key] for key in ("full_name", "number")))
+    .correlate(tables.versions)
+    .scalar_subquery()
+    .label("held_by")
+)
+
+
+def search(connection: sa.Connection, query: Query, *, at_once: bool = False) -> Page | None:
+    """Versions that are there and meet the query, by name and number; their aliases; whether there are more.
+
+    With `at_once` one statement tells all of it (others only say how to put it), or the answer is None.
+    """
     found: list[Record] = []
+    held: dict[Digest, tuple[str, ...]] = {}
     after = query.after
     few = [test for test in query.metrics if _met_by_few(connection, test)]
     while True:
@@ -32,26 +46,15 @@ def search(connection: sa.Connection, query: Query) -> tuple[list[Record], bool]
             if query.pattern is not None and not fnmatch.fnmatchcase(row.full_name, query.pattern):
                 continue
             if len(found) == query.limit:
-                return found, True
-            found.append(catalog_rows.record_of(row))
+                return found, held, True
+            record = catalog_rows.record_of(row)
+            found.append(record)
+            held[record.digest] = tuple(sorted(row.held_by.split(","))) if row.held_by else ()
         if len(rows) < batch:
-            return found, False
+            return found, held, False
+        if at_once:
+            return None
         after = (rows[-1].full_name, rows[-1].number)
-
-
-def held_by(connection: sa.Connection, records: Sequence[Record]) -> dict[Digest, tuple[str, ...]]:
-    """The aliases that hold each of these versions, or some of it."""
-    t = tables.targets
-    wanted = {(record.full_name, record.number): record.digest for record in records}
-    names = sorted({record.full_name for record in records})
-    held: dict[Digest, tuple[str, ...]] = dict.fromkeys(wanted.values(), ())
-    for begin in range(0, len(names), _BATCH):
-        query = sa.select(t).where(t.c.full_name.in_(names[begin : begin + _BATCH])).order_by(t.c.full_name, t.c.alias)
-        for row in connection.execute(query):
-            digest = wanted.get((row.full_name, row.number))
-            if digest is not None:
-                held[digest] += (row.alias,)
-    return held
 
 
 def naming(connection: sa.Connection, digest: Digest) -> list[Record]:
@@ -114,7 +117,7 @@ def check(connection: sa.Connection) -> list[str]:
 
 def _statement(query: Query, after: tuple[str, int], few: Sequence[MetricTest]) -> sa.Select[Any]:
     v = tables.versions
-    statement = sa.select(v).where(v.c.removed.is_(None)).order_by(v.c.full_name, v.c.number)
+    statement = sa.select(v, _HELD_BY).where(v.c.removed.is_(None)).order_by(v.c.full_name, v.c.number)
     if after != ("", 0):
         statement = statement.where(sa.tuple_(v.c.full_name, v.c.number) > sa.tuple_(*map(sa.literal, after)))
     if query.newest:

@@ -18,6 +18,7 @@ from hub.errors import HubNotFound, HubUnavailable, StorageUnreachable
 from hub.journal import Journal
 from hub.local_journal import LocalJournal
 from hub.place import ENVIRONMENT, Place, default_url
+from hub.transactions import writing
 
 __all__ = ["ENVIRONMENT", "Place", "default_url"]
 
@@ -72,7 +73,7 @@ def make_anew(place: Place) -> tuple[BlobStore, catalog.Catalog]:
     """As `make`, but a catalog that is missing beside a journal is made, empty: for whoever fills it from there."""
     with _failures():
         engine = _engine(place)
-        with engine.execution_options(**{sqlite.WRITING: True}).begin() as connection:
+        with writing(engine) as connection:
             schema.bring_up(connection)
         format_mark.write(place)
     blobs, journal = storage(place)
@@ -123,7 +124,7 @@ def _open(place: Place, step: catalog.Step, away: StorageUnreachable | None) -> 
         if not current:
             if away is not None:
                 raise away
-            with engine.execution_options(**{sqlite.WRITING: True}).begin() as connection:
+            with writing(engine) as connection:
                 if schema.revision(connection) is None and journal.has(1):
                     raise _without_catalog()
                 schema.bring_up(connection)

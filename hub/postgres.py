@@ -7,7 +7,8 @@ from typing import Final
 import sqlalchemy as sa
 
 from hub.errors import HubUnavailable
-from hub.sqlite import MAX_CONNECTIONS, WRITING
+from hub.sqlite import MAX_CONNECTIONS
+from hub.transactions import WRITING
 
 CONNECT_SECONDS: Final = 10
 BUSY_SECONDS: Final = 30
@@ -18,7 +19,7 @@ _WRITER_LOCK: Final = 0x6C6F7261706C6578  # "loraplex"
 def open_engine(url: sa.URL) -> sa.Engine:
     """An engine on the database `url` names; raises HubUnavailable where the driver is missing.
 
-    Nothing is connected yet.
+    Nothing is connected yet. A connection that died in the pool fails: see `hub.transactions`.
     """
     asked = url.query.get("options", "")  # such as "-c search_path=loraplex"
     # Transactions read what was committed when they began; said once here, it is no round trip for each of them.
@@ -27,7 +28,6 @@ def open_engine(url: sa.URL) -> sa.Engine:
     try:
         engine = sa.create_engine(
             url.set(drivername="postgresql+psycopg"),
-            pool_pre_ping=True,  # connections of before the server's restart are replaced
             pool_size=MAX_CONNECTIONS,
             max_overflow=0,
             connect_args={"connect_timeout": CONNECT_SECONDS, "options": options},

@@ -15,10 +15,10 @@ import sqlalchemy as sa
 from hub import schema
 from hub.blobs.local import sync_directory
 from hub.errors import HubUnavailable
+from hub.transactions import WRITING, writing
 
 BUSY_SECONDS: Final = 30.0
 MAX_CONNECTIONS: Final = 15  # of one process; further threads wait for one
-WRITING: Final = "loraplex_writing"  # execution option: this transaction will write
 
 
 def open_engine(path: Path) -> sa.Engine:
@@ -85,19 +85,19 @@ def _begin_ourselves(engine: sa.Engine) -> None:
     def begin(connection: sa.Connection) -> None:
         # A deferred transaction that reads first and then writes fails at once when another wrote in between, whatever
         # the timeout; one that will write therefore takes the lock at its beginning.
-        writing = connection.get_execution_options().get(WRITING, False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+        will_write = connection.get_execution_options().get(WRITING, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if will_write else "BEGIN")
 
 
 def _create(path: Path) -> None:
     """Make the database whole under another name, then link it into place: several processes may do this at once."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
     try:
-        with closing(sqlite3.connect(temporary)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
+        with closing(sqlite3.connect(temporary)) as driver:
+            driver.execute("PRAGMA journal_mode=WAL")
         engine = _engine(temporary)
-        with engine.execution_options(**{WRITING: True}).begin() as transaction:
-            schema.bring_up(transaction)
+        with writing(engine) as connection:
+            schema.bring_up(connection)
         engine.dispose()
         with suppress(FileExistsError):  # somebody else may be first
             os.link(temporary, path)

@@ -45,7 +45,8 @@ def look_at(name: str, slot: TensorSlot, data: memoryview) -> TensorValues:
             raise NormAbsurd(f"the tensor {name} holds values up to {peak:.3g}; at most {MAX_ELEMENT:g} are taken")
         largest = max(largest, peak)
         doubles = values.astype(np.float64)
-        squares += float(np.dot(doubles, doubles))
+        # Not np.dot: BLAS shares even this out among threads, which wait for each other spinning.
+        squares += float(np.einsum("i,i->", doubles, doubles))
     norm = math.sqrt(squares)
     if norm > MAX_NORM:
         raise NormAbsurd(f"the tensor {name} has the norm {norm:.3g}; at most {MAX_NORM:g} is taken")

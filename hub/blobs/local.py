@@ -40,6 +40,7 @@ class LocalBlobStore(BlobStore):
         self._staging = root / "staging"
         self._root = root
         self._step = step
+        self._durable: set[Path] = set()  # directories whose own names survive a power cut, as far as is known here
 
     def put(self, source: BinaryIO) -> tuple[Digest, int]:
         """Store what is left of `source`; its digest and length in bytes."""
@@ -181,7 +182,9 @@ class LocalBlobStore(BlobStore):
             temporary.replace(final)
         self._step("blob:sync-directory")
         sync_directory(final.parent)
-        sync_directory(self._blobs)
+        if final.parent not in self._durable:  # nobody removes one
+            sync_directory(self._blobs)
+            self._durable.add(final.parent)
 
 
 def _settle(path: Path) -> int:

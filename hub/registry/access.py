@@ -19,7 +19,6 @@ from hub.registry.uploads import Uploads
 from hub.versions import Version
 from protos.loraplex.v1 import registry_pb2_grpc
 
-CHUNK_BYTES: Final = 1024 * 1024
 ACTOR_KEY: Final = "loraplex-actor-bin"
 Context = grpc.ServicerContext
 

@@ -118,8 +118,9 @@ class PushingCalls(Access):
         for part in parts:
             if part.WhichOneof("part") != "data":
                 raise RefInvalid("after its beginning an upload has data alone")
-            self._observer.moved("in", len(part.data))
-            yield part.data
+            data = part.data  # a copy each time
+            self._observer.moved("in", len(data))
+            yield data
 
 
 def _files(sent: Iterable[pb.PushedFile]) -> list[tuple[str, Digest, int]]:

@@ -11,10 +11,11 @@ from typing import Any, Final
 
 from hub.errors import QueryInvalid
 from hub.refs import AdapterRef, Digest
-from hub.registry.access import CHUNK_BYTES, Access, Context, check_wanted, one_of
+from hub.registry.access import Access, Context, check_wanted, one_of
 from hub.registry.parts import in_parts
 from hub.registry.token_calls import grant_messages
 from hub.remote import messages
+from hub.remote.connection import CHUNK_BYTES
 from hub.search import Query
 from hub.verify import manifest_bytes
 from hub.versions import Version

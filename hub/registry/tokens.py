@@ -22,7 +22,8 @@ import sqlalchemy as sa
 
 from hub.errors import GrantInvalid, HubUnavailable, TokenNotFound, Unauthenticated
 from hub.registry.grants import Caller, Grant
-from hub.sqlite import WRITING, cause
+from hub.sqlite import cause
+from hub.transactions import asked, read, writing
 
 MAX_LIFETIME_SECONDS: Final = 10 * 365 * 24 * 3600.0
 _TOKEN = re.compile(r"lpt_([0-9a-f]{16})_([A-Za-z0-9_-]{43})", re.ASCII)
@@ -91,9 +92,7 @@ class TokenStore:
 
     def list(self) -> list[Token]:
         """All tokens, revoked and expired ones too, oldest first."""
-        with self._reading() as connection:
-            query = sa.select(_tokens).order_by(_tokens.c.created, _tokens.c.id)
-            return [_token(row) for row in connection.execute(query)]
+        return [_token(row) for row in self._rows(sa.select(_tokens).order_by(_tokens.c.created, _tokens.c.id))]
 
     def revoke(self, identifier: str, by: str | None = None) -> Token:
         """Refuse this token from now on; again changes nothing. Raises TokenNotFound."""
@@ -113,8 +112,7 @@ class TokenStore:
         parts = _TOKEN.fullmatch(text)
         if parts is None:
             raise Unauthenticated(_UNKNOWN)
-        with self._reading() as connection:
-            row = connection.execute(sa.select(_tokens).where(_tokens.c.id == parts[1])).first()
+        row = next(iter(self._rows(sa.select(_tokens).where(_tokens.c.id == parts[1]))), None)
         salt, expected = (bytes.fromhex(row.salt), row.hash) if row is not None else (b"", "")
         if not hmac.compare_digest(_hash(salt, parts[2]), expected) or row is None:
             raise Unauthenticated(_UNKNOWN)
@@ -125,26 +123,23 @@ class TokenStore:
             raise Unauthenticated(f"the token {token.id} of {token.subject} has expired")
         return Caller(token.subject, token.grants, token.id, token.expires)
 
-    @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
+    def _rows(self, query: sa.Select[Any]) -> Sequence[Any]:
         self._make_table()
-        with _translated(), self._engine.begin() as connection:
-            yield connection
+        with _translated():
+            return asked(self._engine, lambda connection: connection.execute(query).all())
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
         self._make_table()
-        with _translated(), self._engine.execution_options(**{WRITING: True}).begin() as connection:
+        with _translated(), writing(self._engine) as connection:
             yield connection
 
     def _make_table(self) -> None:
         if self._ready:
             return
         with _translated():
-            with self._engine.begin() as connection:
-                there = sa.inspect(connection).has_table(_tokens.name)
-            if not there:
-                with self._engine.execution_options(**{WRITING: True}).begin() as connection:
+            if not read(self._engine, lambda connection: sa.inspect(connection).has_table(_tokens.name)):
+                with writing(self._engine) as connection:
                     _metadata.create_all(connection)
         self._ready = True
 

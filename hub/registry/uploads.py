@@ -5,7 +5,7 @@
 
 A caller reaches only what the same caller uploaded for the same adapter, so knowing a digest gives nobody the bytes,
 and nobody's damaged upload stands in another's way. Names of these files are made here, never taken from the wire.
-Nothing here is flushed to the disk: what a power cut damages is found when it is published, and uploaded again.
+Nothing here is sure to be on the disk: what a power cut damages is found when it is published, and uploaded again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hub.full_write import write_all
 from hub.parsing import file_limit
 from hub.refs import Digest
 from hub.registry.writers import nobody_writes
+from hub.write_back import WriteBack
 
 KEEP_SECONDS: Final = 24 * 3600.0
 MAX_STAGED_BYTES: Final = 256 * 1024**3
@@ -85,6 +86,7 @@ class Uploads:
                         file.truncate(have := 0)
                     if have != offset:
                         raise UploadLost(f"{name}: the server has {have} bytes, not {offset}; ask again where to go on")
+                    disk = WriteBack(file.fileno(), have)
                     hasher = _hasher(partial)  # of what is here; the rest is hashed as it comes
                     for chunk in chunks:
                         have += len(chunk)
@@ -92,6 +94,7 @@ class Uploads:
                             partial.unlink()
                             raise UploadRefused(f"{name}: more bytes came than the {size} announced; all were dropped")
                         write_all(file, chunk)
+                        disk.wrote(have)
                         wrote(len(chunk))
                         hasher.update(chunk)
                     if have < size:

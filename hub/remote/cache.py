@@ -18,14 +18,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Final
 
 import platformdirs
 
 from hub.blobs.local import LocalBlobStore
-from hub.blobs.partials import Partials
+from hub.blobs.partials import Partial, Partials
 from hub.errors import BlobNotFound, HubError, HubUnavailable
 from hub.manifest import MAX_MANIFEST_BYTES, Manifest
 from hub.refs import Digest
@@ -134,19 +133,24 @@ class Cache:
         )
 
     @contextmanager
-    def partial(self, digest: Digest) -> Iterator[FileIO]:
+    def partial(self, digest: Digest) -> Iterator[Partial]:
         """A file of one's own to append a download to, that goes on where an earlier one was cut.
 
-        It is kept for the next, unless it is said to have `finished`.
+        It is left for the next, unless it is whole and given to `keep`.
         """
         partial = self._partials.begin(digest)
         try:
-            yield partial.file
+            yield partial
         finally:
             partial.keep()
 
-    def finished(self, digest: Digest) -> None:
-        """A download came to its end: partial files of it are of no more use."""
+    def keep(self, partial: Partial, digest: Digest) -> None:
+        """Keep a download that came to its end with this digest; other partial files of it are of no more use."""
+        try:
+            self.blobs.put_file(partial.path, digest)  # it has no other writer, so it need not be copied
+        except HubUnavailable:  # who fetched the same removed its name
+            partial.file.seek(0)
+            self.blobs.put(partial.file)
         self._partials.remove(digest)
         self._grown = True
 

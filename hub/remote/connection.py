@@ -17,6 +17,7 @@ from protos.loraplex.v1 import registry_pb2_grpc
 
 CALL_SECONDS: Final = 15.0  # a short call's deadline
 PATIENCE_SECONDS: Final = 30.0  # how long a transfer that was cut tries to go on without a byte getting through
+CHUNK_BYTES: Final = 512 * 1024  # of a file, in one message; each is copied some times, which more of them made slower
 _ACTOR_KEY: Final = "loraplex-actor-bin"
 T = TypeVar("T")
 

@@ -13,11 +13,11 @@ from hub.errors import AdapterChanged, BlobCorrupt, BlobNotFound, HubUnavailable
 from hub.full_write import write_all
 from hub.progress import Progress
 from hub.remote.cache import Cache
-from hub.remote.connection import Connection, Stop
+from hub.remote.connection import CHUNK_BYTES, Connection, Stop
 from hub.versions import Version
+from hub.write_back import WriteBack
 from protos.loraplex.v1 import registry_pb2 as pb
 
-CHUNK_BYTES: Final = 1024 * 1024
 _ROUNDS: Final = 3
 
 
@@ -88,35 +88,39 @@ def fetch(
         f"{filename} of {version.text} is damaged in the hub's storage: its bytes are not those that were pushed"
     )
     try:
-        with cache.partial(entry.sha256) as file:
+        with cache.partial(entry.sha256) as partial:
+            file = partial.file
             for attempt in ("go on", "anew"):
                 resumed = file.seek(0, os.SEEK_END)
                 if resumed > entry.bytes or attempt == "anew":
                     file.truncate(0)
                     resumed = 0
+                file.seek(0)
+                hasher = hashlib.file_digest(file, "sha256")  # of what is here; the rest is hashed as it comes
 
-                def receive() -> None:
+                def receive(hasher: hashlib._Hash = hasher) -> None:
                     have = file.seek(0, os.SEEK_END)
                     request = pb.ReadFileRequest(digest=version.digest, filename=filename, offset=have)
+                    disk = WriteBack(file.fileno(), have)
                     for part in connection.stream("ReadFile", request, actor) if have < entry.bytes else ():
-                        have += len(part.data)
+                        data = part.data  # a copy each time
+                        have += len(data)
                         if have > entry.bytes:
                             raise damaged
-                        write_all(file, part.data)
+                        write_all(file, data)
+                        disk.wrote(have)
+                        hasher.update(data)
                         told(have)
 
                 connection.persist(receive, lambda: file.seek(0, os.SEEK_END))
-                file.seek(0)
-                digest, _ = cache.blobs.put(file)
-                if digest == entry.sha256:
+                if hasher.hexdigest() == entry.sha256.hex:
                     break
-                cache.blobs.delete(digest)
                 file.truncate(0)
                 if not resumed:
                     raise damaged
             else:
                 raise damaged
-        cache.finished(entry.sha256)
+            cache.keep(partial, entry.sha256)
     except BlobNotFound as error:
         raise BlobCorrupt(f"{filename} of {version.text} is missing from the hub's storage") from error
     except OSError as error:

@@ -52,7 +52,8 @@ def test_rows_10_and_12_are_refused_by_every_verb_before_any_file_is_opened(
     directory = write_adapter(tmp_path / "a")
     with Hub.open(str(tmp_path / "hub")) as hub:
         hub.push(directory, "x")
-        for module in ("pathlib.Path.open", "os.open", "hub.catalog.Catalog._reading", "hub.catalog.Catalog._writing"):
+        catalog = [f"hub.catalog.Catalog.{name}" for name in ("_asked", "_read", "_writing")]
+        for module in ("pathlib.Path.open", "os.open", *catalog):
             monkeypatch.setattr(module, lambda *a, **k: pytest.fail("something was opened"))
         doors: list[Callable[[], object]] = [
             lambda: hub.resolve("../x"),

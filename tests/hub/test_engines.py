@@ -21,6 +21,7 @@ from hub.errors import HubNotFound, HubReadOnly, HubUnavailable
 from hub.facts import Facts
 from hub.hub import Hub
 from hub.search import MetricTest, Query
+from hub.transactions import writing
 from tests.hub import first_release
 from tests.hub.conftest import MakeUrl
 from tests.hub.making import lora_tensors, write_adapter
@@ -100,7 +101,7 @@ def test_the_migrations_lead_to_the_tables_of_today(
         engine = sqlite.open_engine(tmp_path / "hub" / "catalog.sqlite")
     else:
         engine = postgres.open_engine(sa.make_url(request.getfixturevalue("postgres_database")))
-    with engine.execution_options(**{sqlite.WRITING: True}).begin() as connection:
+    with writing(engine) as connection:
         tables.metadata.drop_all(connection)
         connection.execute(sa.text("DROP TABLE IF EXISTS alembic_version"))
         for statement in first_release.TABLES.split(";"):
@@ -120,7 +121,7 @@ def test_a_catalog_of_a_newer_release_is_not_touched(
         url = f"{request.getfixturevalue('postgres_database')}?blobs={tmp_path / 'hub'}"
     with (
         Hub.open(url) as hub,
-        hub._catalog._engine.execution_options(**{sqlite.WRITING: True}).begin() as connection,
+        writing(hub.database) as connection,
     ):
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(HubUnavailable, match="revision 9999"):

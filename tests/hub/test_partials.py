@@ -219,13 +219,29 @@ def test_downloads_from_a_shared_hub_share_no_file_either(no_locks: None, tmp_pa
     """Who found a beginning damaged cut the file that another was writing, and read a hole."""
     cache = Cache(tmp_path)
     with cache.partial(DIGEST) as first:
-        first.write(DATA[:10])
+        first.file.write(DATA[:10])
         with cache.partial(DIGEST) as second:
-            assert second.seek(0, os.SEEK_END) == 10
-            second.truncate(0)
-        first.seek(0)
-        assert first.read() == DATA[:10]
+            assert second.file.seek(0, os.SEEK_END) == 10
+            second.file.truncate(0)
+        first.file.seek(0)
+        assert first.file.read() == DATA[:10]
     with cache.partial(DIGEST) as third:
-        assert third.seek(0, os.SEEK_END) == 10
-        cache.finished(DIGEST)
-    assert list((tmp_path / "partial").iterdir()) == []
+        assert third.file.seek(0, os.SEEK_END) == 10
+        third.file.write(DATA[10:])
+        cache.keep(third, DIGEST)
+    assert [path.name for path in files_in(tmp_path)] == [DIGEST.hex]
+    with cache.blobs.open(DIGEST) as file:
+        assert file.read() == DATA
+
+
+def test_a_download_whose_name_another_removed_is_kept_all_the_same(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    with cache.partial(DIGEST) as first, cache.partial(DIGEST) as second:
+        for each in (first, second):
+            each.file.write(DATA)
+        cache.keep(second, DIGEST)
+        cache.damaged(DIGEST)
+        cache.keep(first, DIGEST)
+    assert [path.name for path in files_in(tmp_path)] == [DIGEST.hex]
+    with cache.blobs.open(DIGEST) as file:
+        assert file.read() == DATA

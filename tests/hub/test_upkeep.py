@@ -193,9 +193,9 @@ def _forget_after(hub: Hub, seq: int) -> None:
     """Take the catalog, and not the journal, back to event `seq` of a story of pushes."""
     import sqlalchemy as sa
 
-    from hub.sqlite import WRITING
+    from hub.transactions import writing
 
-    with hub._catalog._engine.execution_options(**{WRITING: True}).begin() as connection:
+    with writing(hub.database) as connection:
         for table in ("targets", "aliases", "files", "metrics", "versions"):
             late = "" if table in ("targets", "aliases") else " WHERE number > 1"
             connection.execute(sa.text(f"DELETE FROM {table}{late}"))

@@ -276,7 +276,7 @@ def test_a_database_that_fails_is_not_quoted_to_callers(
     def fail(*arguments: object) -> None:
         raise sa.exc.OperationalError("SELECT 1", {}, Exception(said))
 
-    monkeypatch.setattr("hub.registry.tokens.sa.select", fail)
+    monkeypatch.setattr("hub.registry.tokens.asked", fail)
     with pytest.raises(HubUnavailable) as caught:
         hub.who_am_i()
     assert "tokens cannot be read" in str(caught.value)

@@ -20,7 +20,7 @@ from hub.refs import Digest
 from hub.registry.server import RegistryConfig, RegistryServer
 from hub.remote import transfer
 from hub.remote.cache import Cache, Known
-from hub.remote.connection import ServerAway
+from hub.remote.connection import CHUNK_BYTES, ServerAway
 from hub.remote.remote_hub import RemoteHub
 from hub.versions import Version
 from protos.loraplex.v1 import registry_pb2 as pb
@@ -102,10 +102,10 @@ def test_sending_the_same_bytes_again_and_again_is_no_progress(tmp_path: Path) -
 
             return Connection.persist(self, attempt, progress)  # type: ignore[arg-type]
 
-    (tmp_path / "README.md").write_bytes(os.urandom(5 * transfer.CHUNK_BYTES))
+    (tmp_path / "README.md").write_bytes(os.urandom(5 * CHUNK_BYTES))
     from hub.adapter_dir import AdapterFile
 
-    file = AdapterFile("README.md", 5 * transfer.CHUNK_BYTES, Digest.parse("sha256:" + "0" * 64))
+    file = AdapterFile("README.md", 5 * CHUNK_BYTES, Digest.parse("sha256:" + "0" * 64))
     begun = time.monotonic()
     with pytest.raises(ServerAway):
         transfer.upload(Dead(), tmp_path, [file], "x", None, None)  # type: ignore[arg-type]
