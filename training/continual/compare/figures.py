@@ -85,7 +85,7 @@ def arms_of(comparison: Comparison, records: Mapping[Case, Record]) -> list[Arm]
 
 
 def wanted(arms: Sequence[Arm]) -> list[Wanted]:
-    """What the issue asks of one evolving adapter with little replay, of the router, and of other text."""
+    """What is wanted of one evolving adapter with little replay, of the router, and of other text."""
     evolving = [arm for arm in arms if arm.evolving and arm.replay <= MAX_REPLAY + 1e-9]
     routed = [arm for arm in arms if "routed_minus_oracle" in arm.measures]
 
