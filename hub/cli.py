@@ -6,11 +6,11 @@ import os
 import sys
 from functools import cache, cached_property
 from importlib import import_module
-from importlib.metadata import entry_points
 
 import click
 
 from hub.commands import Command
+from hub.entry_points import entry_points, load
 
 _SECTIONS = ("Versions", "Sharing", "Training", "Serving")
 
@@ -73,11 +73,11 @@ class VerbGroup(click.Group):
 def _tables() -> dict[str, tuple[Command, ...]]:
     """Every package's verbs, the hub's own first; empty for a package that cannot be imported."""
     tables: dict[str, tuple[Command, ...]] = {}
-    for entry in sorted(entry_points(group="hub.commands"), key=lambda entry: entry.name != "hub"):
+    for name, target in sorted(entry_points("hub.commands").items(), key=lambda entry: entry[0] != "hub"):
         try:
-            tables[entry.name] = entry.load()
+            tables[name] = load(target)
         except (ImportError, AttributeError):
-            tables[entry.name] = ()
+            tables[name] = ()
     return tables
 
 
