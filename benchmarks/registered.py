@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -179,7 +179,7 @@ def steps(
                 str(count),
                 f"{1000 * statistics.median(taken[count]):.2f}",
                 f"{medians[count]:.3f}",
-                "–" if count == COUNTS[0] else "{:.3f} … {:.3f}".format(*median_spread(changes[count])),
+                "–" if count == COUNTS[0] else "{:.3f} … {:.3f}".format(*spread(statistics.median, changes[count])),
             )
             for count in COUNTS
         ],
@@ -188,11 +188,11 @@ def steps(
     return table, [Figure("decode step, 1 → 1,000 registered: largest change", worst, most=0.05)]
 
 
-def median_spread(values: Sequence[float], draws: int = 1000) -> tuple[float, float]:
-    """The middle 95 % of the median over draws of the values with replacement."""
+def spread(statistic: Callable[..., float], *samples: Sequence[float], draws: int = 1000) -> tuple[float, float]:
+    """The middle 95 % of `statistic(*samples)` over draws of every sample with replacement."""
     drawn = random.Random(0)
-    medians = sorted(statistics.median(drawn.choices(values, k=len(values))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+    found = sorted(statistic(*(drawn.choices(each, k=len(each)) for each in samples)) for _ in range(draws))
+    return found[int(0.025 * draws)], found[int(0.975 * draws)]
 
 
 # -- the first token -------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def first_tokens(crowd: Bench, many: Population, options: argparse.Namespace) ->
                 str(len(each)),
                 f"{1000 * percentile(each, 0.5):.0f}",
                 f"{1000 * p99[name]:.0f}",
-                "–" if name == QUIET else "{:.2f} … {:.2f}".format(*spread(each, seconds[QUIET])),
+                "–" if name == QUIET else "{:.2f} … {:.2f}".format(*spread(p99_ratio, each, seconds[QUIET])),
             )
             for name, each in seconds.items()
         ],
@@ -231,14 +231,9 @@ def first_tokens(crowd: Bench, many: Population, options: argparse.Namespace) ->
     return table, [Figure(f"p99 first token, {LOADING} / {QUIET}", p99[LOADING] / p99[QUIET], most=1.3)]
 
 
-def spread(values: Sequence[float], others: Sequence[float], draws: int = 1000) -> tuple[float, float]:
-    """The middle 95 % of p99(values) / p99(others) over draws of either with replacement."""
-    drawn = random.Random(0)
-    ratios = sorted(
-        percentile(drawn.choices(values, k=len(values)), 0.99) / percentile(drawn.choices(others, k=len(others)), 0.99)
-        for _ in range(draws)
-    )
-    return ratios[int(0.025 * draws)], ratios[int(0.975 * draws)]
+def p99_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """p99 of the values over that of the others."""
+    return percentile(values, 0.99) / percentile(others, 0.99)
 
 
 def steady(crowd: Bench, many: Population, seconds: float, seed: int) -> list[float]:

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Self
 
+from hub.entry_points import entry_points, load
 from hub.errors import GateMalformed
 from hub.refs import Digest
 
@@ -77,13 +77,12 @@ Evaluator = Callable[[Evaluation, Sequence[str], str | None], Measured]
 
 def find_evaluator() -> Evaluator:
     """The installed package's evaluator; raises GateMalformed where there is none."""
-    for entry in entry_points(group="hub.commands"):
+    for commands in entry_points("hub.commands").values():
         try:
-            target = getattr(import_module(entry.module), EVALUATOR, None)
+            target = getattr(import_module(commands.partition(":")[0]), EVALUATOR, None)
         except ImportError:
             continue
         if target is not None:
-            module, _, attribute = target.partition(":")
-            found: Evaluator = getattr(import_module(module), attribute)
+            found: Evaluator = load(target)
             return found
     raise GateMalformed("the gate names an evaluation, and no installed package can run one: install loraplex[train]")

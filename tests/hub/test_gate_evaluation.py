@@ -115,7 +115,7 @@ def test_the_verb_measures_both_and_tells_the_number_that_failed(tmp_path: Path,
 
 
 def test_without_an_evaluator_the_gate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hub.gate_evaluation.entry_points", lambda group: [])
+    monkeypatch.setattr("hub.gate_evaluation.entry_points", lambda group: {})
     with Hub.open(str(tmp_path / "hub")) as hub:
         hub.push(adapter(tmp_path, 1, f1=0.9), "x")
     (tmp_path / "gate.toml").write_bytes(GATE)
