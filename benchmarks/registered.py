@@ -158,15 +158,15 @@ def steps(
     """One engine for each count, in short turns; and each engine with each count, for no two lie in memory alike."""
     engines = [Crowded(base, few, others, hub, options.threads) for _ in COUNTS]
     taken: dict[int, list[float]] = {count: [] for count in COUNTS}
-    for square in range(len(COUNTS)):
-        placed = [(COUNTS[(place + square) % len(COUNTS)], engine) for place, engine in enumerate(engines)]
+    for placing in range(len(COUNTS)):
+        placed = [(COUNTS[(place + placing) % len(COUNTS)], engine) for place, engine in enumerate(engines)]
         for count, engine in placed:
             engine.register(count)
             engine.step(options.tokens)  # settles caches after the loading
         for turn in range(options.turns):
             for count, engine in placed if turn % 2 else reversed(placed):
                 taken[count].append(engine.step(options.tokens // 2))
-        progress(f"steps, square {square + 1} of {len(COUNTS)}")
+        progress(f"steps, placing {placing + 1} of {len(COUNTS)}")
     for engine in engines:
         engine.close()
     alone = taken[COUNTS[0]]
@@ -312,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a prompt (default 32)")
     parser.add_argument("--requests", type=int, default=64, help="prompts of zipf16 (default 64)")
-    parser.add_argument("--turns", type=int, default=12, help="of steps in each of four squares (default 12)")
+    parser.add_argument("--turns", type=int, default=12, help="of steps in each of four placings (default 12)")
     parser.add_argument("--windows", type=int, default=24, help="of each first-token case (default 24)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a window (default 4)")
     parser.add_argument("--files", type=int, default=40, help="distinct files behind the 1,000 adapters (default 40)")
