@@ -15,7 +15,16 @@ from functools import partial
 
 import sqlalchemy as sa
 
-from hub import catalog_adoption, catalog_removal, catalog_rows, catalog_search, catalog_signatures, journal, tables
+from hub import (
+    catalog_adoption,
+    catalog_check,
+    catalog_removal,
+    catalog_rows,
+    catalog_search,
+    catalog_signatures,
+    journal,
+    tables,
+)
 from hub.alias_history import before_now, check_expected
 from hub.arrivals import AliasArrival
 from hub.catalog_rows import Record
@@ -23,7 +32,6 @@ from hub.catalog_writer import Step, Writer, now
 from hub.errors import AdapterNotFound, AliasMoved, BlobsSwept, HubReadOnly, HubUnavailable, QueryInvalid
 from hub.journal import Journal
 from hub.refs import LATEST, AdapterRef, Digest
-from hub.replay import State
 from hub.search import Query
 from hub.sqlite import cause
 from hub.transactions import Question, T, asked, read, writing
@@ -104,7 +112,7 @@ class Catalog:
                 raise BlobsSwept("a sweep took bytes of this push before it was published: push again")
             newest = created
             if record is None:
-                record = writer.new_version(name, publication.digest, publication.content, publication.manifest)
+                record = writer.new_version(name, publication.digest, publication.manifest)
             elif record.removed is not None:
                 record, newest = catalog_removal.bring_back(writer, record), True
             for alias in dict.fromkeys([LATEST, *aliases] if newest else aliases):
@@ -326,13 +334,9 @@ class Catalog:
         """The journal's events, in order; raises BlobCorrupt at a record that is damaged or missing."""
         return journal.read_events(self._journal)
 
-    def state(self) -> State:
-        """What the tables hold, without the events."""
-        return self._read(catalog_search.state)
-
     def check(self) -> list[str]:
-        """What is wrong with the database itself, in words; empty where nothing is."""
-        return self._read(catalog_search.check)
+        """What does not fit together within the database, in words; see `hub.catalog_check`."""
+        return self._read(catalog_check.check)
 
     def replace(self, fill: Callable[[sa.Connection], None]) -> None:
         """Empty every table and let `fill` enter the rows anew, in one transaction."""

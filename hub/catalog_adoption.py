@@ -92,7 +92,7 @@ def _entered(writer: Writer, adoption: Adoption, *, renumber: bool) -> tuple[Rec
     elif number >= following:
         connection.execute(sa.update(a).where(a.c.full_name == adoption.full_name).values(next_number=number + 1))
     record = Record(adoption.full_name, number, adoption.digest, adoption.manifest)
-    insert_version(connection, record, adoption.content)
+    insert_version(connection, record)
     writer.append("push", record, note="import" if number == adoption.number else f"import: was {adoption.text}")
     return record, "imported"
 

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from hub import canary, journal, tables
-from hub.errors import AdapterNotFound, AliasNotFound, HubUnavailable, VersionNotFound
+from hub.errors import AdapterNotFound, AliasNotFound, HubUnavailable, RefInvalid, VersionNotFound
 from hub.refs import AdapterRef, Alias, Digest, Version
 from hub.versions import AliasState, Event, Held, Target
 
@@ -87,7 +87,7 @@ def named(connection: sa.Connection, ref: AdapterRef, key: str | None = None) ->
         rows = connection.execute(_HELD, {"full_name": name, "alias": selector.name}).all()
         if not rows:
             return None
-        targets = [Target(row.number, Digest(row.digest), row.weight) for row in rows]
+        targets = [Target(row.number, digest_of(row.digest), row.weight) for row in rows]
         chosen = canary.primary(targets) if key is None else canary.pick(targets, name, selector.name, key)
         row: Any = rows[targets.index(chosen)]
     elif isinstance(selector, Version):
@@ -130,8 +130,30 @@ def select_record(connection: sa.Connection, *conditions: sa.ColumnElement[bool]
 
 
 def record_of(row: Any) -> Record:
-    """A row of the versions table as a value."""
-    return Record(row.full_name, row.number, Digest(row.digest), row.manifest.encode(), row.removed)
+    """A row of the versions table as a value; raises HubUnavailable where it is damaged."""
+    removed = row.removed or ""
+    if not (_all(str, row.full_name, row.manifest, removed) and _all(int, row.number)):
+        raise _damaged("a version")
+    return Record(row.full_name, row.number, digest_of(row.digest), row.manifest.encode(), row.removed)
+
+
+def digest_of(text: str) -> Digest:
+    """A digest as a table holds it; raises HubUnavailable where it is damaged."""
+    try:
+        return Digest.parse(text)
+    except (RefInvalid, TypeError) as error:
+        raise _damaged("a digest") from error
+
+
+def _all(kind: type, *values: object) -> bool:
+    # A database without strict types may hold anything in a damaged row.
+    return all(isinstance(value, kind) for value in values)
+
+
+def _damaged(what: str) -> HubUnavailable:
+    return HubUnavailable(
+        "the hub's catalog cannot be used", f"{what} in it is damaged; `hub fsck --rebuild` makes it anew"
+    )
 
 
 def check_known(connection: sa.Connection, full_name: str) -> None:
@@ -150,7 +172,9 @@ def alias_states(connection: sa.Connection, full_name: str, alias: str | None = 
     query = _ALL_STATES if alias is None else _ONE_STATE
     targets: dict[tuple[str, int], list[Target]] = {}
     for row in connection.execute(query, {"full_name": full_name, "alias": alias}):
-        targets.setdefault((row.alias, row.generation), []).append(Target(row.number, Digest(row.digest), row.weight))
+        targets.setdefault((row.alias, row.generation), []).append(
+            Target(row.number, digest_of(row.digest), row.weight)
+        )
     return {name: state_of(found, generation) for (name, generation), found in targets.items()}
 
 
@@ -202,12 +226,16 @@ def _held(text: str | None) -> Held | None:
     try:
         return journal.held(json.loads(text)) if text else None
     except (ValueError, TypeError) as error:
-        raise HubUnavailable("the hub's catalog cannot be used", "an event in it is damaged") from error
+        raise _damaged("an event") from error
 
 
 def _event(row: Any) -> Event:
+    aliased = row.kind in ("tag", "untag")
+    texts = [row.kind, row.full_name, row.time, *([row.alias] if aliased else [])]
+    if not (_all(str, *texts) and _all(int, row.number, row.batch)):
+        raise _damaged("an event")
     return Event(
-        row.seq, row.kind, row.full_name, row.alias, row.number, Digest(row.digest), row.time, row.actor,
+        row.seq, row.kind, row.full_name, row.alias, row.number, digest_of(row.digest), row.time, row.actor,
         _held(row.before), _held(row.after),
         row.note, row.batch,
     )  # fmt: skip

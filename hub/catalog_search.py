@@ -9,10 +9,9 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-from hub import catalog_rows, catalog_signatures, tables
+from hub import catalog_rows, tables
 from hub.catalog_rows import Record
 from hub.refs import Digest
-from hub.replay import State
 from hub.search import COMPARE, MetricTest, Query
 
 _BATCH: Final = 1001  # a page of the shared server's, and whether there is more
@@ -63,56 +62,6 @@ def naming(connection: sa.Connection, digest: Digest) -> list[Record]:
     # Digests of manifests appear in manifests only as parents (or in free text, which the caller's reading sorts out).
     query = sa.select(v).where(v.c.manifest.contains(digest, autoescape=True), v.c.removed.is_(None))
     return [catalog_rows.record_of(row) for row in connection.execute(query.order_by(v.c.full_name, v.c.number))]
-
-
-def state(connection: sa.Connection) -> State:
-    """What the tables hold, in the words of a replay."""
-    v, a, t = tables.versions, tables.aliases, tables.targets
-    found = State(last_seq=catalog_rows.last_seq(connection))
-    for row in connection.execute(sa.select(v.c.full_name, v.c.number, v.c.digest, v.c.removed)):
-        found.versions[row.full_name, row.number] = Digest(row.digest)
-        if row.removed is not None:
-            found.removed[row.full_name, row.number] = row.removed
-    for row in connection.execute(sa.select(tables.purged)):
-        found.purged[row.full_name, row.number] = (Digest(row.digest), row.time)
-    held: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
-    joined = sa.select(a, t.c.number, t.c.weight).join(t, (t.c.full_name == a.c.full_name) & (t.c.alias == a.c.alias))
-    for row in connection.execute(joined.order_by(t.c.number)):
-        held.setdefault((row.full_name, row.alias, row.generation), []).append((row.number, row.weight))
-    found.aliases = {(name, alias): (tuple(items), seq) for (name, alias, seq), items in held.items()}
-    for row in connection.execute(sa.select(tables.leases).where(tables.leases.c.expires.is_(None))):
-        found.pins.add((row.full_name, row.number, row.holder))
-    found.signatures = set(catalog_signatures.everywhere(connection))
-    for row in connection.execute(sa.select(tables.adapters)):
-        found.next_number[row.full_name] = row.next_number
-    return found
-
-
-def check(connection: sa.Connection) -> list[str]:
-    """What is wrong with the catalog's rows, in words; empty where nothing is."""
-    wrong = []
-    e, a, t, v = tables.events, tables.aliases, tables.targets, tables.versions
-    newest = catalog_rows.last_seq(connection)
-    count = connection.execute(sa.select(sa.func.count()).select_from(e)).scalar_one()
-    if count != newest:
-        wrong.append(f"the journal has {count} events, but the newest is number {newest}")
-    dangling = (
-        sa.select(t)
-        .outerjoin(v, (v.c.full_name == t.c.full_name) & (v.c.number == t.c.number))
-        .where(sa.or_(v.c.number.is_(None), v.c.removed.is_not(None)))
-    )
-    wrong += [
-        f"{row.full_name}:{row.alias} holds version {row.number}, which is not there"
-        for row in connection.execute(dangling)
-    ]
-    empty = sa.select(a).outerjoin(t, (t.c.full_name == a.c.full_name) & (t.c.alias == a.c.alias))
-    wrong += [
-        f"{row.full_name}:{row.alias} holds nothing" for row in connection.execute(empty.where(t.c.number.is_(None)))
-    ]
-    if connection.dialect.name == "sqlite":
-        verdicts = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
-        wrong += [f"SQLite says: {verdict}" for verdict in verdicts if verdict != "ok"]
-    return wrong
 
 
 def _statement(query: Query, after: tuple[str, int], few: Sequence[MetricTest]) -> sa.Select[Any]:

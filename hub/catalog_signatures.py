@@ -12,7 +12,7 @@ from typing import Final
 import sqlalchemy as sa
 
 from hub import tables
-from hub.catalog_rows import Record
+from hub.catalog_rows import Record, digest_of
 from hub.catalog_writer import Writer, same_version
 from hub.errors import SignatureInvalid
 from hub.refs import Digest
@@ -25,7 +25,7 @@ def of(connection: sa.Connection, record: Record) -> list[Digest]:
     """The digests of a version's signatures, in their own order."""
     f = tables.files
     query = sa.select(f.c.sha256).where(*same_version(f, record), f.c.name.startswith(PREFIX)).order_by(f.c.name)
-    return [Digest(found) for found in connection.execute(query).scalars()]
+    return [digest_of(found) for found in connection.execute(query).scalars()]
 
 
 def enter(writer: Writer, record: Record, signature: Digest) -> bool:
@@ -51,4 +51,4 @@ def everywhere(connection: sa.Connection) -> Iterator[tuple[str, int, Digest]]:
     f = tables.files
     query = sa.select(f.c.full_name, f.c.number, f.c.sha256).where(f.c.name.startswith(PREFIX))
     for row in connection.execute(query):
-        yield row.full_name, row.number, Digest(row.sha256)
+        yield row.full_name, row.number, digest_of(row.sha256)

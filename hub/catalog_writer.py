@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 import sqlalchemy as sa
 
 from hub import catalog_rows, tables
 from hub.catalog_rows import Record
 from hub.errors import AliasMoved
-from hub.manifest import Manifest
+from hub.manifest import content_of
 from hub.refs import Digest
 from hub.search import metric_numbers
 from hub.versions import AliasState, EventKind, Held
@@ -51,7 +52,7 @@ class Writer:
         )  # fmt: skip
         return self._seq
 
-    def new_version(self, full_name: str, digest: Digest, content: Digest, manifest: bytes) -> Record:
+    def new_version(self, full_name: str, digest: Digest, manifest: bytes) -> Record:
         """Enter a version under its adapter's next number."""
         adapters = tables.adapters
         row = self.connection.execute(sa.select(adapters).where(adapters.c.full_name == full_name)).first()
@@ -63,7 +64,7 @@ class Writer:
             here = sa.update(adapters).where(adapters.c.full_name == full_name)
             self.connection.execute(here.values(next_number=number + 1))
         record = Record(full_name, number, digest, manifest)
-        insert_version(self.connection, record, content)
+        insert_version(self.connection, record)
         self.append("push", record)
         return record
 
@@ -128,19 +129,36 @@ class Writer:
         self.append("purge", record)
 
 
-def insert_version(connection: sa.Connection, record: Record, content: Digest) -> None:
+@dataclass(frozen=True)
+class Derived:
+    """What the tables say of a version beside its manifest: all of it follows from the manifest."""
+
+    content: str
+    base_name: str | None
+    base_fingerprint: str | None
+    files: dict[str, str]  # digests by name
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, manifest: bytes) -> Self:
+        """What a version is entered with whose manifest, in canonical bytes, has been checked."""
+        told = json.loads(manifest)
+        return cls(
+            content_of(manifest), line(told["base"]["name"]), line(told["base"]["fingerprint"]),
+            {name: entry["sha256"] for name, entry in told["files"].items()}, dict(metric_numbers(told["metrics"])),
+        )  # fmt: skip
+
+
+def insert_version(connection: sa.Connection, record: Record) -> None:
     """Enter a version's rows: itself, its files, its metrics. Its manifest has been checked."""
-    manifest = Manifest.parse(record.manifest)
     key: dict[str, Any] = {"full_name": record.full_name, "number": record.number}
-    connection.execute(
-        sa.insert(tables.versions).values(
-            **key, digest=record.digest, content=content, manifest=record.manifest.decode(), removed=record.removed,
-            base_name=line(manifest.base.name), base_fingerprint=line(manifest.base.fingerprint),
-        )
-    )  # fmt: skip
-    files = [{**key, "name": name, "sha256": entry.sha256} for name, entry in manifest.files.items()]
+    own = {"digest": record.digest, "manifest": record.manifest.decode(), "removed": record.removed}
+    derived = Derived.of(record.manifest)
+    columns = {column: getattr(derived, column) for column in ("content", "base_name", "base_fingerprint")}
+    connection.execute(sa.insert(tables.versions).values(**key, **own, **columns))
+    files = [{**key, "name": name, "sha256": sha256} for name, sha256 in derived.files.items()]
     connection.execute(sa.insert(tables.files), files)
-    if metrics := [{**key, "name": name, "value": value} for name, value in metric_numbers(manifest.metrics)]:
+    if metrics := [{**key, "name": name, "value": value} for name, value in derived.metrics.items()]:
         connection.execute(sa.insert(tables.metrics), metrics)
 
 

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 
 from hub.blobs import BlobStore
 from hub.catalog import Catalog, Record
-from hub.errors import BlobCorrupt, HubError
+from hub.errors import BlobCorrupt, HubError, HubUnavailable
 from hub.manifest import Manifest
 from hub.progress import Progress
 from hub.refs import Digest
-from hub.replay import State, replay
 from hub.versions import Event, Problem
 
 
@@ -23,17 +22,19 @@ def check(blobs: BlobStore, catalog: Catalog, progress: Progress | None) -> list
     problems = [_catalog(text) for text in catalog.check()]
     if catalog.behind_journal():
         problems.append(_catalog("the journal has writes that the catalog lacks: `hub fsck --rebuild` takes them over"))
-    events = _all_events(catalog)
-    tables = catalog.state()
-    problems += [_catalog(text) for text in _differences(tables, replay(events))]
+    try:
+        events, records, signatures = _all_events(catalog), catalog.records(), catalog.all_signatures()
+    except HubUnavailable:
+        if problems:
+            return problems  # told of already: a row that cannot be read
+        raise
     problems += _journal(catalog, events)
-    records = catalog.records()
     present = set(blobs.digests())
     for done, record in enumerate(records, start=1):
         problems += _blobs(record, present)
         if progress is not None:
             progress("checking", done, len(records))
-    for name, number, signature in sorted(tables.signatures):
+    for name, number, signature in sorted(signatures):
         if signature not in present:
             text = f"{name}@{number}"
             what = f"signature {signature.hex[:16]}"
@@ -65,20 +66,6 @@ def _journal(catalog: Catalog, events: list[Event]) -> Iterator[Problem]:
     if recorded < len(events):
         missing = len(events) - recorded
         yield Problem("journal", None, "JOURNAL_BEHIND", f"the last {missing} events are not in the journal yet")
-
-
-def _differences(tables: State, told: State) -> Iterator[str]:
-    """Where the tables are not what the events lead to."""
-    for what in ("versions", "removed", "purged", "aliases", "next_number"):
-        mine, theirs = getattr(tables, what), getattr(told, what)
-        for key in sorted(mine.keys() | theirs.keys()):
-            if mine.get(key) != theirs.get(key):
-                name = f"{key[0]}{'@' if isinstance(key[1], int) else ':'}{key[1]}" if isinstance(key, tuple) else key
-                yield f"{name}: the tables have {mine.get(key)} among {what}, the events say {theirs.get(key)}"
-    for name, number, holder in sorted(tables.pins ^ told.pins):
-        yield f"{name}@{number}: the tables and the events differ on the pin of {holder}"
-    for name, number, signature in sorted(tables.signatures ^ told.signatures):
-        yield f"{name}@{number}: the tables and the events differ on the signature {signature.hex[:16]}"
 
 
 def _blobs(record: Record, present: set[Digest]) -> Iterator[Problem]:

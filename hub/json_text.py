@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from hub.refs import Digest
 
 MAX_DEPTH = 32
+_DECODER = json.JSONDecoder()
 
 
 def parse_object(data: bytes, *, max_bytes: int) -> dict[str, Any]:
@@ -47,6 +48,19 @@ def canonical(value: Any) -> bytes:
     Raises ValueError on NaN, infinities, integers above 64 bits and lone surrogates; TypeError on other types.
     """
     return _write(value).encode("utf-8")
+
+
+def without(text: bytes, *keys: str) -> bytes:
+    """The object in `text`, canonical JSON, without these of its own keys; canonical again."""
+    whole, kept, at = text.decode(), [], 1
+    while whole[at] != "}":
+        begin = at
+        key, colon = _DECODER.raw_decode(whole, begin)
+        _, at = _DECODER.raw_decode(whole, colon + 1)
+        if key not in keys:
+            kept.append(whole[begin:at])
+        at += whole[at] == ","
+    return f"{{{','.join(kept)}}}".encode()
 
 
 def digest_of(value: Any) -> Digest:

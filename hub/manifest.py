@@ -159,10 +159,13 @@ class Manifest:
     @property
     def content(self) -> Digest:
         """What makes two pushes of one name the same: all but who, when and from which parents."""
-        value = self.to_json()
-        for key in ("parents", "creator", "created"):
-            del value[key]
-        return json_text.digest_of(value)
+        return content_of(self._canonical)
+
+
+def content_of(manifest: bytes) -> Digest:
+    """The `content` of a manifest in its canonical bytes."""
+    kept = json_text.without(manifest, "parents", "creator", "created")
+    return Digest.of_hex(hashlib.sha256(kept).hexdigest())
 
 
 def _weights_facts(adapter: Parsed) -> tuple[LoraFacts, ModelFacts | None]:

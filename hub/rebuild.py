@@ -119,7 +119,7 @@ def _fill(catalog: Catalog, state: State, events: Sequence[Event], manifests: di
         for (full_name, number), data in manifests.items():
             digest = state.versions[full_name, number]
             record = Record(full_name, number, digest, data, state.removed.get((full_name, number)))
-            insert_version(connection, record, Manifest.parse(data).content)
+            insert_version(connection, record)
         for (full_name, number), (digest, when) in state.purged.items():
             row = {"full_name": full_name, "number": number, "digest": digest, "time": when}
             connection.execute(sa.insert(tables.purged).values(row))

@@ -34,10 +34,14 @@ def collect(
     *,
     dry_run: bool,
 ) -> Swept:
-    """Sweep once; with `dry_run` change nothing. Raises HubUnavailable, also where what is needed is not known."""
+    """Sweep once; with `dry_run` change nothing. Raises HubUnavailable, also where the catalog is damaged."""
     if catalog.behind_journal():
         raise HubUnavailable(
             "the journal knows of writes that the catalog lacks, so nothing is swept: run `hub fsck --rebuild`"
+        )
+    if wrong := catalog.check():
+        raise HubUnavailable(
+            f"the catalog is damaged, so nothing is swept: {wrong[0]}; `hub fsck` tells all, `hub fsck --rebuild` mends"
         )
     now = time.time()
     leaving = catalog.expired(stamp(now - retention_seconds))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
+
+from tests.ports import free_port
 
 
 def binaries() -> Path | None:
@@ -31,7 +32,7 @@ def server(bin_directory: Path) -> Iterator[str]:
     try:
         if os.geteuid() == 0:
             shutil.chown(root, "postgres", "postgres")
-        port = _free_port()
+        port = free_port()
         data = root / "data"
         # Not C: names must sort by code point whatever the server's language.
         initdb = [str(bin_directory / "initdb"), "-D", str(data), "-U", "hub", "-A", "trust", "-E", "UTF8", "-N"]
@@ -79,10 +80,3 @@ def _run(command: Sequence[str]) -> None:
         command, check=True, timeout=60, cwd="/", env=environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,12 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.ports import free_port
+
 KEY, SECRET = "hub-key", "hub-secret"
 ADMIN_KEY, READ_KEY = "admin-key", "read-key"  # the secret of each is SECRET
 BUCKET = "adapters"
 _RIGHTS = {KEY: [], READ_KEY: [], ADMIN_KEY: ["Admin", "Read", "Write", "List"]}
 _RIGHTS[KEY] = [f"{right}:{BUCKET}" for right in ("Read", "Write", "List")]
 _RIGHTS[READ_KEY] = [f"{right}:{BUCKET}" for right in ("Read", "List")]
+_GRPC = 10_000  # so far above a port is its gRPC port
+_STARTS, _START_SECONDS = 3, 45
 # A master without peers need not wait 10 s for them, and at a second start 10 to 20, before it leads.
 _ALONE = ("-master.electionTimeout=500ms", "-master.heartbeatInterval=100ms")
 
@@ -37,14 +40,24 @@ class Seaweed:
     def __init__(self, weed: Path, root: Path) -> None:
         self._weed = weed
         self._root = root
-        self._ports = _free_ports(4)
+        self._ports: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
         identities = [
             {"name": key, "credentials": [{"accessKey": key, "secretKey": SECRET}], "actions": rights}
             for key, rights in _RIGHTS.items()
         ]
         (root / "s3.json").write_text(json.dumps({"identities": identities}))
-        (root / "data").mkdir()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Without data, on ports chosen now."""
+        shutil.rmtree(self._root / "data", ignore_errors=True)
+        (self._root / "data").mkdir()
+        self._ports = []
+        while len(self._ports) < 4:
+            port = free_port(_GRPC)
+            if not {port, _grpc(port)} & {taken for each in self._ports for taken in (each, _grpc(each))}:
+                self._ports.append(port)
 
     @property
     def endpoint(self) -> str:
@@ -55,6 +68,27 @@ class Seaweed:
         return f"s3://{BUCKET}/{prefix}?endpoint={self.endpoint}"
 
     def start(self) -> None:
+        """Start it on the ports it has; raises RuntimeError, with what it said, where it does not serve."""
+        try:
+            self._launch()
+            self._make_bucket()
+        except Exception as error:
+            self.kill()
+            said = (self._root / "log").read_text(errors="replace")[-3000:]
+            raise RuntimeError(f"SeaweedFS did not start on {self._ports}; it said: {said}") from error
+
+    def start_anywhere(self) -> None:
+        """Start it for the first time: on other ports where somebody took one since it was chosen."""
+        for _ in range(_STARTS - 1):
+            try:
+                self.start()
+            except RuntimeError:
+                self._begin()
+            else:
+                return
+        self.start()
+
+    def _launch(self) -> None:
         master, volume, filer, s3 = self._ports
         with (self._root / "log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -69,7 +103,6 @@ class Seaweed:
                 ],
                 cwd=self._root, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        self._make_bucket()
 
     def kill(self) -> None:
         if self._process is not None:
@@ -85,7 +118,7 @@ class Seaweed:
             BUCKET, endpoint=self.endpoint, region="us-east-1", access_key_id=ADMIN_KEY, secret_access_key=SECRET,
             client_options={"allow_http": True}, retry_config={"max_retries": 0},
         )  # fmt: skip
-        deadline = time.monotonic() + 45
+        deadline = time.monotonic() + _START_SECONDS
         while True:
             try:
                 obstore.put(store, "ready", b"x")  # also makes the bucket, which only an administrator may
@@ -102,7 +135,7 @@ def service(weed: Path) -> Iterator[Seaweed]:
     root = Path(tempfile.mkdtemp(prefix="loraplex-s3-"))
     seaweed = Seaweed(weed, root)
     try:
-        seaweed.start()
+        seaweed.start_anywhere()
         yield seaweed
     finally:
         seaweed.kill()
@@ -110,22 +143,4 @@ def service(weed: Path) -> Iterator[Seaweed]:
 
 
 def _grpc(port: int) -> int:
-    return port + 10_000
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free, and so are those 10,000 above them (for gRPC)."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1] % 20_000 + 20_000
-            try:
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-                other.bind(("127.0.0.1", _grpc(port)))
-            except OSError:
-                continue
-            if port not in found:
-                found.append(port)
-    return found
+    return port + _GRPC

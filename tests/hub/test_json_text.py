@@ -37,6 +37,13 @@ def test_canonical_json_is_json_of_the_same_value_and_a_fixed_point(value: dict[
     assert json_text.canonical(json_text.parse_object(text, max_bytes=10**6)) == text
 
 
+@given(st.dictionaries(TEXT, JSON, max_size=5), st.lists(TEXT, max_size=2))
+def test_an_object_without_some_of_its_keys_is_canonical_too(value: dict[str, object], others: list[str]) -> None:
+    leaving = [*list(value)[:2], *others]
+    kept = {key: item for key, item in value.items() if key not in leaving}
+    assert json_text.without(json_text.canonical(value), *leaving) == json_text.canonical(kept)
+
+
 def test_keys_are_sorted_by_utf_16_and_the_order_given_does_not_matter() -> None:
     # U+1F600 is written with the surrogate D83D in UTF-16, which sorts before U+FB33.
     text = json_text.canonical({"\ufb33": 1, "\U0001f600": 2, "a": 3}).decode()

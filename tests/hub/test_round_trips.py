@@ -198,7 +198,7 @@ def test_a_restart_of_the_database_is_not_noticed(tmp_path: Path) -> None:
         text = tokens.create("ada", [Grant.parse("*:read")])[1]
         works: list[Callable[[], object]] = [
             lambda: hub.resolve("x"),
-            lambda: hub.entries.state(),
+            lambda: hub.entries.check(),
             lambda: hub.tag("x@1", "prod"),
             lambda: tokens.authenticate(text),
             lambda: tokens.create("bob", [Grant.parse("*:read")]),

@@ -211,7 +211,7 @@ def everything(hub: Hub) -> tuple[object, ...]:
         {name: hub.aliases(name) for name in ("team/a", "b")},
         hub.events(),
         hub.leases(),
-        hub._catalog.state(),
+        hub.fsck(),
     )
 
 
