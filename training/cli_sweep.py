@@ -44,10 +44,11 @@ hub sweep training/experiments/1-methods.yaml --out results/methods --report-onl
 @click.option("--report-only", is_flag=True, help="Write the page from what is finished; train nothing.")
 @click.option("--note", default="", metavar="TEXT", help="A sentence for the page, such as what else the machine did.")
 @click.option("--keep", is_flag=True, help="Keep every cell's weights in OUT/work; they are removed once scored.")
+@click.option("--rescore", is_flag=True, help="Score finished cells again whose weights were kept.")
 @json_option
 def sweep(
     plan: Path, out: Path, size: str, tasks: tuple[str, ...], variants: tuple[str, ...], threads: int, dry_run: bool,
-    report_only: bool, note: str, keep: bool, as_json: bool,
+    report_only: bool, note: str, keep: bool, rescore: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train and score every cell of PLAN.yaml (a task, a variant, a seed), and write OUT/PLAN.md with plots.
 
@@ -80,7 +81,7 @@ def sweep(
         return write_page(whole, data, fingerprint, records, " ".join(filter(None, (machine(threads), note))), command)
 
     if not report_only:
-        run(read, data, Setting(read.base, fingerprint, threads, keep), records, _Line(page))
+        run(read, data, Setting(read.base, fingerprint, threads, keep, rescore), records, _Line(page))
     written = page()
     if as_json:
         print_json({"report": str(written), "cells": len(read.cells)})

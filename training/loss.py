@@ -33,14 +33,31 @@ def label_loss(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
     `input_ids`, `attention_mask` (1 = token, 0 = padding on the right) and `labels` are [batch, length]; `model` is a
     causal model whose head is one linear layer, LoRA layers put in place allowed.
     """
+    logits, wanted, _ = _at_labels(model, input_ids, attention_mask, labels)
+    return LabelLoss(functional.cross_entropy(logits, wanted, reduction="sum"), wanted.numel())
+
+
+def label_losses(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `label_loss`, of every row by itself: (nats [batch] float32, labelled tokens [batch] int64)."""
+    logits, wanted, rows = _at_labels(model, input_ids, attention_mask, labels)
+    each = functional.cross_entropy(logits, wanted, reduction="none")
+    nats = torch.zeros(len(labels), device=each.device).index_add_(0, rows, each)
+    return nats, torch.bincount(rows, minlength=len(labels))
+
+
+def _at_labels(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits [tokens, vocabulary] float32, the labels there [tokens], their rows [tokens])."""
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     wanted = labels[:, 1:]
     counts = wanted != IGNORED
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
     logits = head(hidden[:, :-1][counts]).float() * _logit_scale(model)
-    total = functional.cross_entropy(logits, wanted[counts], reduction="sum")
-    return LabelLoss(total, int(counts.sum()))
+    return logits, wanted[counts], counts.nonzero()[:, 0]
 
 
 def plain_head(model: PreTrainedModel) -> bool:

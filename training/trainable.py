@@ -38,7 +38,8 @@ def make_trainable(directory: Path, base: str, method: Method, recipe: Recipe, d
     Raises `MethodUnsupported` when the model's logits or modules do not allow it.
     """
     fast = bfloat16_is_fast(device)
-    model: Any = _load(directory, method, recipe, device, torch.bfloat16 if fast else torch.float32)
+    dtype = torch.bfloat16 if fast else torch.float32
+    model: Any = load_base(directory, method, recipe.max_length, device, dtype)
     if not plain_head(model):
         raise MethodUnsupported(f"{type(model).__name__} bends its logits, which the label-only loss does not know")
     model.config.use_cache = False
@@ -79,7 +80,8 @@ def bfloat16_is_fast(device: str) -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-def _load(directory: Path, method: Method, recipe: Recipe, device: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_base(directory: Path, method: Method, max_length: int, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The base as `method` holds it: every weight in float32 to train them all, in `dtype`, or in NF4 for "qlora"."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = None
@@ -95,7 +97,7 @@ def _load(directory: Path, method: Method, recipe: Recipe, device: str, dtype: t
         dtype=torch.float32 if method == "full" else dtype,
         device_map={"": device} if method == "qlora" else None,
         quantization_config=quantization,
-        attn_implementation=attention_for(device, recipe.max_length),
+        attn_implementation=attention_for(device, max_length),
     )
     if method == "qlora":
         for module in model.modules():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from server.cli import bound_openmp
+from training.metrics import Measured
 from training.quiet import quiet_libraries
 
 
@@ -58,8 +59,10 @@ def score_group(spec: dict[str, Any]) -> dict[str, Any]:
     """Score every adapter of `spec`, and the base, in one mixed batch; resamples beside each score."""
     from contextlib import closing
 
+    from hub.base import locate_base
     from server.config import EngineLimits, ModelConfig
     from server.engine.engine import Engine
+    from training.answer_loss import METRIC, answer_losses
     from training.bootstrap import resampled
     from training.data import read_jsonl
     from training.engine_generator import EngineGenerator, find_adapters
@@ -69,20 +72,29 @@ def score_group(spec: dict[str, Any]) -> dict[str, Any]:
     adapters = find_adapters(list(spec["adapters"].values()), None)
     config = ModelConfig(base=spec["base"], quantization=spec["quantization"], threads=spec["threads"])
     wanted: list[str | None] = [*([None] if spec["with_base"] else []), *spec["adapters"].values()]
+    examples = read_jsonl(Path(spec["eval"])).examples
     started = time.monotonic()
     with closing(Engine.build(config, EngineLimits(), adapters.fetch)) as engine:
-        task = task_named(spec["task"])
-        found = evaluate(task, read_jsonl(Path(spec["eval"])).examples, wanted, EngineGenerator(engine, adapters.uses))
+        found = evaluate(task_named(spec["task"]), examples, wanted, EngineGenerator(engine, adapters.uses))
+    answered = time.monotonic() - started
+    losses = answer_losses(
+        locate_base(spec["base"]).directory,
+        {key: Path(directory) for key, directory in spec["adapters"].items()},
+        examples,
+        quantized=spec["quantization"] == "nf4",
+    )
     keys = {directory: key for key, directory in spec["adapters"].items()}
+
+    def told(measured: Measured) -> dict[str, Any]:
+        draws = resampled(measured, 0, spec["resamples"])
+        return {"value": round(measured.value, 6), "resampled": [round(float(x), 4) for x in draws]}
+
     return {
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(answered, 1),
         "scores": {
             keys.get(result.model, "base"): {
-                name: {
-                    "value": round(value, 6),
-                    "resampled": [round(float(x), 4) for x in resampled(result.measured[name], 0, spec["resamples"])],
-                }
-                for name, value in result.metrics.items()
+                **{name: told(result.measured[name]) for name in result.metrics},
+                METRIC: told(losses[keys.get(result.model)]),
             }
             for result in found.results
         },

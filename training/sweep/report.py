@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from training.answer_loss import METRIC
 from training.bootstrap import Interval, middle
 from training.curves import new_figure, save_figure
 from training.metrics import Floats
@@ -109,11 +110,12 @@ def write_page(
         f"`{command}`, size `{plan.size}`: {finished} of {len(plan.cells)} cells finished.{when} {machine}",
         "",
         "Scores are means over the seeds; in brackets the middle 95 % over draws of the questions (bootstrap), and",
-        "the lowest and highest seed where there are several. Losses are nats a trained token on held-out examples,",
-        "before → after. Peak memory is the whole process's (VmHWM), interpreter, libraries and loading included.",
-        "CPU time is the optimizer loop's, validations included; unlike the clock it does not count what other",
-        "processes on the machine took. Precision is that of the products. The raw cells, with every loss, are in",
-        "[cells/](cells).",
+        "the lowest and highest seed where there are several. Answer nats are the cross-entropy of the questions' own",
+        "answers, nats a token: lower is better, and finer than right or wrong. Losses are nats a trained token on",
+        "held-out examples, before → after. Peak memory is the whole process's (VmHWM), interpreter, libraries and",
+        "loading included. CPU time is the optimizer loop's, validations included; unlike the clock it does not count",
+        "what other processes on the machine took. Precision is that of the products. The raw cells, with every loss,",
+        "are in [cells/](cells).",
     ]
     for task, each in found.items():
         lines += ["", *_section(plan, task, each, data[task], fingerprint, records)]
@@ -127,7 +129,9 @@ def _section(
     plan: SweepPlan, task: str, each: Sequence[Summary], data: TaskData, fingerprint: str, records: Records
 ) -> list[str]:
     headline = task_named(task).headline
-    metrics = [headline, *(name for name in each[0].records[0]["scores"] if name != headline)]
+    # A cell from before a metric was measured has none of it.
+    scored = [record["scores"] for summary in each for record in summary.records]
+    metrics = [headline, *(name for name in scored[0] if name != headline and all(name in one for one in scored))]
     reference = next((summary for summary in each if summary.variant == plan.reference), None)
     size = plan.data[task]
     lines = [
@@ -142,7 +146,9 @@ def _section(
     for quantization, called in (("none", "base, untrained"), ("nf4", "base in NF4, untrained")):
         told = records.finished(records.base_key(task, quantization, fingerprint, data))
         if told is not None:
-            cells = [_number(name, told["scores"][name]["value"]) for name in metrics]
+            cells = [
+                _number(name, told["scores"][name]["value"]) if name in told["scores"] else "–" for name in metrics
+            ]
             low_high = middle(np.asarray(told["scores"][headline]["resampled"]))
             cells[0] += f" [{_number(headline, low_high.low)}, {_number(headline, low_high.high)}]"
             lines.append(_row([called, *cells]))
@@ -154,7 +160,8 @@ def _section(
             low, high = summary.span(headline)
             cells[0] += f" (seeds {_number(headline, low)}–{_number(headline, high)})"
         lines.append(_row([summary.variant, *cells]))
-    versus = [f"{headline.replace('_', ' ')} minus {reference.variant}"] if reference else []
+    compared = [name for name in (headline, METRIC) if name in metrics] if reference else []
+    versus = [f"{name.replace('_', ' ')} minus {reference.variant}" for name in compared if reference]
     lines += [
         "",
         _row(
@@ -175,17 +182,7 @@ def _section(
     ]
     for summary in each:
         recipe = summary.records[0]["recipe"]
-        compared = []
-        if reference is not None:
-            value, interval = summary.against(reference, headline)
-            same_seeds = summary.seeds == reference.seeds
-            compared = (
-                ["–"]
-                if summary is reference
-                else [
-                    f"{value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{'' if same_seeds else ' (other seeds)'}"
-                ]
-            )
+        differences = [_difference(summary, reference, name) for name in compared if reference]
         tokens = summary.mean_of("seconds") * summary.mean_of("tokens_per_second")
         cpu = summary.mean_of("cpu_seconds")
         before = [record["metrics"]["validation_loss_before"] for record in summary.records]
@@ -195,7 +192,7 @@ def _section(
             _row(
                 [
                     summary.variant,
-                    *compared,
+                    *differences,
                     f"{recipe['learning_rate']:g}",
                     f"{summary.mean_of('trained_parameters') / 1e6:.2f} M",
                     losses,
@@ -215,6 +212,14 @@ def _section(
             "time compare only within one of them.",
         ]
     return lines
+
+
+def _difference(summary: Summary, reference: Summary, metric: str) -> str:
+    if summary is reference:
+        return "–"
+    value, interval = summary.against(reference, metric)
+    others = "" if summary.seeds == reference.seeds else " (other seeds)"
+    return f"{value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{others}"
 
 
 def _pictures(plan: SweepPlan, task: str, each: Sequence[Summary], out: Path) -> list[str]:

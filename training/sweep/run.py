@@ -53,6 +53,7 @@ class Setting:
     fingerprint: str
     threads: int
     keep: bool = False  # keep the weights after they are scored
+    rescore: bool = False  # score finished cells again whose weights were kept
 
 
 def prepare_data(plan: SweepPlan, records: Records) -> dict[str, TaskData]:
@@ -79,7 +80,7 @@ def run(plan: SweepPlan, data: Mapping[str, TaskData], setting: Setting, records
     keys = {cell: records.key(cell, setting.fingerprint, data[cell.task]) for cell in plan.cells}
     watcher.begin(len(keys), sum(records.finished(key) is not None for key in keys.values()))
     for group in _groups(plan.cells):
-        pending = {cell: keys[cell] for cell in group if records.finished(keys[cell]) is None}
+        pending = {cell: keys[cell] for cell in group if _is_pending(keys[cell], setting, records)}
         for cell, key in pending.items():
             if records.trained(key) is None:
                 watcher.working(f"training {cell.text}")
@@ -87,6 +88,10 @@ def run(plan: SweepPlan, data: Mapping[str, TaskData], setting: Setting, records
         for cells in _scored_together(pending):
             watcher.working(f"scoring {len(cells)} of {cells[0].task} together")
             _score(cells, pending, data[cells[0].task], setting, records, watcher)
+
+
+def _is_pending(key: str, setting: Setting, records: Records) -> bool:
+    return records.finished(key) is None or (setting.rescore and records.trained(key) is not None)
 
 
 def _groups(cells: tuple[Cell, ...]) -> Iterator[list[Cell]]:
@@ -141,7 +146,7 @@ def _score(
     full = cells[0].recipe.method == "full"
     quantization = quantization_of(cells[0])
     base_key = records.base_key(cells[0].task, quantization, setting.fingerprint, data)
-    with_base = not full and records.finished(base_key) is None
+    with_base = not full and (setting.rescore or records.finished(base_key) is None)
     result = records.work / f"{keys[cells[0]]}.scores.json"
     spec = {
         "kind": "score",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,9 @@ from protos.loraplex.v1 import registry_pb2 as pb
 from tests.hub.making import lora_tensors, write_adapter
 from tests.hub.registry.conftest import ConnectAs
 from tests.hub.registry.test_transfer import files_of, large_adapter, upload
+from tests.waiting import eventually
 
 MIB = 1024 * 1024
-
-
-def eventually(check: Callable[[], bool], seconds: float = 10.0) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if check():
-            return True
-        time.sleep(0.02)
-    return check()
 
 
 def digest_of(data: bytes) -> Digest:

@@ -48,7 +48,7 @@ def test_a_file_that_vanishes_while_it_is_sent_is_not_a_broken_connection(
     begun = time.monotonic()
     with pytest.raises(AdapterChanged, match="cannot be read any more"):
         hub.push(source, "x")
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 15
 
 
 def test_a_blob_the_server_lost_is_damage_as_it_is_locally(connect: ConnectAs, store: Hub, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_sending_the_same_bytes_again_and_again_is_no_progress(tmp_path: Path) -
     begun = time.monotonic()
     with pytest.raises(ServerAway):
         transfer.upload(Dead(), tmp_path, [file], "x", None, None)  # type: ignore[arg-type]
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15
 
 
 def test_a_push_is_not_acknowledged_for_other_bytes(

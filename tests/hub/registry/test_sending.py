@@ -25,8 +25,9 @@ from hub.remote.remote_hub import RemoteHub
 from tests.hub.making import f32, key, write_adapter, write_base
 from tests.hub.registry.conftest import ConnectAs
 from tests.hub.registry.cutting import CuttingProxy
-from tests.hub.registry.test_limits import digest_of, eventually
+from tests.hub.registry.test_limits import digest_of
 from tests.hub.registry.test_transfer import MIB, files_of, large_adapter
+from tests.waiting import eventually
 
 
 def staged(tmp_path: Path, pattern: str = "*/*") -> int:
@@ -100,7 +101,7 @@ def test_a_refusal_does_not_wait_for_a_silent_server(store: Hub, tmp_path: Path,
             begun = time.monotonic()
             with pytest.raises(NonFinite):
                 hub.push(source, "x")
-            assert time.monotonic() - begun < 5
+            assert time.monotonic() - begun < 15
         proxy.close()
 
 
@@ -112,7 +113,7 @@ def test_a_refusal_is_told_also_where_the_server_is_away(tmp_path: Path) -> None
         begun = time.monotonic()
         with pytest.raises(NonFinite):
             hub.push(source, "x")
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 15
 
 
 def test_progress_is_told_of_one_thing_after_the_other(store: Hub, tmp_path: Path, slow_look: Any) -> None:

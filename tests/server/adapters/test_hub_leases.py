@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from hub.errors import Forbidden, HubUnavailable, VersionHeld
 from hub.hub import Hub
 from server.adapters.hub_leases import HubLeases
 from tests.hub.making import lora_tensors, write_adapter
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -21,13 +22,6 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         for seed in range(3):
             opened.push(write_adapter(tmp_path / f"a{seed}", tensors=lora_tensors(seed=seed)), "team/x")
         yield opened
-
-
-def eventually(check: Callable[[], bool], seconds: float = 5.0) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and not check():
-        time.sleep(0.01)
-    return check()
 
 
 def test_what_is_held_cannot_be_removed_and_what_left_can(hub: Hub) -> None:
@@ -54,17 +48,17 @@ def test_what_is_held_cannot_be_removed_and_what_left_can(hub: Hub) -> None:
 
 def test_leases_are_renewed_while_held_and_run_out_when_a_server_dies(hub: Hub) -> None:
     version = hub.resolve("team/x@1")
-    leases = HubLeases(hub, 1.0, look_seconds=0.02)
+    leases = HubLeases(hub, 3.0, look_seconds=0.02)
     leases.follow(lambda: {version.digest})
     leases.fetched("team/x", version.digest)
     assert eventually(lambda: len(hub.leases()) == 1)
-    time.sleep(1.5)
+    time.sleep(3.5)
     assert len(hub.leases()) == 1  # renewed meanwhile
     # A server that dies: nobody renews, and nobody gives back.
     leases._give_all_back = lambda: None  # type: ignore[method-assign]
     leases.close()
     assert len(hub.leases()) == 1
-    assert eventually(lambda: hub.leases() == [], 2)
+    assert eventually(lambda: hub.leases() == [])
     assert hub.remove("team/x@1").number == 1
 
 

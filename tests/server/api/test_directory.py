@@ -10,6 +10,7 @@ from hub.errors import AdapterNotFound, HubUnavailable
 from hub.refs import AdapterRef
 from server.adapters.directory import AdapterDirectory
 from tests.server.api.fakes import FakeHub, FakeVersion
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -21,16 +22,6 @@ def directory(fake_hub: FakeHub) -> Iterator[AdapterDirectory]:
 
 def ref(text: str) -> AdapterRef:
     return AdapterRef.parse(text)
-
-
-def eventually(check: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Whether `check` comes true; looked at as often as the watch polls."""
-    pause = threading.Event()
-    for _ in range(int(seconds / 0.005)):
-        if check():
-            return True
-        pause.wait(0.005)
-    return False
 
 
 def test_known_names_cost_no_query(directory: AdapterDirectory, fake_hub: FakeHub) -> None:
@@ -99,7 +90,7 @@ def test_an_answer_overtaken_by_an_event_is_not_kept(fake_hub: FakeHub) -> None:
         def resolve(self, asked: AdapterRef) -> FakeVersion:
             answer = super().resolve(asked)
             read.set()
-            assert go_on.wait(5)
+            assert go_on.wait(30)
             return answer
 
     slow = SlowHub(fake_hub.versions, fake_hub.held)
@@ -107,7 +98,7 @@ def test_an_answer_overtaken_by_an_event_is_not_kept(fake_hub: FakeHub) -> None:
     try:
         thread = threading.Thread(target=directory.resolve, args=(ref("team/a:prod"),))
         thread.start()
-        assert read.wait(5)
+        assert read.wait(30)
         slow.tag("team/a", "prod", 2)
         assert eventually(lambda: directory._moves == 1)
         go_on.set()

@@ -22,6 +22,7 @@ from server.metrics import Metrics
 from tests.conftest import write_byte_tokenizer, write_tiny_llama
 from tests.server.api.fakes import RunningServer
 from tests.server.api.test_metrics import samples
+from tests.waiting import eventually
 
 LONG = 480  # tokens: about a second of this model, and with the prompts all of its context
 PROMPT = "The quick brown fox"
@@ -327,12 +328,3 @@ def test_a_server_leases_what_it_holds_and_its_leases_end_with_it(
     served.send_signal(signal.SIGTERM)
     served.communicate(timeout=20)
     assert world.hub.leases("team/c") == []
-
-
-def eventually(check: Callable[[], bool], seconds: float = 10.0) -> bool:
-    pause = threading.Event()
-    for _ in range(int(seconds / 0.02)):
-        if check():
-            return True
-        pause.wait(0.02)
-    return False

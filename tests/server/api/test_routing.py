@@ -29,8 +29,8 @@ from server.metrics import Metrics
 from server.router import Router
 from tests.hidden_states import embed
 from tests.server.api.fakes import QUIET, RunningServer
-from tests.server.api.test_live import eventually
 from tests.server.api.test_metrics import samples
+from tests.waiting import eventually
 from training.continual.router import fit, write_router
 
 MOODS = ("a fine film", "dull from start to end", "charming and odd", "the worst of the year", "never a slow minute")

@@ -23,9 +23,9 @@ from server.engine.engine import Engine
 from server.errors import RouterMismatch
 from server.router import Router
 from tests.server.api.fakes import QUIET, RunningServer
-from tests.server.api.test_live import eventually
 from tests.training.continual.conftest import WORDS
 from tests.training.continual.scripted import GOOD, THREE, ScriptedScorer, ScriptedTrainer
+from tests.waiting import eventually
 from training.continual.embedding import EngineEmbed
 from training.continual.plan import ContinualPlan
 from training.continual.run import Run

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +147,38 @@ def test_a_sweep_trains_scores_together_and_goes_on_where_it_was(
     assert all(summary.seeds == (0, 1) for summary in each)
     page = write_page(plan, data, "sha256:base", records, "Machine: this.", "hub sweep tiny.yaml")
     text = page.read_text()
-    assert page.name == "tiny.md" and "8 of 8 cells" in text and "accuracy minus full" in text
+    assert page.name == "tiny.md" and "8 of 8 cells" in text
+    assert "accuracy minus full | answer nats minus full" in text
+    answers = [record["scores"]["answer_nats"] for summary in each for record in summary.records]
+    assert len({answer["value"] for answer in answers}) == 8  # every cell's own weights
+    assert all(abs(np.mean(answer["resampled"]) / answer["value"] - 1) < 0.2 for answer in answers)
     assert "base, untrained" in text and "base in NF4" in text
     for name in ("tiny-sentiment-quality.png", "tiny-sentiment-losses.png"):
         assert name in text and (records.out / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(180)
+def test_finished_cells_are_scored_again_where_their_weights_are_kept(
+    tiny_base: Path, tmp_path: Path, data: dict[str, TaskData], in_this_process: list[dict[str, Any]]
+) -> None:
+    variants = {name: PLAN["variants"][name] for name in ("r2", "r4")}
+    plan = SweepPlan.parse({**PLAN, "variants": variants, "reference": "r2"}, "tiny", "small")
+    plan, records = replace(plan, cells=plan.cells[:2]), Records(tmp_path / "out")
+    run(plan, data, Setting(str(tiny_base), "sha256:base", 1, keep=True), records, Heard())
+    keys = [records.key(cell, "sha256:base", data["sentiment"]) for cell in plan.cells]
+    whole = records.finished(keys[0])
+    assert whole is not None
+    shutil.rmtree(records.weights(keys[1]))
+    for key in keys:  # as an earlier release left them
+        record = dict(records.finished(key) or {})
+        records.finish(key, {**record, "scores": {"accuracy": record["scores"]["accuracy"]}})
+    in_this_process.clear()
+    run(plan, data, Setting(str(tiny_base), "sha256:base", 1, keep=True, rescore=True), records, Heard())
+    assert [(spec["kind"], list(spec.get("adapters", ()))) for spec in in_this_process] == [("score", [keys[0]])]
+    again = records.finished(keys[0])
+    assert again is not None and again["scores"] == whole["scores"]
+    text = write_page(plan, data, "sha256:base", records, "Machine: this.", "hub sweep").read_text()
+    assert "answer nats minus" not in text  # not of every cell
 
 
 @pytest.mark.parametrize("apart", [False, True])
