@@ -148,7 +148,7 @@ class ContinualPlan:
             raise ContinualPlanInvalid("gates: max_text_drift needs a text")
         if getattr(plan.recipe, "variant", "plain") != "plain":
             raise ContinualPlanInvalid("set: variant: continual strategies combine plain LoRA only")
-        from training.continual.strategies import strategy_named  # brings torch; refuses unknown options
+        from training.continual.registry import strategy_named  # brings torch; refuses unknown options
 
         strategy_named(plan.strategy, plan.options, plan.reduce_intruders)
         return plan

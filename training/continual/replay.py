@@ -25,7 +25,7 @@ E = TypeVar("E", bound=Line)
 
 def remember(memory: Sequence[E], new: Sequence[E], capacity: int, seed: int) -> tuple[E, ...]:
     """The memory after `new` examples: at most `capacity`, in the order of their keys."""
-    return _smallest((*memory, *new), capacity, f"keep:{seed}")
+    return sample((*memory, *new), capacity, f"keep:{seed}")
 
 
 def draw(memory: Sequence[E], share: float, own: int, seed: int, stage: int) -> tuple[E, ...]:
@@ -34,9 +34,10 @@ def draw(memory: Sequence[E], share: float, own: int, seed: int, stage: int) -> 
     As many as there are where the memory is too small: nothing is repeated. Each stage draws anew.
     """
     wanted = round(own * share / (1 - share))
-    return _smallest(memory, wanted, f"draw:{seed}:{stage}")
+    return sample(memory, wanted, f"draw:{seed}:{stage}")
 
 
-def _smallest(examples: Sequence[E], count: int, salt: str) -> tuple[E, ...]:
+def sample(examples: Sequence[E], count: int, salt: str) -> tuple[E, ...]:
+    """A uniform sample of at most `count` different examples, the same for equal `salt` and examples in any order."""
     keyed = {hashlib.sha256(f"{salt}:{one.as_line()}".encode()).digest(): one for one in examples}
     return tuple(keyed[key] for key in sorted(keyed)[:count])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,16 +28,17 @@ from hub.facts import FACTS_FILE, Facts
 from training import output
 from training.continual.embedding import Embed
 from training.continual.errors import RunMissing
-from training.continual.factors import read_factors, write_factors
+from training.continual.factors import Factors, read_factors, write_factors
 from training.continual.gates import judge
 from training.continual.intruders import SiteIntruders, count
 from training.continual.plan import ContinualPlan
 from training.continual.record import RunRecord, StageRecord
+from training.continual.registry import strategy_named
 from training.continual.router import write_router
 from training.continual.routing import alias_names, route
 from training.continual.scoring import Scorer
 from training.continual.stage import StageTrainer, Trained, replace_file
-from training.continual.strategies import Outcome, Past, Strategy, strategy_named
+from training.continual.strategies import Outcome, Past, Strategy
 from training.continual.tasks import TaskData, digests
 from training.continual.weights import matrices
 from training.data import Example, digest_of, read_jsonl, write_jsonl
@@ -192,6 +194,7 @@ class _Stage:
             outcomes=tuple(self.outcome(index) for index in range(self.index)),
             earlier=tuple(task.train.examples for task in data[: self.index]),
             answers=lambda _, examples: self._answers(examples),
+            losses=self._losses,
             weights=lambda modules: matrices(base, modules),
             seed=self.run_.plan.recipe.seed,
         )
@@ -204,6 +207,15 @@ class _Stage:
             said = self.run_.scorer.answers(before, examples)
             replace_file(place, "".join(one.as_line() + "\n" for one in said).encode())
         return read_jsonl(place).examples if place.stat().st_size else ()
+
+    def _losses(self, adapters: Sequence[Factors], examples: Sequence[Example]) -> list[list[float]]:
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix=".losses-") as place:
+            directories = []
+            for number, factors in enumerate(adapters):
+                directories.append(Path(place, str(number)))
+                directories[-1].mkdir()
+                write_factors(directories[-1], factors, self.run_.trainer.base.name or "")
+            return self.run_.scorer.losses(directories, examples)
 
     def _save(self, place: Path, outcome: Outcome[Example], trained: Trained) -> None:
         base = self.run_.trainer.base.name or ""

@@ -38,6 +38,10 @@ class Scorer(Protocol):
         """The same prompts with the adapter's own answers; those it answers with nothing are left out."""
         ...
 
+    def losses(self, adapters: Sequence[Path], examples: Sequence[Example]) -> list[list[float]]:
+        """Nats a token of each example's own answer, with each of the adapters."""
+        ...
+
     def routed(self, choices: Sequence[Sequence[Path | None]]) -> list[dict[str, float]]:
         """All metrics of each exam, each of its questions answered by the model chosen for it."""
         ...
@@ -95,6 +99,14 @@ class EngineScorer:
             for one, answer in zip(examples, said, strict=True)
             if answer.strip()
         ]
+
+    def losses(self, adapters: Sequence[Path], examples: Sequence[Example]) -> list[list[float]]:
+        """See `Scorer`; in float32, see `training.answer_loss`."""
+        from training.answer_loss import answer_losses
+
+        named = {f"adapter{number}": directory for number, directory in enumerate(adapters)}
+        found = answer_losses(self.base_directory, named, examples, quantized=self.quantize == "nf4")
+        return [list(found[name].of_totals(found[name].counts)) for name in named]
 
     def text_nats(self, adapters: Sequence[Path | None]) -> list[float]:
         """See `Scorer`; in float32, each model by itself, see `training.text_loss`."""

@@ -43,6 +43,8 @@ class Past(Generic[E]):
     outcomes: tuple[Outcome[E], ...]  # of all stages before, in order
     earlier: tuple[tuple[E, ...], ...]  # all examples of all tasks before; only `joint` may look at them
     answers: Callable[[Factors, Sequence[E]], Sequence[E]]  # the same prompts with an adapter's own answers
+    # nats a token of each example's own answer, with each of the adapters
+    losses: Callable[[Sequence[Factors], Sequence[E]], Sequence[Sequence[float]]]
     weights: Weights
     seed: int
 
@@ -164,8 +166,8 @@ class Replay:
     inherits: bool = True
 
     def __post_init__(self) -> None:
-        _between(self.name, "share", self.share, 0, 0.5)
-        _between(self.name, "capacity", self.capacity, 0, 1_000_000)
+        check_between(self.name, "share", self.share, 0, 0.5)
+        check_between(self.name, "capacity", self.capacity, 0, 1_000_000)
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task and a draw from the memory.
@@ -204,7 +206,7 @@ class OLora:
     inherits: bool = True
 
     def __post_init__(self) -> None:
-        _between(self.name, "weight", self.weight, 0, 1e9)
+        check_between(self.name, "weight", self.weight, 0, 1e9)
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task, in new rows."""
@@ -263,7 +265,7 @@ class Osf:
     inherits: bool = True
 
     def __post_init__(self) -> None:
-        _between(self.name, "keep", self.keep, 0.01, 0.99)
+        check_between(self.name, "keep", self.keep, 0.01, 0.99)
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task, in new rows outside the strongest directions."""
@@ -297,8 +299,8 @@ class Merge:
     inherits: bool = True
 
     def __post_init__(self) -> None:
-        _between(self.name, "density", self.density, 1e-4, 1)
-        _between(self.name, "rank_factor", self.rank_factor, 0.1, 64)
+        check_between(self.name, "density", self.density, 1e-4, 1)
+        check_between(self.name, "rank_factor", self.rank_factor, 0.1, 64)
         if self.how not in HOWS:
             raise ContinualPlanInvalid(f"strategy merge: how is one of {', '.join(HOWS)}, not {self.how!r}")
 
@@ -331,7 +333,7 @@ class Reducing:
     inherits: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        _between("reduce_intruders", "share", self.share, 0, 1)
+        check_between("reduce_intruders", "share", self.share, 0, 1)
         object.__setattr__(self, "name", f"{self.inner.name}+reduced")
         object.__setattr__(self, "evolving", self.inner.evolving)
         object.__setattr__(self, "inherits", self.inner.inherits)
@@ -348,45 +350,6 @@ class Reducing:
         return Outcome(reduced.factors, done.kept, done.memory, notes)
 
 
-KINDS: Mapping[str, Callable[..., Strategy]] = {
-    "isolated": Isolated,
-    "sequential": Sequential,
-    "replay": Replay,
-    "on-policy-replay": lambda **given: Replay(**{"share": 0.05, **given, "own_answers": True,
-                                                  "name": "on-policy-replay"}),
-    "o-lora": OLora,
-    "slao": Slao,
-    "osf": Osf,
-    "merge": Merge,
-    "joint": Joint,
-}  # fmt: skip
-_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "replay": ("share", "capacity"),
-    "on-policy-replay": ("share", "capacity"),
-    "o-lora": ("weight",),
-    "osf": ("keep",),
-    "merge": ("how", "density", "rank_factor"),
-}
-
-
-def strategy_named(name: str, options: Mapping[str, Any], reduce_share: float | None = None) -> Strategy:
-    """The strategy of that name with its options; raises `ContinualPlanInvalid`."""
-    if name not in KINDS:
-        raise ContinualPlanInvalid(f"there is no strategy {name!r}; there are: {', '.join(KINDS)}")
-    known = _OPTIONS.get(name, ())
-    for option, value in options.items():
-        if option not in known:
-            raise ContinualPlanInvalid(
-                f"strategy {name} has no option {option!r}; it has: {', '.join(known) or 'none'}"
-            )
-        if option != "how" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ContinualPlanInvalid(f"strategy {name}: {option} is a number, not {value!r}")
-    if not isinstance(options.get("capacity", 0), int):
-        raise ContinualPlanInvalid(f"strategy {name}: capacity is a whole number, not {options['capacity']!r}")
-    made = KINDS[name](**options)
-    return made if reduce_share is None else Reducing(made, reduce_share)
-
-
 def orthonormal(a: torch.Tensor) -> torch.Tensor:
     """The rows of `a` [r, in] made orthonormal by QR of aᵀ, R's diagonal positive, so that there is one answer."""
     q, r = torch.linalg.qr(a.T)
@@ -395,7 +358,8 @@ def orthonormal(a: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def _between(strategy: str, option: str, value: float, low: float, high: float) -> None:
+def check_between(strategy: str, option: str, value: float, low: float, high: float) -> None:
+    """Raise `ContinualPlanInvalid` where an option's value lies outside."""
     if not low <= value <= high:
         raise ContinualPlanInvalid(
             f"strategy {strategy}: {option} must lie between {low:g} and {high:g}, not {value:g}"

@@ -64,6 +64,9 @@ class ScriptedScorer:
     def answers(self, adapter: Path, examples: Sequence[Example]) -> list[Example]:
         return [Example((*one.prompt, Message("assistant", "mixed"))) for one in examples]
 
+    def losses(self, adapters: Sequence[Path], examples: Sequence[Example]) -> list[list[float]]:
+        return [[1.0 + number] * len(examples) for number, _ in enumerate(adapters)]
+
     def routed(self, choices: Sequence[Sequence[Path | None]]) -> list[dict[str, float]]:
         """A question gets its point when its own task's adapter answers it."""
         return [

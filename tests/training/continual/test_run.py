@@ -30,10 +30,10 @@ from training.continual.errors import RunMismatch, RunMissing
 from training.continual.gates import Gates, judge
 from training.continual.plan import ContinualPlan
 from training.continual.record import RunRecord
+from training.continual.registry import KINDS
 from training.continual.report import write_report
 from training.continual.run import Run
 from training.continual.scoring import Cell
-from training.continual.strategies import KINDS
 from training.continual.tasks import prepare_data
 from training.data import Example
 

@@ -16,9 +16,10 @@ from hub.base import BaseIdentity
 from tests.training.continual.conftest import WORDS
 from training import trainable
 from training.continual.factors import Factors, Pair, read_factors, relative_difference, write_factors
+from training.continual.registry import KINDS, strategy_named
 from training.continual.rules import SiteRule, govern
 from training.continual.stage import StageTrainer
-from training.continual.strategies import KINDS, Lesson, Outcome, Past, strategy_named
+from training.continual.strategies import Lesson, Outcome, Past
 from training.continual.weights import matrices
 from training.data import Example
 from training.errors import TrainingError
@@ -74,10 +75,13 @@ def test_two_stages_of_every_strategy(name: str, trainer: StageTrainer, tiny_bas
         asked.append(factors)
         return drawn[:-1]
 
+    def losses(adapters: Sequence[Factors], judges: Sequence[Example]) -> list[list[float]]:
+        return [[abs(number - 2.0)] * len(judges) for number, _ in enumerate(adapters)]  # half the way is best
+
     outcomes: list[Outcome[Example]] = []
     for stage, examples in enumerate(tasks):
         past = Past(
-            stage, examples, tuple(outcomes), tuple(tasks[:stage]), answers,
+            stage, examples, tuple(outcomes), tuple(tasks[:stage]), answers, losses,
             lambda modules: matrices(tiny_base, modules), 0,
         )  # fmt: skip
         lesson = strategy.lesson(past)

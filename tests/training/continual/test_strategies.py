@@ -12,11 +12,14 @@ from tests.training.continual import toy as toys
 from training.continual.errors import ContinualPlanInvalid
 from training.continual.factors import Factors, read_factors, relative_difference, write_factors
 from training.continual.merging import merged_delta
-from training.continual.strategies import KINDS, Osf, Reducing, Slao, Strategy, orthonormal, strategy_named
+from training.continual.pacing import STEPS, between
+from training.continual.registry import KINDS, strategy_named
+from training.continual.strategies import Osf, Reducing, Slao, Strategy, orthonormal
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "replay": {"share": 0.3, "capacity": 40},
     "on-policy-replay": {"share": 0.3, "capacity": 40},
+    "paced-replay": {"share": 0.3, "capacity": 40},
     "merge": {"how": "magnitude"},
 }
 
@@ -107,8 +110,8 @@ def test_a_task_that_takes_another_back(model: Any, against: list[Any]) -> None:
     }
     assert kept["sequential"] < 0.05
     assert kept["isolated"] == 1.0
-    for between in ("replay", "on-policy-replay", "o-lora", "slao", "merge-ties", "joint"):
-        assert 0.05 < kept[between] < 0.999, (between, kept)
+    for other in ("replay", "on-policy-replay", "paced-replay", "o-lora", "slao", "merge-ties", "joint"):
+        assert 0.05 < kept[other] < 0.999, (other, kept)
 
 
 def test_more_replay_forgets_less(model: Any, against: list[Any]) -> None:
@@ -117,6 +120,40 @@ def test_more_replay_forgets_less(model: Any, against: list[Any]) -> None:
         for share in (0.0, 0.1, 0.25, 0.45)
     ]
     assert kept == sorted(kept) and kept[0] < 0.05 < kept[-1]
+
+
+def test_the_point_between_two_adapters_is_that_of_their_deltas(model: Any, against: list[Any]) -> None:
+    before, trained = (model.learn(strategy_named("sequential", {}), against)[n].served for n in (0, 1))
+    for step in (0.25, 0.5, 1.0):
+        point, error = between(before, trained, step)
+        for site, pair in point.items():
+            exact = before[site].delta() + step * (trained[site].delta() - before[site].delta())
+            assert pair.rank == trained[site].rank
+            # The nearest of that rank: what is left out are the exact matrix's further singular values.
+            beyond = torch.linalg.svdvals(exact.double())[pair.rank :].norm()
+            assert float((pair.delta() - exact).norm()) == pytest.approx(float(beyond), abs=1e-5)
+        assert 0 <= error < 1 and (step < 1 or error == 0)
+
+
+def test_paced_replay_goes_where_all_tasks_are_answered_best(model: Any, against: list[Any]) -> None:
+    """With too little replay the trained adapter forgets; the step is the best of those that there are."""
+    paced, plain = (strategy_named(name, {"share": 0.05, "capacity": 120}) for name in ("paced-replay", "replay"))
+    first, second = model.learn(paced, against)
+    trained = model.learn(plain, against)[-1]
+    assert equal(first.served, model.learn(plain, against)[0].served) and "step" not in first.notes
+    assert second.notes["step"] in STEPS and second.notes["step"] < 1
+    both = [
+        sum(1 - model.score(between(first.served, trained.served, step)[0], task) for task in against) for step in STEPS
+    ]
+    assert STEPS[min(range(len(STEPS)), key=both.__getitem__)] == second.notes["step"]
+    kept, lost = (model.score(each.served, against[0]) for each in (second, trained))
+    assert kept > lost + 0.1
+    assert equal(second.served, between(first.served, trained.served, second.notes["step"])[0])
+
+
+def test_paced_replay_keeps_what_was_trained_where_nothing_is_lost(model: Any, apart: list[Any]) -> None:
+    second = model.learn(strategy_named("paced-replay", {}), apart)[-1]
+    assert second.notes["step"] == 1 and second.notes["step_error"] == 0
 
 
 def test_no_replay_is_the_naive_arm(model: Any, against: list[Any]) -> None:

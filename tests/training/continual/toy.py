@@ -88,6 +88,10 @@ class Toy:
         x, _ = tensors(rows)
         return [Row(row.x, tuple(y)) for row, y in zip(rows, self.run(factors, x).tolist(), strict=True)]
 
+    def losses(self, adapters: Sequence[Factors], rows: Sequence[Row]) -> list[list[float]]:
+        x, y = tensors(rows)
+        return [(self.run(factors, x) - y).square().mean(dim=1).tolist() for factors in adapters]
+
     def score(self, factors: Factors | None, rows: Sequence[Row]) -> float:
         """1 where every y is met, 0 where it is no better than the base."""
         x, y = tensors(rows)
@@ -120,6 +124,7 @@ class Toy:
             outcomes=tuple(outcomes[:stage]),
             earlier=tuple(tuple(task) for task in tasks[:stage]),
             answers=self.answers,
+            losses=self.losses,
             weights=self.matrices,
             seed=0,
         )

@@ -8,9 +8,10 @@ from hub.facts import Facts
 from training.continual.factors import read_factors, write_factors
 from training.continual.intruders import count
 from training.continual.metrics import drift
+from training.continual.registry import strategy_named
 from training.continual.report import intruder_totals
 from training.continual.run import Run
-from training.continual.strategies import Past, strategy_named
+from training.continual.strategies import Past
 from training.continual.weights import matrices
 from training.data import Example
 
@@ -28,6 +29,7 @@ def joint_bound(run: Run) -> tuple[dict[str, Any], Facts]:
         outcomes=(),
         earlier=tuple(task.train.examples for task in run.data[:-1]),
         answers=lambda *_: (),
+        losses=lambda *_: (),
         weights=lambda modules: matrices(run.trainer.base_directory, modules),
         seed=plan.recipe.seed,
     )

@@ -71,6 +71,10 @@ class SharingScorer:
         """See `training.continual.scoring.Scorer`."""
         return self.inner.answers(adapter, examples)
 
+    def losses(self, adapters: Sequence[Path], examples: Sequence[Example]) -> list[list[float]]:
+        """See `training.continual.scoring.Scorer`."""
+        return self.inner.losses(adapters, examples)
+
     def routed(self, choices: Sequence[Sequence[Path | None]]) -> list[dict[str, float]]:
         """See `training.continual.scoring.Scorer`."""
         return self.inner.routed(choices)
