@@ -1,23 +1,27 @@
-"""The planner's memory against the processes of sweeps: fitted on one task's cells, checked on the others'.
+"""The planner's memory against the processes of sweeps: its own figures, or fitted on one task and checked on others.
 
 Unlike `benchmarks.training_memory`, which makes the allocator give every freed block back, these are processes as
 `hub train` runs them. What they hold beyond the rehearsed tensors is taken as a + b × activations, b being 0 where
 nothing is cast (float32, not NF4); a and b are fitted (least squares) on the cells of one task alone, or, without one,
 the planner's own.
 
-    python -m benchmarks.training_processes training/experiments/1-methods.yaml --results docs/results --fit sentiment
+    python -m benchmarks.training_processes training/experiments/1-methods.yaml --fit sentiment
+    python -m benchmarks.training_processes training/experiments/1-methods.yaml training/experiments/4-qlora.yaml \\
+        --results docs/results/float32 --page training_processes_float32
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-PAGE = Path(__file__).parent / "results" / "training_processes"
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Process:
     measured: int
     tensors: int  # rehearsed, and the mapped file of an NF4 base
     activations: int  # that count: 0 where nothing is cast
+    planned: int  # by the planner as it is
 
 
 def measured(plan_file: Path, results: Path, size: str) -> list[Process]:
@@ -37,7 +42,7 @@ def measured(plan_file: Path, results: Path, size: str) -> list[Process]:
     import torch
 
     from hub.base import base_identity, locate_base
-    from training.planner import Machine, casts, mapped_bytes
+    from training.planner import Machine, casts, kept_by_allocator, mapped_bytes
     from training.sweep.estimate import Estimator
     from training.sweep.plan import SweepPlan
     from training.sweep.records import Records
@@ -60,8 +65,10 @@ def measured(plan_file: Path, results: Path, size: str) -> list[Process]:
         rehearsal = estimators[precision].rehearsal(cell, data)
         tensors = rehearsal.peak + mapped_bytes(directory, cell.recipe.method, rehearsal)
         held = record["peak_bytes"] - record["process_bytes"]
-        counted = rehearsal.activations if casts(cell.recipe.method, getattr(torch, precision)) else 0
-        found.append(Process(cell.task, cell.variant, precision, held, tensors, counted))
+        dtype, recipe = getattr(torch, precision), cell.recipe
+        counted = rehearsal.activations if casts(recipe.method, dtype) else 0
+        kept = kept_by_allocator(recipe.method, recipe.gradient_checkpointing, rehearsal.activations, dtype)
+        found.append(Process(cell.task, cell.text, precision, held, tensors, counted, round(tensors + kept)))
     return found
 
 
@@ -72,32 +79,50 @@ def fit(cells: list[Process]) -> tuple[float, float]:
     return float(a), float(b)
 
 
-def page(cells: list[Process], task: str) -> str:
-    """The result file; `task`: whose cells a and b are fitted on, "" for the planner's own."""
+HEAD = """# Training processes: memory predicted and measured
+
+`{command}`
+
+SmolLM2-135M, one thread, Linux with glibc's allocator as it comes. MB above what the process held before the base was
+loaded (interpreter and libraries).
+"""
+
+
+def page(cells: list[Process], task: str, command: str) -> str:
+    """The result file; `task`: whose cells a and b are fitted on, "" for the planner as it is."""
     from training.planner import ALLOCATOR, ALLOCATOR_SHARE
 
-    a, b = fit([cell for cell in cells if cell.task == task]) if task else (float(ALLOCATOR), ALLOCATOR_SHARE)
-    errors = {cell: (cell.tensors + a + b * cell.activations) / cell.measured - 1 for cell in cells}
+    if task:
+        fitted = [cell for cell in cells if cell.task == task]
+        cells = [cell for cell in cells if cell.precision == fitted[0].precision]
+        a, b = fit(fitted)
+        predicted = {cell: cell.tensors + a + b * cell.activations for cell in cells}
+    else:
+        predicted = {cell: float(cell.planned) for cell in cells}
+    errors = {cell: predicted[cell] / cell.measured - 1 for cell in cells}
     checks = [abs(error) for cell, error in errors.items() if cell.task != task]
+    if task:
+        told = [
+            f"Predicted: rehearsed tensors + a + b × activations, fitted on the {len(cells) - len(checks)} cells of "
+            f"{task} alone:",
+            f"a = {a / 1e6:.0f} MB, b = {b:.3f} (the planner uses {ALLOCATOR / 1e6:.0f} MB and {ALLOCATOR_SHARE:g}).",
+            f"On the {len(checks)} cells of other tasks, which had no part in it, the worst error is "
+            f"{max(checks, default=0):.1%}, the mean {sum(checks) / max(1, len(checks)):.1%}.",
+        ]
+    else:
+        told = [
+            f"Predicted by the planner as it is. Of {len(checks)} cells the worst error is "
+            f"{max(checks, default=0):.1%}, the mean {sum(checks) / max(1, len(checks)):.1%}."
+        ]
     lines = [
-        "# Training processes: memory predicted and measured",
+        HEAD.format(command=command),
+        *told,
         "",
-        "`python -m benchmarks.training_processes PLAN --fit TASK`, on the cells of docs/results: SmolLM2-135M, one",
-        "thread, Linux with glibc's allocator as it comes. MB above what the process held before the base was loaded",
-        "(interpreter and libraries). Predicted: rehearsed tensors + a + b × activations; without the last in float32",
-        "but for QLoRA.",
-        "",
-        f"Fitted on the {len(cells) - len(checks)} cells of {task} alone: a = {a / 1e6:.0f} MB, b = {b:.3f}",
-        f"(the planner uses {ALLOCATOR / 1e6:.0f} MB and {ALLOCATOR_SHARE:g}).",
-        f"On the {len(checks)} cells of other tasks, which had no part in it, the worst error is "
-        f"{max(checks, default=0):.1%}, the mean {sum(checks) / max(1, len(checks)):.1%}.",
-        "",
-        "| task | cell | precision | tensors alone | predicted | measured | error | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| cell | precision | tensors alone | predicted | measured | error | |",
+        "|---|---|---|---|---|---|---|",
         *(
-            f"| {cell.task} | {cell.variant} | {cell.precision} | {cell.tensors / 1e6:,.0f} "
-            f"| {(cell.tensors + a + b * cell.activations) / 1e6:,.0f} | {cell.measured / 1e6:,.0f} | {error:+.1%} "
-            f"| {'fit' if cell.task == task else 'check'} |"
+            f"| {cell.variant} | {cell.precision} | {cell.tensors / 1e6:,.0f} | {predicted[cell] / 1e6:,.0f} "
+            f"| {cell.measured / 1e6:,.0f} | {error:+.1%} | {'fit' if cell.task == task else 'check' if task else ''} |"
             for cell, error in errors.items()
         ),
         "",
@@ -108,17 +133,19 @@ def page(cells: list[Process], task: str) -> str:
 def main() -> None:
     """Read the cells, write the page."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("plan", type=Path)
+    parser.add_argument("plans", type=Path, nargs="+")
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--size", default="small")
-    parser.add_argument("--fit", default="sentiment", help="a task; empty: the planner's numbers are checked")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--fit", default="", help="a task; without: the planner's own figures are checked")
+    parser.add_argument("--page", help="write the tables to benchmarks/results under this name")
     given = parser.parse_args()
-    cells = measured(given.plan, given.results, given.size)
-    print(page(cells, given.fit))
-    if given.write:
-        PAGE.with_suffix(".json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n", "utf-8")
-        PAGE.with_suffix(".md").write_text(page(cells, given.fit), "utf-8")
+    cells = list(dict.fromkeys(cell for plan in given.plans for cell in measured(plan, given.results, given.size)))
+    command = shlex.join(["python", "-m", "benchmarks.training_processes", *sys.argv[1:]])
+    print(page(cells, given.fit, command))
+    if given.page:
+        told = json.dumps([asdict(cell) for cell in cells], indent=1) + "\n"
+        (RESULTS / f"{given.page}.json").write_text(told, "utf-8")
+        (RESULTS / f"{given.page}.md").write_text(page(cells, given.fit, command), "utf-8")
 
 
 if __name__ == "__main__":

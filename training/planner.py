@@ -90,16 +90,10 @@ def weigh(base: Path, recipe: Recipe, data: Data, machine: Machine, price_per_ho
     options = []
     for method in METHODS:
         for checkpointing in (False, True):
-            rehearsal = rehearse(
-                base,
-                method,
-                recipe.but(gradient_checkpointing=checkpointing),
-                data.longest,
-                machine.device,
-                machine.dtype,
-            )
+            tried = recipe.but(gradient_checkpointing=checkpointing)
+            rehearsal = rehearse(base, method, tried, data.longest, machine.device, machine.dtype)
             seconds = flops_of(rehearsal, data, recipe) / machine.flops * _SLOWER.get(method, 1.0)
-            memory = peak_in_process(base, method, rehearsal, machine.device, machine.dtype) + machine.overhead
+            memory = peak_in_process(base, tried, method, rehearsal, machine) + machine.overhead
             options.append(
                 Option(
                     method=method,
@@ -116,10 +110,13 @@ def weigh(base: Path, recipe: Recipe, data: Data, machine: Machine, price_per_ho
 
 # What a process on a CPU grows by once it trains, beside the tensors: kernels made for the shapes, tokenizer, loader.
 GROWTH = 80_000_000
-# What it holds more where the allocator keeps freed blocks, as glibc's does by itself: a constant and, where values are
-# cast on the way (to bfloat16, or from NF4), a share of the activations. Fitted on the bfloat16 cells of one task,
-# checked on another's; that float32 has no such share was seen on a third (benchmarks/results/training_processes.md).
+# What it holds more where the allocator keeps freed blocks, as glibc's does by itself: a constant and, where values
+# are cast on the way (to bfloat16, or from NF4), a share of the activations. In bfloat16 both are fitted on the cells
+# of one task and checked on another's. In float32 less stays behind: the constant is the one with the least worst error
+# on two tasks, checked on a third. NF4 with checkpointing, of which there is one cell, keeps more.
+# See benchmarks/results/training_processes.md and training_processes_float32.md.
 ALLOCATOR = 682_000_000
+ALLOCATOR_FLOAT32 = 465_000_000
 ALLOCATOR_SHARE = 0.27
 
 
@@ -128,11 +125,18 @@ def casts(method: str, dtype: torch.dtype) -> bool:
     return method == "qlora" or dtype != torch.float32
 
 
-def peak_in_process(base: Path, method: str, rehearsal: Rehearsal, device: str, dtype: torch.dtype) -> int:
+def kept_by_allocator(method: str, checkpointing: bool, activations: int, dtype: torch.dtype) -> float:
+    """Bytes of freed blocks at a run's peak; `dtype` is that of the products."""
+    small = dtype == torch.float32 and not (method == "qlora" and checkpointing)
+    share = ALLOCATOR_SHARE * activations if casts(method, dtype) else 0.0
+    return (ALLOCATOR_FLOAT32 if small else ALLOCATOR) + share
+
+
+def peak_in_process(base: Path, recipe: Recipe, method: str, rehearsal: Rehearsal, machine: Machine) -> int:
     """Bytes by which a run's resident set grows above that of the process before it; on a GPU, bytes of tensors."""
-    if device != "cpu":
+    if machine.device != "cpu":
         return rehearsal.peak
-    kept = ALLOCATOR + (ALLOCATOR_SHARE * rehearsal.activations if casts(method, dtype) else 0)
+    kept = kept_by_allocator(method, recipe.gradient_checkpointing, rehearsal.activations, machine.dtype)
     return round(rehearsal.peak + mapped_bytes(base, method, rehearsal) + kept)
 
 

@@ -38,8 +38,7 @@ class Estimator:
         seconds = flops_of(rehearsal, self._sizes(cell, data), recipe) / self._machine.flops
         return Estimate(
             seconds * (_QLORA_SLOWER if recipe.method == "qlora" else 1.0),
-            peak_in_process(self._base, recipe.method, rehearsal, self._machine.device, self._machine.dtype)
-            + self._machine.overhead,
+            peak_in_process(self._base, recipe, recipe.method, rehearsal, self._machine) + self._machine.overhead,
         )
 
     def rehearsal(self, cell: Cell, data: Mapping[str, TaskData]) -> Rehearsal:
