@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 
 def eventually(check: Callable[[], bool], seconds: float = 30.0) -> bool:
@@ -14,3 +16,12 @@ def eventually(check: Callable[[], bool], seconds: float = 30.0) -> bool:
             return True
         time.sleep(0.01)
     return check()
+
+
+def bytes_in(directory: Path, pattern: str) -> int:
+    """The sizes of the files there, all together; one that is renamed or removed meanwhile does not count."""
+    total = 0
+    for path in directory.glob(pattern):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total

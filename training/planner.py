@@ -113,7 +113,7 @@ GROWTH = 80_000_000
 # What it holds more where the allocator keeps freed blocks, as glibc's does by itself: a constant and, where values
 # are cast on the way (to bfloat16, or from NF4), a share of the activations. In bfloat16 both are fitted on the cells
 # of one task and checked on another's. In float32 less stays behind: the constant is the one with the least worst error
-# on two tasks, checked on a third. NF4 with checkpointing, of which there is one cell, keeps more.
+# on two tasks, checked on a third and on other seeds. NF4 with checkpointing, of which there is one cell, keeps more.
 # See benchmarks/results/training_processes.md and training_processes_float32.md.
 ALLOCATOR = 682_000_000
 ALLOCATOR_FLOAT32 = 465_000_000

@@ -157,8 +157,9 @@ def _section(
         interval = summary.interval(headline)
         cells[0] += f" [{_number(headline, interval.low)}, {_number(headline, interval.high)}]"
         if len(summary.records) > 1:
-            low, high = summary.span(headline)
-            cells[0] += f" (seeds {_number(headline, low)}–{_number(headline, high)})"
+            for name in {headline, METRIC} & set(metrics):
+                low, high = summary.span(name)
+                cells[metrics.index(name)] += f" (seeds {_number(name, low)}–{_number(name, high)})"
         lines.append(_row([summary.variant, *cells]))
     compared = [name for name in (headline, METRIC) if name in metrics] if reference else []
     versus = [f"{name.replace('_', ' ')} minus {reference.variant}" for name in compared if reference]

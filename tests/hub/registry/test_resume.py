@@ -12,6 +12,7 @@ from hub.hub import Hub
 from hub.registry.server import RegistryConfig, RegistryServer
 from tests.hub.registry.cutting import CuttingProxy
 from tests.hub.registry.test_transfer import MIB, files_of, large_adapter
+from tests.waiting import bytes_in
 
 PULL = "import sys; from hub.opening import open_existing; open_existing(sys.argv[1]).pull('x', sys.argv[2])"
 
@@ -50,12 +51,12 @@ def test_a_pull_that_is_killed_goes_on_in_the_next_process(store: Hub, tmp_path:
         deadline = time.monotonic() + 40
         arrived = 0
         while arrived < 4 * MIB and time.monotonic() < deadline:
-            arrived = sum(path.stat().st_size for path in partial.glob("*/partial/*"))
+            arrived = bytes_in(partial, "*/partial/*")
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert not (tmp_path / "out").exists()
-        kept = sum(path.stat().st_size for path in partial.glob("*/partial/*"))
+        kept = bytes_in(partial, "*/partial/*")
         assert 4 * MIB <= kept < size
         before, proxy.allowed = proxy.bytes["down"], 10**12
         subprocess.run(command, check=True, timeout=50)

@@ -27,11 +27,11 @@ from tests.hub.registry.conftest import ConnectAs
 from tests.hub.registry.cutting import CuttingProxy
 from tests.hub.registry.test_limits import digest_of
 from tests.hub.registry.test_transfer import MIB, files_of, large_adapter
-from tests.waiting import eventually
+from tests.waiting import bytes_in, eventually
 
 
 def staged(tmp_path: Path, pattern: str = "*/*") -> int:
-    return sum(path.stat().st_size for path in (tmp_path / "uploads").glob(pattern))
+    return bytes_in(tmp_path / "uploads", pattern)
 
 
 def spoil(directory: Path) -> None:

@@ -24,6 +24,7 @@ from protos.loraplex.v1 import registry_pb2 as pb
 from tests.hub.making import f32, key, lora_tensors, write_adapter
 from tests.hub.registry.conftest import ConnectAs
 from tests.hub.registry.cutting import CuttingProxy
+from tests.waiting import bytes_in
 
 MIB = 1024 * 1024
 
@@ -76,7 +77,7 @@ def test_a_push_goes_on_with_a_server_started_anew(store: Hub, tokens: TokenStor
     first = RegistryServer(store, None, config).start()
 
     def kept() -> int:
-        return sum(path.stat().st_size for path in (tmp_path / "uploads").glob("*/*.part"))
+        return bytes_in(tmp_path / "uploads", "*/*.part")
 
     proxy = CuttingProxy(first.address, "up", after=6 * MIB, cuts=1, until=lambda: kept() >= 4 * MIB)
     address = Address.parse(f"grpc://{proxy.address}")

@@ -148,7 +148,7 @@ def test_a_sweep_trains_scores_together_and_goes_on_where_it_was(
     page = write_page(plan, data, "sha256:base", records, "Machine: this.", "hub sweep tiny.yaml")
     text = page.read_text()
     assert page.name == "tiny.md" and "8 of 8 cells" in text
-    assert "accuracy minus full | answer nats minus full" in text
+    assert "accuracy minus full | answer nats minus full" in text and text.count("(seeds ") == 2 * 4
     answers = [record["scores"]["answer_nats"] for summary in each for record in summary.records]
     assert len({answer["value"] for answer in answers}) == 8  # every cell's own weights
     assert all(abs(np.mean(answer["resampled"]) / answer["value"] - 1) < 0.2 for answer in answers)
