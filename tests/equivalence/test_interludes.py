@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.timeout(180)  # half a minute where others compute too
 @pytest.mark.parametrize("flood", ["plain", "dora", "lora-both"])
 def test_newcomers_of_every_kind_beside_a_flood_equal_peft(
     flood: str, tmp_path: Path, directory_fetch: Callable[[dict[str, Path]], Any]
