@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.gpu_bench import Bench, Missing, Report
 from benchmarks.gpu_model import LLAMA_8B, TINY, Shape
+from benchmarks.gpu_steps import compile_cuts
 from server.kernels.gpu import attention, cuda, nf4, nf4_cuda, prompts
 from server.kernels.gpu.launch import processors
 from server.kernels.gpu.lora import LoraSites, lora_add, scratch
@@ -112,7 +112,7 @@ def nf4_cuts(bench: Bench) -> Report:
         for name in ("gate_up", "down", "qkv", "out")
         if fours or not wgmma
     }
-    _compile([(cut, LLAMA_8B.linears[name][1]) for (name, _, _), cuts in chosen.items() for cut in cuts], device)
+    compile_cuts([(cut, LLAMA_8B.linears[name][1]) for (name, _, _), cuts in chosen.items() for cut in cuts], device)
     weights = {}
     for name, (out, width) in LLAMA_8B.linears.items():
         copies = max(4, (120 << 20) // (out * width // 2))
@@ -157,12 +157,6 @@ def _different_cuts(rows: int, out: int, width: int, wgmma: bool) -> list[nf4_cu
     for cut in sorted(nf4_cuda.cuts(rows, width, limit, wgmma), key=lambda cut: cut.cycles(out, width, count)):
         likely.setdefault((cut.outputs, cut.blocks, cut.warps), cut)
     return list(likely.values())[:4]
-
-
-def _compile(wanted: list[tuple[nf4_cuda.Cut, int]], device: torch.device) -> None:
-    """On all cores."""
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda one: nf4_cuda.prepared(one[0], one[1], device), set(wanted)))
 
 
 def _cut_product(x: Tensor, weight: nf4.Nf4Weight, workspace: nf4.Workspace, cut: nf4_cuda.Cut) -> Tensor:

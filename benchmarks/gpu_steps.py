@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.gpu_bench import Bench, Missing, Report
 from benchmarks.gpu_model import LLAMA_1B, LLAMA_8B, TINY, Step
-from server.kernels.gpu import attention, launch, lora, nf4_cuda
+from server.kernels.gpu import attention, cuda, launch, lora, nf4_cuda
 from server.kernels.gpu.lora_cuda import Cut
 
 BF16 = torch.bfloat16
@@ -132,23 +134,32 @@ def _lora(cut: Any) -> contextlib.AbstractContextManager[Any]:
     return patch.object(lora, "_CUT", cut)
 
 
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    """What variants are measured against, whatever the command line turned on."""
+    with _early(False), patch.object(nf4_cuda, "MOST_ROWS", nf4_cuda.MOST_ALONE):
+        yield
+
+
+def _wide() -> contextlib.AbstractContextManager[Any]:
+    return patch.object(nf4_cuda, "MOST_ROWS", 64)
+
+
 def variants(bench: Bench) -> Report:
     """The decode step again with one thing changed at a time, in the same process and over the same memory."""
-    as_is: dict[str, Change] = {"as it is": contextlib.nullcontext}
-    early: dict[str, Change] = {"early": lambda: _early(True)}
-    products: dict[str, Change] = early | {
-        "1 tile ahead": lambda: _ahead(1),
+    as_is: dict[str, Change] = {"as it is": contextlib.nullcontext, "early": lambda: _early(True)}
+    products: dict[str, Change] = {
         "early, 1 tile ahead": lambda: _all(_early(True), _ahead(1)),
         "early, 4 tiles ahead": lambda: _all(_early(True), _ahead(4)),
-        "x staged at a third of the cost": lambda: _cut_by(STAGED=0.045),
+        "early, x staged at a third of the cost": lambda: _all(_early(True), _cut_by(STAGED=0.045)),
     }
-    rows_limit: dict[str, Change] = {
-        "wide": lambda: patch.object(nf4_cuda, "MOST_ROWS", 64),
-        "wide, early": lambda: _all(patch.object(nf4_cuda, "MOST_ROWS", 64), _early(True)),
-        "wide, early, 1 tile ahead": lambda: _all(patch.object(nf4_cuda, "MOST_ROWS", 64), _early(True), _ahead(1)),
+    wide: dict[str, Change] = {
+        "wide": _wide,
+        "wide, early": lambda: _all(_wide(), _early(True)),
+        "wide, early, 1 tile ahead": lambda: _all(_wide(), _early(True), _ahead(1)),
     }
     adapters: dict[str, Change] = {
-        f"LoRA {name}": partial(_lora, cut)
+        f"wide, early, LoRA {name}": partial(_wide_early_lora, cut)
         for name, cut in {
             "in Triton": lora._TILING,
             "tiles of 64": Cut(blocks=1),
@@ -158,48 +169,78 @@ def variants(bench: Bench) -> Report:
         }.items()
     }
     seen: dict[str, Change] = {
-        "attention in tiles of 32": lambda: patch.object(attention, "STEP", 32),
-        "attention, 3 stages": lambda: patch.object(attention, "_STAGES", 3),
+        "early, attention in tiles of 32": lambda: _all(_early(True), patch.object(attention, "STEP", 32)),
+        "early, attention, 3 stages": lambda: _all(_early(True), patch.object(attention, "_STAGES", 3)),
     }
     cases: list[tuple[int, int, bool, dict[str, Change]]]  # rows, adapters, whether NF4
     if bench.tiny:
-        few = {name: change for name, change in (rows_limit | adapters).items() if name in ("wide", "LoRA in Triton")}
+        few = {name: change for name, change in (wide | adapters).items() if name in ("wide", next(iter(adapters)))}
         cases = [(2, 2, True, as_is | few)]
     else:
         cases = [
-            (32, 0, True, as_is | early | rows_limit),
-            (32, 32, True, as_is | early | adapters),
+            (32, 0, True, as_is | wide),
             (8, 0, True, as_is | products | seen),
+            (32, 32, True, as_is | wide | adapters),
             (1, 0, True, as_is | products),
-            (64, 0, True, as_is | rows_limit),
-            (64, 64, True, as_is | rows_limit),
+            (64, 64, True, as_is | wide),
             (32, 0, False, as_is),
             (32, 32, False, as_is),
+            (64, 0, True, as_is | wide),
         ]
+        _compile_all()
     rows: list[dict[str, object]] = []
     shape, context = (TINY, 40) if bench.tiny else (LLAMA_8B, 320)
-    for batch, count, packed, changes in cases:
-        step = Step(shape, batch, context, bench.device, packed=packed, adapters=count)
-        size = step.weight_bytes() + step.cache_bytes() + (step.adapter_bytes if count else 0)
-        tokens = step.run()
-        for name, change in changes.items():
-            if bench.left() < 3:
-                return {"rows": rows, "cut": f"no time left before {batch} rows, {name}"}
-            base = "NF4" if packed else "bf16"
-            row: dict[str, object] = {"base": base, "rows": batch, "adapters": count, "change": name}
-            try:
-                with change():
-                    taken = bench.seconds([step.run], 5)
-                    same = float((step.run() == tokens).double().mean())
-                share = bench.share_of_bandwidth(size, taken)
-                row |= {"ms": taken * 1e3, "times the floor": 1 / share if share else None, "same tokens": same}
-            except Exception as error:  # one variant that cannot be launched hides no other
-                row["failure"] = f"{type(error).__name__}: {str(error)[:200]}"
-            rows.append(row)
-        del step
-        if bench.device == "cuda":
-            torch.cuda.empty_cache()
+    with _plain():
+        for batch, count, packed, changes in cases:
+            step = Step(shape, batch, context, bench.device, packed=packed, adapters=count)
+            size = step.weight_bytes() + step.cache_bytes() + (step.adapter_bytes if count else 0)
+            tokens = step.run()
+            for name, change in changes.items():
+                if bench.left() < 3:
+                    return {"rows": rows, "cut": f"no time left before {batch} rows, {name}"}
+                base = "NF4" if packed else "bf16"
+                row: dict[str, object] = {"base": base, "rows": batch, "adapters": count, "change": name}
+                try:
+                    with change():
+                        taken = bench.seconds([step.run], 5)
+                        same = float((step.run() == tokens).double().mean())
+                    share = bench.share_of_bandwidth(size, taken)
+                    row |= {"ms": taken * 1e3, "times the floor": 1 / share if share else None, "same tokens": same}
+                except Exception as error:  # one variant that cannot be launched hides no other
+                    row["failure"] = f"{type(error).__name__}: {str(error)[:200]}"
+                rows.append(row)
+            del step
+            if bench.device == "cuda":
+                torch.cuda.empty_cache()
     return {"rows": rows}
+
+
+def _wide_early_lora(cut: Any) -> contextlib.AbstractContextManager[Any]:
+    return _all(_wide(), _early(True), _lora(cut))
+
+
+def _compile_all() -> None:
+    """The products' cuts that the variants take, on all cores at once."""
+    if not cuda.available():
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(device)
+    count, limit = properties.multi_processor_count, properties.shared_memory_per_multiprocessor
+    wanted: set[tuple[nf4_cuda.Cut, int]] = set()
+    for rows, out_width in itertools.product((1, 8, 32, 64), LLAMA_8B.linears.values()):
+        wide = rows > nf4_cuda.MOST_ALONE
+        if wide and not nf4_cuda.has_fours(device):
+            continue
+        cut = nf4_cuda.best(rows, *out_width, count, limit, wide)
+        if cut is not None:
+            wanted |= {(replace(cut, ahead=ahead), out_width[1]) for ahead in ((0, 1) if wide else (0, 1, 4))}
+    compile_cuts(wanted, device)
+
+
+def compile_cuts(wanted: Iterable[tuple[nf4_cuda.Cut, int]], device: torch.device) -> None:
+    """Cuts and the widths of their inputs, on all cores."""
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda one: nf4_cuda.prepared(one[0], one[1], device), set(wanted)))
 
 
 def profile(bench: Bench) -> Report:
