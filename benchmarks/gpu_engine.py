@@ -189,7 +189,13 @@ def _measured(bench: Bench, world: World, cases: list[tuple[int, int]]) -> Repor
         uses = [str(row % adapters) if adapters else None for row in range(batch)]
         world.run(uses, prompt, 1 if bench.tiny else 4)  # adapters loaded, kernels compiled
         _, taken = world.run(uses, prompt, new)
-        step = world.decode_seconds(batch)
+        try:
+            step = world.decode_seconds(batch)
+        except RuntimeError as error:  # hides no other
+            rows.append(
+                {"base": name, "rows": batch, "adapters": adapters, "failure": f"{error}: {world.steps.kinds()}"}
+            )
+            continue
         size = world.step_bytes(batch, prompt + new // 2, adapters)
         share = bench.share_of_bandwidth(size, step)
         before = alone.setdefault(batch, step)

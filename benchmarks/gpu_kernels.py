@@ -97,7 +97,10 @@ def _cuts(bench: Bench, given: nf4.Tiling, width: int) -> list[nf4.Tiling]:
 
 
 def nf4_cuts(bench: Bench) -> Report:
-    """Ways to cut the CUDA product beside what `nf4_cuda.best` predicts and what Triton's kernel takes."""
+    """Ways to cut the CUDA product beside what `nf4_cuda.best` predicts and what Triton's kernel takes.
+
+    Leaves the fastest of each product for the sections behind it, see `gpu_steps.measured_cuts`.
+    """
     if bench.device == "cpu":
         raise Missing("CUDA's kernels need a GPU")
     if not cuda.available():
@@ -108,7 +111,7 @@ def nf4_cuts(bench: Bench) -> Report:
     fours = nf4_cuda.has_fours(device)
     chosen = {
         (name, m, wgmma): _different_cuts(m, *LLAMA_8B.linears[name], wgmma)
-        for m, wgmma in ((32, True), (8, False), (64, True), (16, True), (16, False), (1, False))
+        for m, wgmma in ((32, True), (8, False), (1, False), (64, True), (16, True), (16, False))
         for name in ("gate_up", "down", "qkv", "out")
         if fours or not wgmma
     }
@@ -117,18 +120,21 @@ def nf4_cuts(bench: Bench) -> Report:
     for name, (out, width) in LLAMA_8B.linears.items():
         copies = max(4, (120 << 20) // (out * width // 2))
         weights[name] = [random_weight(out, width, bench.device) for _ in range(copies)]
+    quickest: dict[tuple[int, int, int], tuple[float, nf4_cuda.Cut | None]] = bench.kept.setdefault("cuts", {})
     for (name, m, wgmma), cuts in chosen.items():
         out, width = LLAMA_8B.linears[name]
         x = torch.randn(m, width, dtype=BF16, device=bench.device)
         triton = nf4.tiling(m, out, width)
         plain = bench.seconds([partial(nf4.matmul, x, w, workspace, cut=triton) for w in weights[name]], 3)
         meant = nf4.matmul(x, weights[name][0], workspace, cut=triton).double()
+        quickest.setdefault((m, out, width), (plain, None))
         for cut in cuts:
             if bench.left() < 3:
                 return {"rows": rows, "cut": f"no time left at {name}, {m} rows"}
             calls = [partial(_cut_product, x, w, workspace, cut) for w in weights[name]]
             taken = bench.seconds(calls, 3)
             off = float((calls[0]().double() - meant).norm() / meant.norm())
+            quickest[m, out, width] = min(quickest[m, out, width], (taken, cut), key=lambda pair: pair[0])
             rows.append(
                 {
                     "product": name,
@@ -150,13 +156,13 @@ def nf4_cuts(bench: Bench) -> Report:
 
 
 def _different_cuts(rows: int, out: int, width: int, wgmma: bool) -> list[nf4_cuda.Cut]:
-    """The four likeliest that differ in more than their number of slices."""
+    """The twelve likeliest that differ in more than how sums are joined."""
     limit = int(torch.cuda.get_device_properties(0).shared_memory_per_multiprocessor)
     likely: dict[tuple[int, ...], nf4_cuda.Cut] = {}
     count = torch.cuda.get_device_properties(0).multi_processor_count
     for cut in sorted(nf4_cuda.cuts(rows, width, limit, wgmma), key=lambda cut: cut.cycles(out, width, count)):
-        likely.setdefault((cut.outputs, cut.blocks, cut.warps), cut)
-    return list(likely.values())[:4]
+        likely.setdefault((cut.outputs, cut.blocks, cut.warps, cut.steps), cut)
+    return list(likely.values())[:12]
 
 
 def _cut_product(x: Tensor, weight: nf4.Nf4Weight, workspace: nf4.Workspace, cut: nf4_cuda.Cut) -> Tensor:

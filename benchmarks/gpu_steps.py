@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu_bench import Bench, Missing, Report
 from benchmarks.gpu_model import LLAMA_1B, LLAMA_8B, TINY, Step
-from server.kernels.gpu import attention, cuda, launch, lora, nf4_cuda
+from server.kernels.gpu import cuda, launch, lora, nf4_cuda
 from server.kernels.gpu.lora_cuda import Cut
 
 BF16 = torch.bfloat16
@@ -112,22 +111,31 @@ def _all(*changes: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cut_by(**costs: Any) -> Iterator[None]:
-    """Cuts of the CUDA product by other costs than those that were fitted."""
-    nf4_cuda.best.cache_clear()
-    with patch.multiple(nf4_cuda, **costs):
-        yield
-    nf4_cuda.best.cache_clear()
-
-
-def _ahead(tiles: int) -> contextlib.AbstractContextManager[Any]:
+def _each_cut(**fields: Any) -> Iterator[None]:
+    """Every product's cut with other fields."""
     chosen = nf4_cuda.best
 
     def best(*arguments: Any) -> nf4_cuda.Cut | None:
         cut = chosen(*arguments)
-        return cut and replace(cut, ahead=tiles)
+        return cut and replace(cut, **fields)
 
-    return patch.object(nf4_cuda, "best", best)
+    with patch.object(nf4_cuda, "best", best):
+        yield
+
+
+@contextlib.contextmanager
+def measured_cuts(bench: Bench) -> Iterator[None]:
+    """Every product by the cut that the section `cuts` found the fastest, by Triton where that was; nothing changes
+    for products it has not timed."""
+    quickest = bench.kept.get("cuts", {})
+    chosen = nf4_cuda.best
+
+    def best(rows: int, out: int, width: int, *rest: Any) -> nf4_cuda.Cut | None:
+        known = quickest.get((rows, out, width))
+        return chosen(rows, out, width, *rest) if known is None else known[1]
+
+    with patch.multiple(nf4_cuda, best=best, MOST_ROWS=64):
+        yield
 
 
 def _lora(cut: Any) -> contextlib.AbstractContextManager[Any]:
@@ -141,53 +149,39 @@ def _plain() -> Iterator[None]:
         yield
 
 
-def _wide() -> contextlib.AbstractContextManager[Any]:
-    return patch.object(nf4_cuda, "MOST_ROWS", 64)
-
-
 def variants(bench: Bench) -> Report:
     """The decode step again with one thing changed at a time, in the same process and over the same memory."""
     as_is: dict[str, Change] = {"as it is": contextlib.nullcontext, "early": lambda: _early(True)}
     products: dict[str, Change] = {
-        "early, 1 tile ahead": lambda: _all(_early(True), _ahead(1)),
-        "early, 4 tiles ahead": lambda: _all(_early(True), _ahead(4)),
-        "early, x staged at a third of the cost": lambda: _all(_early(True), _cut_by(STAGED=0.045)),
-    }
-    wide: dict[str, Change] = {
-        "wide": _wide,
-        "wide, early": lambda: _all(_wide(), _early(True)),
-        "wide, early, 1 tile ahead": lambda: _all(_wide(), _early(True), _ahead(1)),
+        "measured cuts": lambda: measured_cuts(bench),
+        "measured cuts, early": lambda: _all(measured_cuts(bench), _early(True)),
+        "measured cuts, early, alone": lambda: _all(measured_cuts(bench), _early(True), _each_cut(alone=True)),
+        "measured cuts, early, alone, 1 tile ahead": lambda: _all(
+            measured_cuts(bench), _early(True), _each_cut(alone=True, ahead=1)
+        ),
     }
     adapters: dict[str, Change] = {
-        f"wide, early, LoRA {name}": partial(_wide_early_lora, cut)
-        for name, cut in {
-            "in Triton": lora._TILING,
-            "tiles of 64": Cut(blocks=1),
-            "8 and 5 groups": Cut(shrink_groups=8, expand_groups=5),
-            "4 and 3 groups": Cut(shrink_groups=4, expand_groups=3),
-            "2 turns": Cut(turns=2),
-        }.items()
-    }
-    seen: dict[str, Change] = {
-        "early, attention in tiles of 32": lambda: _all(_early(True), patch.object(attention, "STEP", 32)),
-        "early, attention, 3 stages": lambda: _all(_early(True), patch.object(attention, "_STAGES", 3)),
+        f"measured cuts, early, LoRA {name}": partial(_measured_early_lora, bench, cut)
+        for name, cut in {"in Triton": lora._TILING, "8 and 5 groups": Cut(shrink_groups=8, expand_groups=5)}.items()
     }
     cases: list[tuple[int, int, bool, dict[str, Change]]]  # rows, adapters, whether NF4
     if bench.tiny:
-        few = {name: change for name, change in (wide | adapters).items() if name in ("wide", next(iter(adapters)))}
+        few = {
+            name: change for name, change in (products | adapters).items() if "early" not in name or "Triton" in name
+        }
         cases = [(2, 2, True, as_is | few)]
     else:
         cases = [
-            (32, 0, True, as_is | wide),
-            (8, 0, True, as_is | products | seen),
-            (32, 32, True, as_is | wide | adapters),
+            (8, 0, True, as_is | products),
+            (32, 0, True, as_is | products),
             (1, 0, True, as_is | products),
-            (64, 64, True, as_is | wide),
+            (32, 32, True, as_is | products | adapters),
+            (64, 64, True, as_is | products),
             (32, 0, False, as_is),
             (32, 32, False, as_is),
-            (64, 0, True, as_is | wide),
+            (64, 0, True, as_is | products),
         ]
-        _compile_all()
+        _compile_all(bench)
     rows: list[dict[str, object]] = []
     shape, context = (TINY, 40) if bench.tiny else (LLAMA_8B, 320)
     with _plain():
@@ -215,25 +209,19 @@ def variants(bench: Bench) -> Report:
     return {"rows": rows}
 
 
-def _wide_early_lora(cut: Any) -> contextlib.AbstractContextManager[Any]:
-    return _all(_wide(), _early(True), _lora(cut))
+def _measured_early_lora(bench: Bench, cut: Any) -> contextlib.AbstractContextManager[Any]:
+    return _all(measured_cuts(bench), _early(True), _lora(cut))
 
 
-def _compile_all() -> None:
+def _compile_all(bench: Bench) -> None:
     """The products' cuts that the variants take, on all cores at once."""
     if not cuda.available():
         return
     device = torch.device("cuda", torch.cuda.current_device())
-    properties = torch.cuda.get_device_properties(device)
-    count, limit = properties.multi_processor_count, properties.shared_memory_per_multiprocessor
     wanted: set[tuple[nf4_cuda.Cut, int]] = set()
-    for rows, out_width in itertools.product((1, 8, 32, 64), LLAMA_8B.linears.values()):
-        wide = rows > nf4_cuda.MOST_ALONE
-        if wide and not nf4_cuda.has_fours(device):
-            continue
-        cut = nf4_cuda.best(rows, *out_width, count, limit, wide)
+    for (_, _, width), (_, cut) in bench.kept.get("cuts", {}).items():
         if cut is not None:
-            wanted |= {(replace(cut, ahead=ahead), out_width[1]) for ahead in ((0, 1) if wide else (0, 1, 4))}
+            wanted |= {(replace(cut, alone=alone, ahead=ahead), width) for alone, ahead in ((True, 0), (True, 1))}
     compile_cuts(wanted, device)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -70,6 +71,11 @@ class Steps(Unobserved):
 
     def step(self, *, seconds: float, sequences: int, adapters: int, tokens: int) -> None:
         self.seen.append(Stepped(time.monotonic(), seconds, sequences, adapters, tokens))
+
+    def kinds(self) -> str:
+        """How many steps of which (sequences, tokens), the commonest first."""
+        counted = Counter((step.sequences, step.tokens) for step in self.seen)
+        return ", ".join(f"{count} of {kind}" for kind, count in counted.most_common(6))
 
     def adapter_loaded(self, tier: str, seconds: float) -> None:
         if tier == "device":

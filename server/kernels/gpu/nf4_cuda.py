@@ -17,11 +17,12 @@ from server.kernels.gpu import cuda
 from server.kernels.gpu.launch import dependent, processors
 from server.kernels.gpu.nf4_levels import LEVELS
 
-_TABLE = 256 * 32 * 4 + 256  # bytes of static shared memory
+_TABLE = (1 << 16) + 256  # bytes of shared memory: entries of 256, of which half is used, and a byte a tile
 MOST_ALONE = 16  # rows for warps that multiply by themselves; beyond it, on an H200, Triton's kernel was as fast
 MOST_ROWS = MOST_ALONE  # for fours of warps: 64 are possible, but no card has shown that it is right and faster
 AHEAD = 0  # tiles of a group whose codes are asked for while x is being made; what it gains is not measured
 _MOST = 256  # tiles that one group walks
+_HALF = 116 << 10  # bytes of shared memory: two groups that have so much do not fit a processor
 STAGED = 0.136  # cycles a byte of x takes to shared memory; see `Cut.cycles`
 _RESERVED = 1024  # bytes of every group's shared memory, by the driver
 
@@ -30,7 +31,8 @@ _RESERVED = 1024  # bytes of every group's shared memory, by the driver
 class Cut:
     """Constants of nf4_product.cu, named there. rows: a power of two, outputs: a multiple of `tile`.
 
-    wgmma: warps multiply by fours, which takes at least 8 rows and compute capability 9.0.
+    wgmma: warps multiply by fours, which takes at least 8 rows and compute capability 9.0. alone: a group asks for more
+    than half of a processor's shared memory, so that no two share one.
     """
 
     rows: int
@@ -41,6 +43,7 @@ class Cut:
     together: int = 4  # tiles of 8 rows whose sums are joined at a time
     ahead: int = AHEAD
     wgmma: bool = False
+    alone: bool = False
 
     @property
     def tile(self) -> int:
@@ -64,9 +67,10 @@ class Cut:
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory of a group: x, then the sharers' sums."""
+        """Bytes of shared memory that a launch asks for: the table, x, the sharers' sums."""
         x = self.inputs // 32 * (self.rows * 64 + 64) if self.wgmma else self.rows * (self.inputs + 32) * 2
-        return x + self.sharers * 8 * self.passes * (self.outputs + 4) * 4
+        needed = _TABLE + x + self.sharers * 8 * self.passes * (self.outputs + 4) * 4
+        return max(needed, _HALF) if self.alone else needed
 
     @property
     def registers(self) -> int:
@@ -111,9 +115,9 @@ class Cut:
         size = self.outputs * self.inputs
         sums = 0.163 * self.sharers * rows * self.outputs + 80 * (rows // 8) / self.passes
         joined = 0.02 * self.rows * self.outputs * slices if slices > 1 else 0.0
-        weight = 0.039 + 0.0009 * rows
+        weight = 0.033 + 0.0007 * rows  # guessed
         if self.wgmma:  # guessed
-            weight = max(0.039, 750 / self.under_way) + 0.0003 * rows
+            weight = max(0.033, 750 / self.under_way) + 0.0003 * rows
         return once + rounds * (weight * size + sums + joined)
 
 
@@ -125,7 +129,7 @@ def cuts(rows: int, width: int, limit: int, wgmma: bool = False) -> list[Cut]:
         each = -(-width // 64 // slices)  # blocks of a slice
         cut = Cut(rows, outputs, blocks, 1, warps, together, wgmma=wgmma)
         cut = replace(cut, steps=-(-each // (cut.sharers * blocks)))
-        fits = cut.shared + _TABLE + _RESERVED <= limit and cut.registers <= (84 if warps == 16 else 180)
+        fits = cut.shared + _RESERVED <= limit and cut.registers <= (84 if warps == 16 else 180)
         if together <= -(-rows // 8) and fits and cut not in found:
             found.append(cut)
     return found

@@ -46,6 +46,22 @@ DEVICE void copy16(void* to, const void* from, bool there) {
 
 DEVICE void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// The word's byte b as second byte, above the lowest one of `low`, which is less than 256.
+DEVICE u32 entry(u32 word, int b, u32 low) { return __byte_perm(word, low, 0x5504 | b << 4); }
+
+// Shared memory that a launch asks for begins here where a kernel declares none itself. As a number in the instruction
+// it costs nothing; as an address in a register it would be added anew for every byte.
+#define ROOM_AT 1024
+DEVICE bool table_is_there(const void* table) { return (u32)__cvta_generic_to_shared(table) == ROOM_AT; }
+DEVICE u32 in_table(const void*, u32 at) {
+    u32 both;
+    asm volatile("ld.shared.u32 %0, [%1+1024];" : "=r"(both) : "r"(at));
+    return both;
+}
+
+// What all lanes of a warp have alike, as the compiler is to know.
+DEVICE int alike(int value) { return __shfl_sync(0xffffffff, value, 0); }
+
 // The same number twice, in x's type.
 DEVICE u32 twice(float f) { return narrow(f) * 0x10001u; }
 
@@ -185,10 +201,10 @@ DEVICE void finish(u16* y, const u16* bias, const Floats& sum, int c, int n, int
         if (n + k < out) y[(long long)c * out + n + k] = narrow(four[k] + (bias ? widen(bias[n + k]) : 0.f));
 }
 
-// The two weights of a word's byte, in x's type, side by side.
-#define LOOK_UP(word, byte)                \
-    (*(const u32*)((const u8*)table +      \
-                   (((byte) == 0 ? (word) << 7 & 0x7f80 : (word) >> (8 * (byte) - 7) & 0x7f80) | 4 * lane)))
+// The two weights of a word's byte, in x's type, side by side. Entries lie 256 bytes apart, of which a lane's own four
+// are read: so the byte's place in the address is made by moving bytes alone, in one instruction.
+#define LOOK_UP(word, byte) in_table(table, entry(word, byte, 4 * lane))
+#define TABLE 0x10000  // bytes
 
 // x [rows, WIDTH], rows x_stride elements apart; codes [out, WIDTH / 2]; scales [out, BLOCKS]; levels [16] in x's type;
 // bias [out] or null; y [rows, out]. Where there are several slices: parts [tiles, SLICES, ROWS, R], and counters, one a
@@ -199,14 +215,15 @@ DEVICE void finish(u16* y, const u16* bias, const Floats& sum, int c, int n, int
 KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void* scales, const u16* levels,
                    const u16* bias, u16* y, float* parts, int* counters, int rows, int out) {
     let_next_begin();
-    SHARED_TABLE(u32, table, 256 * 32);
-    SHARED_TABLE(u8, joins, MOST);
-    SHARED_ROOM(room);
+    SHARED_ROOM(table);
+    u8* joins = table + TABLE;
+    u8* room = joins + MOST;
     float* sums = (float*)(room + X_BYTES);
+    if (!table_is_there(table)) return;  // then what comes out is wrong, and found to be so when an engine starts
 
     const int warp = THREAD >> 5, lane = THREAD & 31, g = lane >> 2, t = lane & 3;
     const int tiles = (out + R - 1) / R, slice = blockIdx.y;
-    const int sharer = WGMMA ? warp >> 2 : warp, lane_row = WGMMA ? (warp & 3) * 16 + g : g;
+    const int sharer = alike(WGMMA ? warp >> 2 : warp), lane_row = WGMMA ? (warp & 3) * 16 + g : g;
     const int block0 = (slice * SHARERS + sharer) * OWN, second = t >> 1;  // of every two blocks, which is this lane's
 
     // What a warp has of its next step: a step is KB of its blocks, for all outputs of a tile.
@@ -233,12 +250,12 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
         const int from = slice * (SLICE / 2), bytes = min(SLICE / 2, WIDTH / 2 - from);
         if (row < out) fetch_ahead(codes + (long long)row * (WIDTH / 2) + from, bytes);
     }
-    // The table: entry e at 128 * e bytes, once for every lane. What is stored here is read only behind the barrier.
+    // The table: entry e at 256 * e bytes, once for every lane. What is stored here is read only behind the barrier.
     if (THREAD < 256) {
         const int e = THREAD;
         const u32 both = (u32)levels[e >> 4] | (u32)levels[e & 15] << 16;
         Quad four = {both, both, both, both};
-        UNROLL for (int i = 0; i < 8; i++) *(Quad*)(table + e * 32 + ((i + lane) & 7) * 4) = four;
+        UNROLL for (int i = 0; i < 8; i++) *(Quad*)(table + e * 256 + ((i + lane) & 7) * 16) = four;
     }
     wait_for_writes();
     // Every group begins elsewhere: all of them asking for the same lines at the same moment had a third of the pace.
