@@ -15,8 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu_bench import Bench, Missing, Report
 from benchmarks.gpu_model import LLAMA_1B, LLAMA_8B, TINY, Step
-from server.kernels.gpu import cuda, launch, lora, nf4_cuda
-from server.kernels.gpu.lora_cuda import Cut
+from server.kernels.gpu import attention, cuda, launch, lora, nf4_cuda
 
 BF16 = torch.bfloat16
 
@@ -156,13 +155,21 @@ def variants(bench: Bench) -> Report:
         "measured cuts": lambda: measured_cuts(bench),
         "measured cuts, early": lambda: _all(measured_cuts(bench), _early(True)),
         "measured cuts, early, alone": lambda: _all(measured_cuts(bench), _early(True), _each_cut(alone=True)),
-        "measured cuts, early, alone, 1 tile ahead": lambda: _all(
-            measured_cuts(bench), _early(True), _each_cut(alone=True, ahead=1)
-        ),
     }
     adapters: dict[str, Change] = {
-        f"measured cuts, early, LoRA {name}": partial(_measured_early_lora, bench, cut)
-        for name, cut in {"in Triton": lora._TILING, "8 and 5 groups": Cut(shrink_groups=8, expand_groups=5)}.items()
+        "measured cuts, early, LoRA in Triton": lambda: _all(measured_cuts(bench), _early(True), _lora(lora._TILING))
+    }
+    seen: dict[str, Change] = {
+        f"measured cuts, early, attention: {', '.join(f'{key} {value}' for key, value in fields.items())}": partial(
+            _attention, bench, fields
+        )
+        for fields in (
+            {"STEP": 128},
+            {"STEP": 128, "_WARPS": 8},
+            {"_REGISTERS": 96},
+            {"_REGISTERS": 128},
+            {"_STAGES": 1},
+        )
     }
     cases: list[tuple[int, int, bool, dict[str, Change]]]  # rows, adapters, whether NF4
     if bench.tiny:
@@ -172,14 +179,15 @@ def variants(bench: Bench) -> Report:
         cases = [(2, 2, True, as_is | few)]
     else:
         cases = [
-            (8, 0, True, as_is | products),
-            (32, 0, True, as_is | products),
+            (32, 0, True, as_is | products | seen),
+            (8, 0, True, as_is | products | seen),
             (1, 0, True, as_is | products),
             (32, 32, True, as_is | products | adapters),
-            (64, 64, True, as_is | products),
+            (64, 64, True, as_is | products | seen),
+            (64, 0, True, as_is | products),
+            (16, 16, True, as_is | products),
             (32, 0, False, as_is),
             (32, 32, False, as_is),
-            (64, 0, True, as_is | products),
         ]
         _compile_all(bench)
     rows: list[dict[str, object]] = []
@@ -209,8 +217,10 @@ def variants(bench: Bench) -> Report:
     return {"rows": rows}
 
 
-def _measured_early_lora(bench: Bench, cut: Any) -> contextlib.AbstractContextManager[Any]:
-    return _all(measured_cuts(bench), _early(True), _lora(cut))
+def _attention(bench: Bench, fields: dict[str, int]) -> contextlib.AbstractContextManager[Any]:
+    return _all(
+        measured_cuts(bench), _early(True), *(patch.object(attention, name, value) for name, value in fields.items())
+    )
 
 
 def _compile_all(bench: Bench) -> None:
@@ -221,7 +231,7 @@ def _compile_all(bench: Bench) -> None:
     wanted: set[tuple[nf4_cuda.Cut, int]] = set()
     for (_, _, width), (_, cut) in bench.kept.get("cuts", {}).items():
         if cut is not None:
-            wanted |= {(replace(cut, alone=alone, ahead=ahead), width) for alone, ahead in ((True, 0), (True, 1))}
+            wanted.add((replace(cut, alone=True), width))
     compile_cuts(wanted, device)
 
 

@@ -23,7 +23,7 @@ from server.kernels.gpu.nf4_levels import unpack_asm
 
 FUSED_ROWS = 64
 BLOCK = 64  # weights that share a scale
-PARTS = 1 << 23  # numbers in which groups of threads leave each other parts of sums: enough for 64 rows of an 8B model
+PARTS = 1 << 24  # numbers in which groups of threads leave each other parts of sums: enough for 64 rows of an 8B model
 
 _ASM = {torch.bfloat16: unpack_asm(torch.bfloat16), torch.float16: unpack_asm(torch.float16)}
 

@@ -32,7 +32,7 @@ class Cut:
     """Constants of nf4_product.cu, named there. rows: a power of two, outputs: a multiple of `tile`.
 
     wgmma: warps multiply by fours, which takes at least 8 rows and compute capability 9.0. alone: a group asks for more
-    than half of a processor's shared memory, so that no two share one.
+    than half of a processor's shared memory, so that no two share one. apart: the sharers have tiles of their own.
     """
 
     rows: int
@@ -44,6 +44,7 @@ class Cut:
     ahead: int = AHEAD
     wgmma: bool = False
     alone: bool = False
+    apart: bool = False
 
     @property
     def tile(self) -> int:
@@ -52,13 +53,18 @@ class Cut:
 
     @property
     def sharers(self) -> int:
-        """Of a slice: warps, or fours of them."""
+        """Of a group: warps, or fours of them."""
         return self.warps // 4 if self.wgmma else self.warps
+
+    @property
+    def walk(self) -> int:
+        """Tiles that a group has at a time."""
+        return self.sharers if self.apart else 1
 
     @property
     def inputs(self) -> int:
         """Of a slice."""
-        return self.sharers * self.blocks * self.steps * 64
+        return (1 if self.apart else self.sharers) * self.blocks * self.steps * 64
 
     @property
     def passes(self) -> int:
@@ -69,7 +75,8 @@ class Cut:
     def shared(self) -> int:
         """Bytes of shared memory that a launch asks for: the table, x, the sharers' sums."""
         x = self.inputs // 32 * (self.rows * 64 + 64) if self.wgmma else self.rows * (self.inputs + 32) * 2
-        needed = _TABLE + x + self.sharers * 8 * self.passes * (self.outputs + 4) * 4
+        sums = 0 if self.apart else self.sharers * 8 * self.passes * (self.outputs + 4) * 4
+        needed = _TABLE + x + sums
         return max(needed, _HALF) if self.alone else needed
 
     @property
@@ -96,7 +103,7 @@ class Cut:
 
     def walkers(self, out: int, width: int, count: int) -> int:
         """Groups of each slice on a card of `count` processors."""
-        return min(self.tiles(out), max(1, count // self.slices(width)))
+        return min(-(-self.tiles(out) // self.walk), max(1, count // self.slices(width)))
 
     def parts(self, out: int, width: int) -> int:
         """Numbers that groups leave each other."""
@@ -110,27 +117,30 @@ class Cut:
         its beginning, x on its way to shared memory, weights, the warps' sums, the slices' parts.
         """
         slices, rows = self.slices(width), max(8, self.rows)
-        rounds = -(-self.tiles(out) // self.walkers(out, width, count))
-        once = 7950 + STAGED * self.rows * self.inputs * 2 + (260 if slices > 1 else 0)
-        size = self.outputs * self.inputs
+        rounds = -(-self.tiles(out) // (self.walkers(out, width, count) * self.walk))
+        once = 2100 + STAGED * self.rows * self.inputs * 2 + (260 if slices > 1 else 0)
+        size = self.walk * self.outputs * self.inputs
         sums = 0.163 * self.sharers * rows * self.outputs + 80 * (rows // 8) / self.passes
-        joined = 0.02 * self.rows * self.outputs * slices if slices > 1 else 0.0
+        joined = 0.02 * self.walk * self.rows * self.outputs * slices if slices > 1 else 0.0
         weight = 0.033 + 0.0007 * rows  # guessed
         if self.wgmma:  # guessed
-            weight = max(0.033, 750 / self.under_way) + 0.0003 * rows
-        return once + rounds * (weight * size + sums + joined)
+            weight = 0.033 + 0.0003 * rows
+        weight = max(weight, 750 / self.under_way)
+        return once + rounds * (weight * size + (0.0 if self.apart else sums) + joined)
 
 
 def cuts(rows: int, width: int, limit: int, wgmma: bool = False) -> list[Cut]:
     """All that `rows` of x could be multiplied by within `limit` bytes of shared memory a processor."""
     found = []
     tiles = (64, 128) if wgmma else (16, 32, 48, 64)
-    for outputs, blocks, slices, warps, together in itertools.product(tiles, (2, 4), range(1, 33), (8, 16), (1, 2, 4)):
+    ways = itertools.product(tiles, (2, 4), range(1, 33), (8, 16), (1, 2, 4), (False, True))
+    for outputs, blocks, slices, warps, together, apart in ways:
         each = -(-width // 64 // slices)  # blocks of a slice
-        cut = Cut(rows, outputs, blocks, 1, warps, together, wgmma=wgmma)
-        cut = replace(cut, steps=-(-each // (cut.sharers * blocks)))
+        cut = Cut(rows, outputs, blocks, 1, warps, together, wgmma=wgmma, apart=apart)
+        cut = replace(cut, steps=-(-each // (blocks * (1 if apart else cut.sharers))))
         fits = cut.shared + _RESERVED <= limit and cut.registers <= (84 if warps == 16 else 180)
-        if together <= -(-rows // 8) and fits and cut not in found:
+        joined_as_asked = together == 1 if apart else together <= -(-rows // 8)
+        if joined_as_asked and fits and cut not in found:
             found.append(cut)
     return found
 
@@ -165,7 +175,7 @@ def product(
     if cut is None or cut.parts(out, width) > parts.numel() or cut.tiles(out) > counters.numel():
         return None
     walkers = cut.walkers(out, width, count)
-    if cut.tiles(out) > walkers * _MOST:
+    if -(-cut.tiles(out) // (cut.walk * walkers)) * cut.walk > _MOST:
         return None
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     kernel = _function(cut, width, x.dtype == torch.float16, scales.dtype == torch.float32, x.device)
@@ -190,6 +200,7 @@ def constants(cut: Cut, width: int, half: bool, wide: bool) -> tuple[tuple[str, 
         ("NP", cut.passes),
         ("AHEAD", cut.ahead),
         ("WGMMA", int(cut.wgmma)),
+        ("APART", int(cut.apart)),
         ("HALF", int(half)),
         ("WIDE", int(wide)),
     )

@@ -9,12 +9,14 @@
 //   ROWS    a power of two: the most rows of x
 //   WGMMA   1: four warps multiply together, 64 outputs by all rows of x at once (compute capability 9.0 alone);
 //           0: every warp for itself, 16 outputs by 8 rows
-//   WARPS   of a group of threads; they, or their fours, share its slice of 64 * SHARERS * KB * STEPS inputs
+//   WARPS   of a group of threads; they, or their fours, are its sharers
+//   APART   0: the sharers split the group's slice of 64 * SHARERS * KB * STEPS inputs and add up their sums;
+//           1: each has tiles of outputs of its own, and all of a slice of 64 * KB * STEPS inputs
 //   MT      tiles of 16 outputs that every warp has at a time
 //   KB      blocks of 64 inputs that every warp has on their way at a time: 2 or 4
 //   STEPS   times KB: the blocks of one warp
 //   NP      tiles of 8 rows whose sums are joined at a time
-//   AHEAD   tiles of a group whose codes are asked for before x is there
+//   AHEAD   tiles that a sharer's codes are on their way to the card's cache before they are read
 //   HALF    1: x and y are float16, 0: bfloat16
 //   WIDE    1: scales are float32, 0: float16
 #include "device.cuh"
@@ -153,7 +155,9 @@ DEVICE Floats read_uncached(const Floats* at) {
 #define ROOM (SLICE + 32)                     // elements from one row of x to the next: 64 bytes more, in other banks
 #define X_BYTES (ROWS * ROOM * 2)
 #endif
-#define SLICE (SHARERS * OWN * 64)            // inputs of one group
+#define SPLIT (APART ? 1 : SHARERS)           // parts of a slice
+#define WALK (APART ? SHARERS : 1)            // tiles that a group has at a time
+#define SLICE (SPLIT * OWN * 64)              // inputs of one group
 #define SLICES ((WIDTH + SLICE - 1) / SLICE)
 #define R (TILE * MT)                         // outputs of a group at a time
 #define SUMS (R + 4)
@@ -224,13 +228,14 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
     const int warp = THREAD >> 5, lane = THREAD & 31, g = lane >> 2, t = lane & 3;
     const int tiles = (out + R - 1) / R, slice = blockIdx.y;
     const int sharer = alike(WGMMA ? warp >> 2 : warp), lane_row = WGMMA ? (warp & 3) * 16 + g : g;
-    const int block0 = (slice * SHARERS + sharer) * OWN, second = t >> 1;  // of every two blocks, which is this lane's
+    const int block0 = (slice * SPLIT + (APART ? 0 : sharer)) * OWN, second = t >> 1;  // of two blocks, the lane's
+    const int tile0 = APART ? (int)blockIdx.x * SHARERS + sharer : (int)blockIdx.x, stride = WALK * (int)gridDim.x;
 
     // What a warp has of its next step: a step is KB of its blocks, for all outputs of a tile.
     Quad packed[MT][2][KB / 2];
     Scales scale[MT][2], coming[MT][2];
     {
-        const int row0 = (int)blockIdx.x * R + lane_row;
+        const int row0 = tile0 * R + lane_row;
         const u8* from = codes + (long long)row0 * (WIDTH / 2) + block0 * 32 + t * 16;
         UNROLL for (int m = 0; m < MT; m++) UNROLL for (int h = 0; h < 2; h++) {
             const int row = m * TILE + h * 8;
@@ -245,10 +250,11 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
     }
 
     // While x is still being made, memory has nothing to do: the codes of the first tiles go on their way.
-    for (int i = THREAD; i < AHEAD * R; i += THREADS) {
-        const int row = ((int)blockIdx.x + i / R * (int)gridDim.x) * R + i % R;
-        const int from = slice * (SLICE / 2), bytes = min(SLICE / 2, WIDTH / 2 - from);
-        if (row < out) fetch_ahead(codes + (long long)row * (WIDTH / 2) + from, bytes);
+    const int among = THREAD % (THREADS / WALK), ahead_from = slice * (SLICE / 2);
+    const int ahead_bytes = min(SLICE / 2, WIDTH / 2 - ahead_from);
+    for (int i = among; i < AHEAD * R; i += THREADS / WALK) {
+        const int row = (tile0 + i / R * stride) * R + i % R;
+        if (row < out) fetch_ahead(codes + (long long)row * (WIDTH / 2) + ahead_from, ahead_bytes);
     }
     // The table: entry e at 256 * e bytes, once for every lane. What is stored here is read only behind the barrier.
     if (THREAD < 256) {
@@ -283,7 +289,7 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
     }
     show_tensor_cores();
     BARRIER();
-    const u64 own_x = described(room + sharer * (OWN * 2) * CHUNK, NT * 128, 128);
+    const u64 own_x = described(room + (APART ? 0 : sharer) * (OWN * 2) * CHUNK, NT * 128, 128);
 #else
     // Of 128 inputs, the q-th 16 bytes of all four lanes lie side by side.
     u16* rows_of_x = (u16*)room;
@@ -300,15 +306,20 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
 
     const u16* own_x[NT];  // rows past the last stand for the first: nobody reads what comes of them
     UNROLL for (int n = 0; n < NT; n++)
-        own_x[n] = rows_of_x + (n * 8 + g < rows ? n * 8 + g : 0) * ROOM + warp * OWN * 64 + 8 * t;
+        own_x[n] = rows_of_x + (n * 8 + g < rows ? n * 8 + g : 0) * ROOM + (APART ? 0 : warp) * OWN * 64 + 8 * t;
 #endif
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int tile = tile0; tile < tiles; tile += stride) {
+        if (AHEAD)
+            for (int i = among; i < R; i += THREADS / WALK) {
+                const int row = (tile + AHEAD * stride) * R + i;
+                if (row < out) fetch_ahead(codes + (long long)row * (WIDTH / 2) + ahead_from, ahead_bytes);
+            }
         float total[MT][NT][4];
         UNROLL for (int m = 0; m < MT; m++) UNROLL for (int n = 0; n < NT; n++) UNROLL for (int i = 0; i < 4; i++)
             total[m][n][i] = 0.f;
         ROLLED for (int step = 0; step < STEPS; step++) {
             const bool same = step + 1 < STEPS;
-            const int next = same ? tile : tile + gridDim.x;
+            const int next = same ? tile : tile + stride;
             const int next_block = block0 + (same ? (step + 1) * KB : 0), row0 = next * R + lane_row;
             const u8* from = codes + (long long)row0 * (WIDTH / 2) + next_block * 32 + t * 16;
             if (next < tiles) {
@@ -362,6 +373,16 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
 #if WGMMA
         finish_multiplying();
 #endif
+#if APART
+        UNROLL for (int m = 0; m < MT; m++) UNROLL for (int n = 0; n < NT; n++) UNROLL for (int i = 0; i < 4; i++) {
+            const int c = n * 8 + 2 * t + (i & 1), r = m * TILE + (i >> 1) * 8 + lane_row;
+            if (c >= rows) continue;
+            if (SLICES > 1)
+                parts[(((long long)tile * SLICES + slice) * ROWS + c) * R + r] = total[m][n][i];
+            else if (tile * R + r < out)
+                y[(long long)c * out + tile * R + r] = narrow(total[m][n][i] + (bias ? widen(bias[tile * R + r]) : 0.f));
+        }
+#else
         // The sharers' sums, joined in their order.
         UNROLL for (int n0 = 0; n0 < NT; n0 += NP) {
             if (n0) BARRIER();
@@ -383,6 +404,7 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
             }
         }
         BARRIER();
+#endif
     }
     if (SLICES == 1) return;
 
@@ -390,18 +412,20 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
     // the same sum every time.
     FENCE();
     BARRIER();
-    const int walked = (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
+    const int turns = ((tiles + WALK - 1) / WALK - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
+    const int walked = turns * WALK, first = (int)blockIdx.x * WALK;
     if (THREAD < walked) {
-        int* counter = counters + blockIdx.x + THREAD * gridDim.x;
-        joins[THREAD] = COUNT(counter) == SLICES - 1;
-        if (joins[THREAD]) *counter = 0;
+        const int tile = first + THREAD / WALK * stride + THREAD % WALK;
+        const bool last = tile < tiles && COUNT(counters + tile) == SLICES - 1;
+        joins[THREAD] = last;
+        if (last) counters[tile] = 0;
     }
     BARRIER();
     FENCE();
     for (int i = THREAD; i < walked * rows * (R / 4); i += THREADS) {
         const int place = i / (rows * (R / 4)), c = i / (R / 4) % rows, r = i % (R / 4) * 4;
         if (!joins[place]) continue;
-        const long long tile = blockIdx.x + place * (int)gridDim.x;
+        const long long tile = first + place / WALK * stride + place % WALK;
         Floats part[SLICES], sum = {0.f, 0.f, 0.f, 0.f};
         UNROLL for (int s = 0; s < SLICES; s++)
             part[s] = read_uncached((const Floats*)(parts + ((tile * SLICES + s) * ROWS + c) * R + r));

@@ -65,7 +65,7 @@ def product(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None, cut: Cut, wal
     tensors = [x, weight.codes, weight.scales, table, bias, y, parts, counters]
     at = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors]
     on_the_cpu(cut, width, x.dtype == torch.float16, wide).run(
-        min(tiles, walkers), slices, ctypes.c_long(cut.shared), at[0], ctypes.c_longlong(x.stride(0)), *at[1:],
+        min(-(-tiles // cut.walk), walkers), slices, ctypes.c_long(cut.shared), at[0], ctypes.c_longlong(x.stride(0)), *at[1:],
         rows, out,
     )  # fmt: skip
     assert not counters.any()
@@ -105,6 +105,10 @@ def meaning(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None) -> Tensor:
         (Cut(16, 64, 4, warps=16, wgmma=True), 11, 64, 1088, False, 1),
         (Cut(64, 64, 2, 2, warps=16, together=2, wgmma=True), 64, 65, 1024, False, 2),
         (Cut(8, 64, 2, 3, warps=8, wgmma=True), 7, 50, 704, False, 1),
+        (Cut(8, 16, 2, 3, warps=8, apart=True), 7, 150, 384, False, 1),  # tiles of their own; two have a second one
+        (Cut(1, 32, 4, 2, warps=8, apart=True), 1, 75, 1088, True, 2),  # three slices, groups without a tile for all
+        (Cut(64, 64, 2, 2, warps=16, wgmma=True, apart=True), 50, 330, 576, False, 1),
+        (Cut(32, 128, 4, warps=8, wgmma=True, ahead=2, apart=True), 32, 260, 256, False, 2),
     ],
 )
 def test_the_source_on_the_cpu(
