@@ -12,6 +12,7 @@ nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -33,7 +34,9 @@ from benchmarks.gpu_bench import Bench, Missing, Report
 def main(arguments: list[str] | None = None) -> Report:
     """Parse the command line, run the sections, write the reports."""
     from benchmarks.gpu_engine import close_worlds
+    from benchmarks.gpu_kernels import written_cuts
     from benchmarks.gpu_sections import SECTIONS
+    from benchmarks.gpu_steps import measured_cuts
     from server.kernels.gpu import cuda, launch, nf4_cuda
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -42,47 +45,49 @@ def main(arguments: list[str] | None = None) -> Report:
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
     parser.add_argument("--markdown", type=Path, default=Path("gpu.md"))
     parser.add_argument(
-        "--with",
-        dest="also",
+        "--without",
         nargs="+",
         choices=["early", "wide"],
         default=[],
         metavar="WHAT",
-        help="what is off until a card has shown it: launches before the one in front has ended (early), products of "
-        "17 to 64 rows in CUDA C++ (wide)",
+        help="launches before the one in front has ended (early), products of 17 to 64 rows in CUDA C++ (wide)",
     )
+    parser.add_argument("--cuts", type=Path, help="an earlier call's JSON, whose fastest cuts of NF4 products are used")
     parser.add_argument("--triton", action="store_true", help="no kernels in CUDA C++")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to try the script itself")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.tiny:
         parser.error("no CUDA device here; --tiny tries the script without one")
     cuda.refuse(options.triton)
-    launch.overlap("early" in options.also)
-    nf4_cuda.MOST_ROWS = 64 if "wide" in options.also else nf4_cuda.MOST_ALONE
+    launch.overlap("early" not in options.without)
+    nf4_cuda.MOST_ROWS = nf4_cuda.MOST_ALONE if "wide" in options.without else 64
     bench = Bench("cuda" if torch.cuda.is_available() else "cpu", options.tiny)
     deadline = time.monotonic() + options.minutes * 60
     report: Report = {
         "machine": machine(),
         "tiny": options.tiny,
-        "with": options.also,
+        "without": options.without,
         "triton": options.triton,
         "sections": {},
     }
-    for name, section in SECTIONS.items():
-        if name not in options.sections:
-            continue
-        if section.engine and wrong(report, "answers"):
-            result: Report = {"status": "missing", "why": "the engine's answers were wrong"}
-        else:
-            result = run(name, section.run, section.seconds, bench, deadline)
-        report["sections"][name] = result
-        print(f"{name}: {result['status']} {result.get('why', '')}", flush=True)
-        # After every section: a call that is cut off still leaves what it has measured.
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        options.markdown.write_text(markdown(report), encoding="utf-8")
-        if name == "correct" and result["status"] != "done":
-            print("the kernels are wrong; nothing is timed")
-            break
+    with contextlib.ExitStack() as changes:
+        if options.cuts:
+            written_cuts(bench, options.cuts)
+            changes.enter_context(measured_cuts(bench))
+        for name in (name for name in SECTIONS if name in options.sections):
+            section = SECTIONS[name]
+            if section.engine and wrong(report, "answers"):
+                result: Report = {"status": "missing", "why": "the engine's answers were wrong"}
+            else:
+                result = run(name, section.run, section.seconds, bench, deadline)
+            report["sections"][name] = result
+            print(f"{name}: {result['status']} {result.get('why', '')}", flush=True)
+            # After every section: a call that is cut off still leaves what it has measured.
+            options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            options.markdown.write_text(markdown(report), encoding="utf-8")
+            if name == "correct" and result["status"] != "done":
+                print("the kernels are wrong; nothing is timed")
+                break
     close_worlds(bench)
     print(markdown(report))
     return report

@@ -26,6 +26,8 @@ class Bench:
     ceilings: dict[str, float] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)  # engines that sections share, by name
     figures: dict[str, float] = field(default_factory=dict)  # what later sections compare with
+    # The fastest way of an NF4 product of (rows, out, width): seconds, and its cut or None for Triton's kernel.
+    cuts: dict[tuple[int, int, int], tuple[float, Any]] = field(default_factory=dict)
 
     def left(self) -> float:
         """Seconds left to the section that runs."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict, replace
+import json
+from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -121,7 +124,7 @@ def nf4_cuts(bench: Bench) -> Report:
     for name, (out, width) in LLAMA_8B.linears.items():
         copies = max(4, (120 << 20) // (out * width // 2))
         weights[name] = [random_weight(out, width, bench.device) for _ in range(copies)]
-    quickest: dict[tuple[int, int, int], tuple[float, nf4_cuda.Cut | None]] = bench.kept.setdefault("cuts", {})
+    quickest = bench.cuts
     for (name, m, _), cuts in chosen.items():
         out, width = LLAMA_8B.linears[name]
         x = torch.randn(m, width, dtype=BF16, device=bench.device)
@@ -154,16 +157,26 @@ def nf4_cuts(bench: Bench) -> Report:
 
 
 def _different_cuts(rows: int, out: int, width: int, wgmma: bool) -> list[nf4_cuda.Cut]:
-    """The likeliest that differ in more than how sums are joined: seven, and eight whose sharers have tiles of their
-    own, half of these with codes that are asked for a tile ahead."""
+    """The likeliest that differ in more than how sums are joined: eight, and eight whose sharers have tiles of their
+    own."""
     properties = torch.cuda.get_device_properties(0)
     limit, count = properties.shared_memory_per_multiprocessor, properties.multi_processor_count
     likely: dict[tuple[int, ...], nf4_cuda.Cut] = {}
     for cut in sorted(nf4_cuda.cuts(rows, width, limit, wgmma), key=lambda cut: cut.cycles(out, width, count)):
         likely.setdefault((cut.apart, cut.outputs, cut.blocks, cut.warps, cut.slices(width)), cut)
-    together = [cut for cut in likely.values() if not cut.apart][:7]
-    apart = [cut for cut in likely.values() if cut.apart][:8]
-    return together + apart + [replace(cut, ahead=1) for cut in [*together[:2], *apart[:4]]]
+    ways = ([cut for cut in likely.values() if cut.apart == apart] for apart in (False, True))
+    return [cut for way in ways for cut in way[:8]]
+
+
+def written_cuts(bench: Bench, path: Path) -> None:
+    """The fastest cuts by an earlier call's JSON, as if the section `cuts` had run."""
+    quickest = bench.cuts
+    fields = [field.name for field in dataclass_fields(nf4_cuda.Cut) if field.name != "alone"]
+    for row in json.loads(path.read_text(encoding="utf-8"))["sections"]["cuts"]["rows"]:
+        key = (row["rows"], *LLAMA_8B.linears[row["product"]])
+        quickest.setdefault(key, (row["Triton us"] / 1e6, None))
+        if "us" in row and row["us"] / 1e6 < quickest[key][0]:
+            quickest[key] = (row["us"] / 1e6, nf4_cuda.Cut(**{name: row[name] for name in fields}))
 
 
 def _cut_product(x: Tensor, weight: nf4.Nf4Weight, workspace: nf4.Workspace, cut: nf4_cuda.Cut) -> Tensor:

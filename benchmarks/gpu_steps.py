@@ -126,7 +126,7 @@ def _each_cut(**fields: Any) -> Iterator[None]:
 def measured_cuts(bench: Bench) -> Iterator[None]:
     """Every product by the cut that the section `cuts` found the fastest, by Triton where that was; nothing changes
     for products it has not timed."""
-    quickest = bench.kept.get("cuts", {})
+    quickest = bench.cuts
     chosen = nf4_cuda.best
 
     def best(rows: int, out: int, width: int, *rest: Any) -> nf4_cuda.Cut | None:
@@ -229,7 +229,7 @@ def _compile_all(bench: Bench) -> None:
         return
     device = torch.device("cuda", torch.cuda.current_device())
     wanted: set[tuple[nf4_cuda.Cut, int]] = set()
-    for (_, _, width), (_, cut) in bench.kept.get("cuts", {}).items():
+    for (_, _, width), (_, cut) in bench.cuts.items():
         if cut is not None:
             wanted.add((replace(cut, alone=True), width))
     compile_cuts(wanted, device)

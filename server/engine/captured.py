@@ -16,6 +16,7 @@ from server.adapters.gpu_decoder import GpuDecoder
 from server.engine.batch import extend_segments
 from server.engine.rows import StepOfRows
 from server.engine.scheduler import Share
+from server.engine.sequence import Sequence
 from server.engine.static_rows import StaticRows
 from server.kernels.gpu.graphs import Graphs
 from server.kernels.native.plans import Segment
@@ -24,6 +25,10 @@ from server.model.attention import PagedKv
 log = logging.getLogger(__name__)
 
 _CONTEXTS = (1024, 4096, 16384)  # tokens; longer ones are launched piece by piece
+
+
+_Arrangement = tuple[list[Sequence], list[tuple[tuple[int, int, float], ...]], list[int], tuple[Segment, ...]]
+"""Sequences, their adapters' rows, their places in the order of these, and the segments."""
 
 
 class CapturedSteps:
@@ -55,6 +60,7 @@ class CapturedSteps:
         self._rows = StaticRows(max_sequences, self.contexts[-1], kv.page_tokens, heads, width, device)
         self._logits = torch.empty(max_sequences, vocabulary, dtype=torch.float32, device=device)
         self._captured: dict[tuple[int, int, bool], Callable[[], Tensor]] = {}
+        self._last: _Arrangement | None = None
 
     def run(self, shares: Seq[Share]) -> tuple[StepOfRows, Tensor] | None:
         """The step and the logits [S, vocabulary] of those that sample; None for what is not captured.
@@ -64,11 +70,9 @@ class CapturedSteps:
         longest = max(share.sequence.computed for share in shares) + 1
         if any(share.tokens > 1 for share in shares) or longest > self.contexts[-1]:
             return None
-        ordered = sorted(shares, key=lambda share: share.sequence.adapter_rows)
-        segments: list[Segment] = []
-        for row, share in enumerate(ordered):
-            extend_segments(segments, row, row + 1, share.sequence.adapter_rows)
-        self._active.use(tuple(segments), len(ordered))
+        order, segments = self._arranged([share.sequence for share in shares])
+        ordered = [shares[place] for place in order]
+        self._active.use(segments, len(ordered))
         if not self._active.captured:
             return None
         rows = self.buckets[bisect_left(self.buckets, len(ordered))]
@@ -78,6 +82,17 @@ class CapturedSteps:
         sampling = [row for row, share in enumerate(ordered) if share.samples]
         wanted = logits[: len(ordered)] if len(sampling) == len(ordered) else logits[sampling]
         return StepOfRows(tuple(ordered), tuple(ordered[row] for row in sampling)), wanted
+
+    def _arranged(self, sequences: list[Sequence]) -> tuple[list[int], tuple[Segment, ...]]:
+        """Places in the order of their adapters, and the segments of that; the last step's where nobody has changed."""
+        rows = [sequence.adapter_rows for sequence in sequences]
+        if self._last is None or self._last[:2] != (sequences, rows):
+            order = sorted(range(len(rows)), key=rows.__getitem__)
+            segments: list[Segment] = []
+            for row, place in enumerate(order):
+                extend_segments(segments, row, row + 1, rows[place])
+            self._last = sequences, rows, order, tuple(segments)
+        return self._last[2:]
 
     def capture_all(self, adapters: bool) -> None:
         """Capture the steps of the shortest context now, before anybody waits for them."""

@@ -171,7 +171,10 @@ class Engine:
             # Another step would change longrope's rotation under the one at rest.
             resting=self._run_packed if fused and rope is None and not limits.deterministic else None,
             read=self._read,
+            late=gpu is not None,
         )
+        if gpu is not None:
+            gpu.meanwhile = self._loop.deliver
         self._thread = threading.Thread(target=self._loop.run, name="loraplex-engine", daemon=True)
 
     @classmethod

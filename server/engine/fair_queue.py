@@ -97,7 +97,7 @@ class FairQueue:
         sequence.order = next(self._order)
         tenant = self.tenants.setdefault(sequence.request.tenant, Tenant())
         self._enter(tenant, self.tenants.values())
-        flow = tenant.flows.setdefault(_flow_of(sequence), Flow())
+        flow = tenant.flows.setdefault(sequence.flow, Flow())
         self._enter(flow, tenant.flows.values())
         self._wait(tenant, flow)
         flow.queue.append(sequence)
@@ -108,7 +108,7 @@ class FairQueue:
         self._unwait(tenant, flow, sequence)
         tenant.running += 1
         flow.running += 1
-        line = (sequence.request.tenant, _flow_of(sequence))
+        line = (sequence.request.tenant, sequence.flow)
         if line != self._newest[0]:
             self._other = self._newest
         self._newest = (line, self._step)
@@ -185,7 +185,7 @@ class FairQueue:
     def lines(self, sequence: Sequence) -> tuple[Tenant, Flow]:
         """Where a sequence inside belongs."""
         tenant = self.tenants[sequence.request.tenant]
-        return tenant, tenant.flows[_flow_of(sequence)]
+        return tenant, tenant.flows[sequence.flow]
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:
         """Raise AssertionError unless every count is what it counts."""
@@ -222,10 +222,6 @@ class FairQueue:
         tenant.waiting -= 1
         flow.waiting -= 1
         self._length -= 1
-
-
-def _flow_of(sequence: Sequence) -> tuple[str, ...]:
-    return tuple(sorted(use.digest for use in sequence.request.adapters))
 
 
 def _forget(lines: dict[str, Tenant] | dict[tuple[str, ...], Flow]) -> None:

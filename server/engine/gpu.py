@@ -50,7 +50,8 @@ class GpuSteps:
         self._decoder: GpuDecoder | None = None
         self._captured: CapturedSteps | None = None
         self.capturing = True  # False: every step is launched piece by piece
-        self.sampler = DeviceSampler(base.device)
+        self.meanwhile: Callable[[], None] = lambda: None  # called in every step while the device computes
+        self.sampler = DeviceSampler(base.device, lambda: self.meanwhile())
 
     @property
     def standing_bytes(self) -> int:

@@ -107,8 +107,9 @@ class Scheduler:
         budget = self._max_batch_tokens
         paced = self._paced()
         shares = []
+        whole = len(self.running)
         for sequence in self._turns():
-            if sequence not in self.running:
+            if len(self.running) < whole and sequence not in self.running:
                 continue  # it gave its pages to one before it
             prompt = sequence.pending > 1
             # A line's only running request waits for its first token, and owes nobody smoothness: it is not paced.
@@ -118,7 +119,8 @@ class Scheduler:
                 shares.append(Share(sequence, tokens))
                 budget -= tokens
                 paced = max(0, paced - tokens) if prompt else paced
-        shares = [share for share in shares if share.sequence in self.running]
+        if len(self.running) < whole:
+            shares = [share for share in shares if share.sequence in self.running]
         for share in shares:
             self._charge(share.sequence, share.sequence.computed + share.tokens)
         return shares

@@ -12,9 +12,21 @@ from server.adapters.parts import AdapterParts
 from server.adapters.residency import Ticket
 from server.engine.outbox import Outbox
 from server.engine.prefix import PageKey
-from server.engine.request import Delta, Finish, FinishReason, Request, Timing, Usage
+from server.engine.request import Delta, Finish, FinishReason, Request, Timing, TokenLogprobs, Usage
 from server.engine.sampler import Choice, SamplerState
 from server.model.text import Detokenizer, StopScanner
+
+
+@dataclass(eq=False)
+class Taken:
+    """A token that was taken in. seconds: since the one before it, or since the request came."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+    seconds: float
+    first: bool
+    reason: FinishReason | None = None
+    text: str | None = None  # where it had to be known at once
 
 
 @dataclass(eq=False)
@@ -43,6 +55,7 @@ class Sequence:
     first_token: float | None = None
     last_token: float | None = None
     states: Tensor | None = None  # [hidden] float64: of a prompt that is only read, the sum over computed tokens
+    _flow: tuple[str, ...] | None = None
 
     @property
     def pending(self) -> int:
@@ -70,40 +83,53 @@ class Sequence:
         self.states = total
         self.computed += states.shape[0]
 
-    def advance(self, choice: Choice) -> Delta:
-        """Take the next token in; the delta says what the reader sees of it and whether the answer ended."""
+    def take(self, choice: Choice) -> Taken:
+        """Take the next token in and decide whether the answer ends with it. Where nothing but the token decides, its
+        text is left to `tell`, which must follow before the next `take`."""
         token = choice.token_id
         if token is None:
             raise AssertionError("a row without a token does not advance")
         stopping = self.request.stopping
         now = time.monotonic()
+        taken = Taken(token, choice.logprobs, now - (self.last_token or self.request.arrival), self.last_token is None)
         self.tokens.append(token)
         self.first_token = self.first_token or now
         self.last_token = now
-        delta = Delta(token_ids=[token], logprobs=[choice.logprobs] if choice.logprobs else [])
-        if self.produced == 1:
-            delta.warnings = list(self.ticket.warnings)
-
-        reason = None
+        produced = self.produced
         if token in self.stop_ids:
-            reason = FinishReason.STOP
-        else:
-            text = self.detokenizer.push(token)
-            if self.produced < stopping.min_new_tokens:
-                delta.text = text
-            else:
-                delta.text, stopped = self.scanner.push(text)
-                if stopped:
-                    reason = FinishReason.STOP_STRING
-        if reason is None and self.sampler.structure is not None and self.sampler.structure.complete:
-            reason = FinishReason.STOP
-        if reason is None and self.produced >= stopping.max_new_tokens:
-            reason = FinishReason.LENGTH
-        if reason is not None:
-            if reason is not FinishReason.STOP_STRING:
+            taken.reason = FinishReason.STOP
+        elif stopping.stop_strings:
+            taken.text, stopped = self.detokenizer.push(token), False
+            if produced >= stopping.min_new_tokens:
+                taken.text, stopped = self.scanner.push(taken.text)
+            taken.reason = FinishReason.STOP_STRING if stopped else None
+        if taken.reason is None and self.sampler.structure is not None and self.sampler.structure.complete:
+            taken.reason = FinishReason.STOP
+        if taken.reason is None and produced >= stopping.max_new_tokens:
+            taken.reason = FinishReason.LENGTH
+        return taken
+
+    def tell(self, taken: Taken) -> Delta:
+        """What the reader sees of a token, and whether the answer ended with it."""
+        delta = Delta(token_ids=[taken.token], logprobs=[taken.logprobs] if taken.logprobs else [])
+        if taken.first:
+            delta.warnings = list(self.ticket.warnings)
+        if taken.text is not None:
+            delta.text = taken.text
+        elif taken.token not in self.stop_ids:
+            delta.text = self.detokenizer.push(taken.token)
+        if taken.reason is not None:
+            if taken.reason is not FinishReason.STOP_STRING:
                 delta.text += self.scanner.push(self.detokenizer.flush())[0] + self.scanner.flush()
-            delta.finish = self._finish(reason, now)
+            delta.finish = self._finish(taken.reason, self.last_token or time.monotonic())
         return delta
+
+    @property
+    def flow(self) -> tuple[str, ...]:
+        """The adapters it asks for, in one order."""
+        if self._flow is None:
+            self._flow = tuple(sorted(use.digest for use in self.request.adapters))
+        return self._flow
 
     def _finish(self, reason: FinishReason, now: float) -> Finish:
         arrival = self.request.arrival

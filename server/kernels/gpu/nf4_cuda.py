@@ -19,11 +19,11 @@ from server.kernels.gpu.nf4_levels import LEVELS
 
 _TABLE = (1 << 16) + 256  # bytes of shared memory: entries of 256, of which half is used, and a byte a tile
 MOST_ALONE = 16  # rows for warps that multiply by themselves; beyond it, on an H200, Triton's kernel was as fast
-MOST_ROWS = MOST_ALONE  # for fours of warps: 64 are possible, but no card has shown that it is right and faster
-AHEAD = 0  # tiles of a group whose codes are asked for while x is being made; what it gains is not measured
+MOST_ROWS = 64  # for fours of warps
+AHEAD = 0  # tiles of a group whose codes are asked for before they are read: on an H200 it gained nothing
 _MOST = 256  # tiles that one group walks
 _HALF = 116 << 10  # bytes of shared memory: two groups that have so much do not fit a processor
-STAGED = 0.136  # cycles a byte of x takes to shared memory; see `Cut.cycles`
+STAGED = 0.02  # cycles a byte of x takes to shared memory; see `Cut.cycles`
 _RESERVED = 1024  # bytes of every group's shared memory, by the driver
 
 
@@ -118,15 +118,19 @@ class Cut:
         """
         slices, rows = self.slices(width), max(8, self.rows)
         rounds = -(-self.tiles(out) // (self.walkers(out, width, count) * self.walk))
-        once = 2100 + STAGED * self.rows * self.inputs * 2 + (260 if slices > 1 else 0)
-        size = self.walk * self.outputs * self.inputs
-        sums = 0.163 * self.sharers * rows * self.outputs + 80 * (rows // 8) / self.passes
-        joined = 0.02 * self.walk * self.rows * self.outputs * slices if slices > 1 else 0.0
-        weight = 0.033 + 0.0007 * rows  # guessed
-        if self.wgmma:  # guessed
-            weight = 0.033 + 0.0003 * rows
-        weight = max(weight, 750 / self.under_way)
-        return once + rounds * (weight * size + (0.0 if self.apart else sums) + joined)
+        produced = rounds * self.walk * self.outputs * self.rows
+        if self.wgmma:
+            weight = (0.027 if self.warps == 16 else 0.046) + 0.00027 * rows
+        else:
+            weight = 0.0315 + (0.0026 if self.warps == 8 else 0.0) + 0.0007 * (rows - 8)
+        weight += 77 / self.under_way
+        cycles = 7800 + STAGED * self.rows * self.inputs * 2
+        cycles += rounds * self.walk * self.outputs * self.inputs * weight
+        if not self.apart:
+            cycles += rounds * 0.106 * self.sharers * rows * self.outputs
+        if slices > 1:
+            cycles += produced * (0.88 + 0.016 * slices)
+        return cycles
 
 
 def cuts(rows: int, width: int, limit: int, wgmma: bool = False) -> list[Cut]:
