@@ -39,6 +39,15 @@ DEVICE void fetch_ahead(const void* at, u32 bytes) {
 #endif
 }
 
+// 16 bytes to shared memory, or zeros; finished by `arrived`.
+DEVICE void copy16(void* to, const void* from, bool there) {
+    u32 address = (u32)__cvta_generic_to_shared(to);
+    int bytes = there ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+}
+
+DEVICE void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // The word's byte b as second byte, above the lowest one of `low`, which is less than 256.
 DEVICE u32 entry(u32 word, int b, u32 low) { return __byte_perm(word, low, 0x5504 | b << 4); }
 
@@ -152,7 +161,6 @@ DEVICE Floats read_uncached(const Floats* at) {
 #define SLICES ((WIDTH + SLICE - 1) / SLICE)
 #define R (TILE * MT)                         // outputs of a group at a time
 #define SUMS (R + 4)
-#define MOVES 8                               // loads of x that a thread has under way
 #define MOST 256                              // times R outputs that a group walks at most
 #define THREADS (32 * WARPS)
 
@@ -283,26 +291,17 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
     BARRIER();
     const u64 own_x = described(room + (APART ? 0 : sharer) * (OWN * 2) * CHUNK, NT * 128, 128);
 #else
-    // Of 128 inputs, the q-th 16 bytes of all four lanes lie side by side. Many loads are under way before the first is
-    // stored: copies to shared memory that bypass registers took four times as long.
+    // Of 128 inputs, the q-th 16 bytes of all four lanes lie side by side.
     u16* rows_of_x = (u16*)room;
-    const int moves = rows * (SLICE / 8), rotation = (int)(blockIdx.x * 5 % 16) * (moves / 16);
-    for (int at = THREAD; at < moves; at += MOVES * THREADS) {
-        Quad got[MOVES];
-        UNROLL for (int i = 0; i < MOVES; i++) {
-            const int turned = at + i * THREADS + rotation, move = turned < moves ? turned : turned - moves;
-            const int row = move / (SLICE / 8), k = move % (SLICE / 8) * 8;
-            got[i] = Quad{0, 0, 0, 0};
-            if (at + i * THREADS < moves && slice * SLICE + k < WIDTH)
-                got[i] = read_fresh(x + row * x_stride + slice * SLICE + k);
-        }
-        UNROLL for (int i = 0; i < MOVES; i++) {
-            const int turned = at + i * THREADS + rotation, move = turned < moves ? turned : turned - moves;
-            const int row = move / (SLICE / 8), k = move % (SLICE / 8) * 8, chunk = k / 8 & 15;
-            if (at + i * THREADS < moves)
-                *(Quad*)(rows_of_x + row * ROOM + (k & ~127) + ((chunk & 3) * 4 + (chunk >> 2)) * 8) = got[i];
-        }
+    const int begin = (int)(blockIdx.x * 5 % 16) * (rows * (SLICE / 8) / 16);
+    for (int at = THREAD; at < rows * (SLICE / 8); at += THREADS) {
+        const int i = at + begin < rows * (SLICE / 8) ? at + begin : at + begin - rows * (SLICE / 8);
+        const int row = i / (SLICE / 8), k = i % (SLICE / 8) * 8, chunk = k / 8 & 15;
+        const bool inside = slice * SLICE + k < WIDTH;
+        copy16(rows_of_x + row * ROOM + (k & ~127) + ((chunk & 3) * 4 + (chunk >> 2)) * 8,
+               inside ? x + row * x_stride + slice * SLICE + k : x, inside);
     }
+    arrived();
     BARRIER();
 
     const u16* own_x[NT];  // rows past the last stand for the first: nobody reads what comes of them
