@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,11 +21,10 @@ from server.kernels.gpu.nf4_levels import LEVELS
 
 _TABLE = (1 << 16) + 256  # bytes of shared memory: entries of 256, of which half is used, and a byte a tile
 MOST_ALONE = 16  # rows for warps that multiply by themselves; beyond it, on an H200, Triton's kernel was as fast
+LEAST_FOURS = 9  # rows from which fours of warps, where the card has them, are faster
 MOST_ROWS = 64  # for fours of warps
-AHEAD = 0  # tiles of a group whose codes are asked for before they are read: on an H200 it gained nothing
 _MOST = 256  # tiles that one group walks
 _HALF = 116 << 10  # bytes of shared memory: two groups that have so much do not fit a processor
-STAGED = 0.02  # cycles a byte of x takes to shared memory; see `Cut.cycles`
 _RESERVED = 1024  # bytes of every group's shared memory, by the driver
 
 
@@ -33,6 +34,7 @@ class Cut:
 
     wgmma: warps multiply by fours, which takes at least 8 rows and compute capability 9.0. alone: a group asks for more
     than half of a processor's shared memory, so that no two share one. apart: the sharers have tiles of their own.
+    by_registers: of warps that multiply by themselves; no card has shown yet what it gains.
     """
 
     rows: int
@@ -41,10 +43,11 @@ class Cut:
     steps: int = 1
     warps: int = 16
     together: int = 4  # tiles of 8 rows whose sums are joined at a time
-    ahead: int = AHEAD
+    ahead: int = 0
     wgmma: bool = False
     alone: bool = False
     apart: bool = False
+    by_registers: bool = False
 
     @property
     def tile(self) -> int:
@@ -111,25 +114,25 @@ class Cut:
         return self.tiles(out) * slices * self.rows * self.outputs if slices > 1 else 0
 
     def cycles(self, out: int, width: int, count: int) -> float:
-        """What it takes about, on a card of `count` processors; by this, cuts are compared.
+        """What it takes about, on a card of `count` processors; by this, cuts are compared that nobody has timed.
 
-        Fitted to 180 cuts of an 8B model's products on an H200, from which it is off by 5 % in the mean: a launch and
-        its beginning, x on its way to shared memory, weights, the warps' sums, the slices' parts.
+        Fitted to 320 cuts of an 8B model's products on an H200, from which it is off by 5 % in the mean: a launch and
+        its beginning, x on its way to shared memory, weights, the sharers' sums, the slices' parts.
         """
         slices, rows = self.slices(width), max(8, self.rows)
         rounds = -(-self.tiles(out) // (self.walkers(out, width, count) * self.walk))
-        produced = rounds * self.walk * self.outputs * self.rows
+        x = self.rows * self.inputs * 2
         if self.wgmma:
-            weight = (0.027 if self.warps == 16 else 0.046) + 0.00027 * rows
+            cycles = 6630 + 0.015 * x
+            weight = (0.028 if self.warps == 16 else 0.048) + 0.00034 * rows
         else:
-            weight = 0.0315 + (0.0026 if self.warps == 8 else 0.0) + 0.0007 * (rows - 8)
-        weight += 77 / self.under_way
-        cycles = 7800 + STAGED * self.rows * self.inputs * 2
-        cycles += rounds * self.walk * self.outputs * self.inputs * weight
+            cycles = 7270 + 0.137 * x
+            weight = 0.0315 + (0.0017 if self.warps == 8 else 0.0) + 0.0009 * (rows - 8)
+        cycles += rounds * self.walk * self.outputs * self.inputs * (weight + 90 / self.under_way)
         if not self.apart:
-            cycles += rounds * 0.106 * self.sharers * rows * self.outputs
+            cycles += rounds * 0.1 * self.sharers * rows * self.outputs
         if slices > 1:
-            cycles += produced * (0.88 + 0.016 * slices)
+            cycles += 600 + rounds * self.walk * self.outputs * self.rows * (0.88 + 0.017 * slices)
         return cycles
 
 
@@ -151,8 +154,21 @@ def cuts(rows: int, width: int, limit: int, wgmma: bool = False) -> list[Cut]:
 
 @functools.cache
 def best(rows: int, out: int, width: int, count: int, limit: int, wgmma: bool = False) -> Cut | None:
-    """The cut for a product on a card of `count` processors; None where none fits."""
+    """The cut for a product on a card of `count` processors with `limit` bytes of shared memory each: the fastest of
+    those that were timed on such a card, else the one that should be; None where none fits."""
+    for known in _timed(count, limit):
+        if known[:2] == (out, width) and known[2].rows >= rows and (wgmma or not known[2].wgmma):
+            return replace(known[2], rows=rows)
     return min(cuts(rows, width, limit, wgmma), key=lambda cut: cut.cycles(out, width, count), default=None)
+
+
+@functools.cache
+def _timed(count: int, limit: int) -> list[tuple[int, int, Cut]]:
+    """(out, width, cut) of nf4_cuts.json for such a card, those for the fewest rows first."""
+    cards = json.loads((Path(__file__).parent / "nf4_cuts.json").read_text(encoding="utf-8"))["cards"]
+    rows = [row for card in cards if (card["processors"], card["shared"]) == (count, limit) for row in card["cuts"]]
+    found = [(row.pop("out"), row.pop("width"), Cut(**row)) for row in rows]
+    return sorted(found, key=lambda known: known[2].rows)
 
 
 def product(
@@ -169,7 +185,7 @@ def product(
     rows, width = x.shape
     out = codes.shape[0]
     narrow = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and scales.dtype == torch.float16)
-    wgmma = rows > MOST_ALONE and has_fours(x.device)
+    wgmma = rows >= LEAST_FOURS and has_fours(x.device)
     if rows > (MOST_ROWS if wgmma else MOST_ALONE) and given is None:
         return None
     if not narrow or x.stride(0) % 8 or x.data_ptr() % 16 or codes.data_ptr() % 16 or not cuda.available():
@@ -205,6 +221,7 @@ def constants(cut: Cut, width: int, half: bool, wide: bool) -> tuple[tuple[str, 
         ("AHEAD", cut.ahead),
         ("WGMMA", int(cut.wgmma)),
         ("APART", int(cut.apart)),
+        ("BY_REGISTERS", int(cut.by_registers)),
         ("HALF", int(half)),
         ("WIDE", int(wide)),
     )

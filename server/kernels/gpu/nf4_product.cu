@@ -16,6 +16,7 @@
 //   KB      blocks of 64 inputs that every warp has on their way at a time: 2 or 4
 //   STEPS   times KB: the blocks of one warp
 //   NP      tiles of 8 rows whose sums are joined at a time
+//   BY_REGISTERS  1: without WGMMA too, x goes by way of registers; 0: by copies that bypass them
 //   AHEAD   tiles that a sharer's codes are on their way to the card's cache before they are read
 //   HALF    1: x and y are float16, 0: bfloat16
 //   WIDE    1: scales are float32, 0: float16
@@ -293,6 +294,26 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
 #else
     // Of 128 inputs, the q-th 16 bytes of all four lanes lie side by side.
     u16* rows_of_x = (u16*)room;
+#if BY_REGISTERS
+    // Many loads are under way before the first is stored.
+    const int moves = rows * (SLICE / 8), rotation = (int)(blockIdx.x * 5 % 16) * (moves / 16);
+    for (int at = THREAD; at < moves; at += 8 * THREADS) {
+        Quad got[8];
+        UNROLL for (int i = 0; i < 8; i++) {
+            const int turned = at + i * THREADS + rotation, move = turned < moves ? turned : turned - moves;
+            const int row = move / (SLICE / 8), k = move % (SLICE / 8) * 8;
+            got[i] = Quad{0, 0, 0, 0};
+            if (at + i * THREADS < moves && slice * SLICE + k < WIDTH)
+                got[i] = read_fresh(x + row * x_stride + slice * SLICE + k);
+        }
+        UNROLL for (int i = 0; i < 8; i++) {
+            const int turned = at + i * THREADS + rotation, move = turned < moves ? turned : turned - moves;
+            const int row = move / (SLICE / 8), k = move % (SLICE / 8) * 8, chunk = k / 8 & 15;
+            if (at + i * THREADS < moves)
+                *(Quad*)(rows_of_x + row * ROOM + (k & ~127) + ((chunk & 3) * 4 + (chunk >> 2)) * 8) = got[i];
+        }
+    }
+#else
     const int begin = (int)(blockIdx.x * 5 % 16) * (rows * (SLICE / 8) / 16);
     for (int at = THREAD; at < rows * (SLICE / 8); at += THREADS) {
         const int i = at + begin < rows * (SLICE / 8) ? at + begin : at + begin - rows * (SLICE / 8);
@@ -302,6 +323,7 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
                inside ? x + row * x_stride + slice * SLICE + k : x, inside);
     }
     arrived();
+#endif
     BARRIER();
 
     const u16* own_x[NT];  // rows past the last stand for the first: nobody reads what comes of them

@@ -65,7 +65,8 @@ def product(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None, cut: Cut, wal
     tensors = [x, weight.codes, weight.scales, table, bias, y, parts, counters]
     at = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors]
     on_the_cpu(cut, width, x.dtype == torch.float16, wide).run(
-        min(-(-tiles // cut.walk), walkers), slices, ctypes.c_long(cut.shared), at[0], ctypes.c_longlong(x.stride(0)), *at[1:],
+        min(-(-tiles // cut.walk), walkers), slices, ctypes.c_long(cut.shared), at[0],
+        ctypes.c_longlong(x.stride(0)), *at[1:],
         rows, out,
     )  # fmt: skip
     assert not counters.any()
@@ -105,6 +106,7 @@ def meaning(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None) -> Tensor:
         (Cut(16, 64, 4, warps=16, wgmma=True), 11, 64, 1088, False, 1),
         (Cut(64, 64, 2, 2, warps=16, together=2, wgmma=True), 64, 65, 1024, False, 2),
         (Cut(8, 64, 2, 3, warps=8, wgmma=True), 7, 50, 704, False, 1),
+        (Cut(8, 32, 2, warps=8, by_registers=True), 5, 33, 1088, True, 2),
         (Cut(8, 16, 2, 3, warps=8, apart=True), 7, 150, 384, False, 1),  # tiles of their own; two have a second one
         (Cut(1, 32, 4, 2, warps=8, apart=True), 1, 75, 1088, True, 2),  # three slices, groups without a tile for all
         (Cut(64, 64, 2, 2, warps=16, wgmma=True, apart=True), 50, 330, 576, False, 1),
@@ -137,20 +139,35 @@ def test_a_large_models_products_fit_the_card() -> None:
     for count, limit in ((132, 228 << 10), (58, 100 << 10)):
         for out, width in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (1024, 64), (960, 576)):
             for rows in (1, 2, 4, 8, nf4_cuda.MOST_ALONE, 32, nf4_cuda.MOST_ROWS):
-                wgmma = rows > nf4_cuda.MOST_ALONE
+                wgmma = rows >= nf4_cuda.LEAST_FOURS
                 cut = nf4_cuda.best(rows, out, width, count, limit, wgmma)
-                if wgmma and limit < 200 << 10:
-                    continue  # no card of that size has it
+                if limit < 200 << 10 and (wgmma or cut is None):
+                    assert rows > 4
+                    continue  # no card of that size has fours, or room for more than a few rows: Triton's kernel serves
                 assert cut is not None, (limit, rows)
+                assert cut.shared + 1024 <= limit
                 assert cut.parts(out, width) <= nf4.PARTS
                 assert cut.rows >= rows
+
+
+def test_cuts_that_were_timed_on_a_card_are_taken_there() -> None:
+    timed = nf4_cuda._timed(132, 228 << 10)
+    assert {cut.rows for _, _, cut in timed} == {1, 8, 16, 32, 64}
+    for out, width, cut in timed:
+        assert nf4_cuda.best(cut.rows, out, width, 132, 228 << 10, cut.wgmma) == cut
+        assert cut.wgmma == (cut.rows >= nf4_cuda.LEAST_FOURS)
+        assert cut.shared + 1024 <= 228 << 10 and cut.parts(out, width) <= nf4.PARTS
+    few = nf4_cuda.best(4, 28672, 4096, 132, 228 << 10)  # by the cut for the next more rows
+    assert few is not None and few.rows == 4 and few.blocks == nf4_cuda.best(8, 28672, 4096, 132, 228 << 10).blocks  # type: ignore[union-attr]
+    without = nf4_cuda.best(16, 28672, 4096, 132, 228 << 10, wgmma=False)
+    assert without is not None and not without.wgmma
 
 
 @pytest.mark.skipif(not cuda.compilable(), reason="no NVRTC")
 @pytest.mark.parametrize("rows", [8, 16, 32, 64])
 def test_it_compiles_for_an_h200(rows: int) -> None:
     for out, width in ((6144, 4096), (28672, 4096), (4096, 14336)):
-        cut = nf4_cuda.best(rows, out, width, 132, 228 << 10, rows > nf4_cuda.MOST_ALONE)
+        cut = nf4_cuda.best(rows, out, width, 132, 228 << 10, rows >= nf4_cuda.LEAST_FOURS)
         assert cut is not None
         assert cuda.compiled("nf4_product", nf4_cuda.constants(cut, width, False, False), (9, 0))
 
