@@ -1,0 +1,100 @@
+"""Answers handed out while the next step runs, as on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from server.engine.request import Sampling, Stopping
+from tests.server.engine.pretend import PretendEngine, expected, request
+
+
+@pytest.fixture
+def late() -> PretendEngine:
+    """An engine whose steps hand out, between launch and choice, what the step before them chose."""
+    pretend = PretendEngine()
+    loop = pretend.engine._loop
+    loop._late = True
+    choose = loop._choose
+
+    def chosen(logits, states):  # type: ignore[no-untyped-def]
+        loop.deliver()
+        return choose(logits, states)
+
+    loop._choose = chosen
+    return pretend
+
+
+def test_a_steps_token_comes_with_the_next_step(late: PretendEngine) -> None:
+    asked = request("a", new=3)
+    try:
+        late.run(request("a", new=1))  # the adapter is loaded
+        reader = late.submit(asked)
+        seen = []
+        for _ in range(4):
+            late.step()
+            seen.append(len(reader.token_ids))
+        assert seen == [0, 1, 2, 3]  # the last one by a step with nothing to compute
+        assert reader.ended and reader.token_ids == expected(asked)
+    finally:
+        late.close()
+
+
+def test_a_cancelled_answer_ends_after_what_was_chosen(late: PretendEngine) -> None:
+    asked = request("a", new=50)
+    try:
+        late.run(request("a", new=1))
+        reader = late.submit(asked)
+        late.step()
+        late.step()
+        late.engine.cancel(asked.id)
+        late.step()
+        assert reader.ended and reader.error is not None
+        assert reader.token_ids == expected(asked)[:2]
+    finally:
+        late.close()
+
+
+def test_stop_strings_end_an_answer_at_once(late: PretendEngine) -> None:
+    """They are looked for when a token is chosen, not when it is handed out: no step is computed in vain."""
+    plain = request("a", new=8)
+    try:
+        (whole,) = late.run(plain)
+        assert whole.ended
+        third = late.engine.text.stream()
+        words = [third.push(token) for token in whole.token_ids]
+        stop = words[2].strip() or words[2]
+        before = late.counts.steps
+        stopping = Stopping(max_new_tokens=8, ignore_eos=True, stop_strings=(stop,))
+        asked = dataclasses.replace(request("a"), stopping=stopping)
+        (reader,) = late.run(asked)
+        assert reader.token_ids == expected(asked)[: len(reader.token_ids)]
+        assert len(reader.token_ids) <= 3
+        assert late.counts.steps - before <= len(reader.token_ids) + 1
+    finally:
+        late.close()
+
+
+def test_nothing_waits_when_the_engine_falls_idle(late: PretendEngine) -> None:
+    """Its own thread, not ours, drives the steps."""
+    late.engine.start()
+    try:
+        answers = late.engine.generate([request("a", new=5), request("b", new=2)])
+        assert [len(answer.token_ids) for answer in answers] == [5, 2]
+        assert late.engine.drain(5.0)
+        assert late.engine.snapshot().running == 0
+    finally:
+        late.close()
+
+
+def test_seeds_and_steps_are_as_ever(late: PretendEngine) -> None:
+    other = PretendEngine()
+    try:
+        sampling = Sampling(temperature=1.0, seed=7)
+        asked = [request("a", new=6, sampling=sampling), request("b", new=9, sampling=sampling)]
+        ours, theirs = late.run(*asked), other.run(*asked)
+        assert [reader.token_ids for reader in ours] == [reader.token_ids for reader in theirs]
+    finally:
+        late.close()
+        other.close()
