@@ -131,7 +131,9 @@ def _section(
     headline = task_named(task).headline
     # A cell from before a metric was measured has none of it.
     scored = [record["scores"] for summary in each for record in summary.records]
-    metrics = [headline, *(name for name in scored[0] if name != headline and all(name in one for one in scored))]
+    known = dict.fromkeys(name for one in scored for name in one if name != headline)
+    metrics = [headline, *sorted(known)]
+    everywhere = [name for name in metrics if all(name in one for one in scored)]
     reference = next((summary for summary in each if summary.variant == plan.reference), None)
     size = plan.data[task]
     lines = [
@@ -153,15 +155,16 @@ def _section(
             cells[0] += f" [{_number(headline, low_high.low)}, {_number(headline, low_high.high)}]"
             lines.append(_row([called, *cells]))
     for summary in each:
-        cells = [_number(name, summary.score(name)) for name in metrics]
+        own = [name for name in metrics if all(name in record["scores"] for record in summary.records)]
+        cells = [_number(name, summary.score(name)) if name in own else "–" for name in metrics]
         interval = summary.interval(headline)
         cells[0] += f" [{_number(headline, interval.low)}, {_number(headline, interval.high)}]"
         if len(summary.records) > 1:
-            for name in {headline, METRIC} & set(metrics):
+            for name in {headline, METRIC} & set(own):
                 low, high = summary.span(name)
                 cells[metrics.index(name)] += f" (seeds {_number(name, low)}–{_number(name, high)})"
         lines.append(_row([summary.variant, *cells]))
-    compared = [name for name in (headline, METRIC) if name in metrics] if reference else []
+    compared = [name for name in (headline, METRIC) if name in everywhere] if reference else []
     versus = [f"{name.replace('_', ' ')} minus {reference.variant}" for name in compared if reference]
     lines += [
         "",
