@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,12 +27,31 @@ from server.engine.device_sampler import DeviceSampler
 from server.engine.gpu_batch import lay_out
 from server.engine.rows import StepOfRows
 from server.engine.scheduler import Share
+from server.engine.sequence import Sequence
 from server.kernels.gpu.attention import scratch_bytes
 from server.kernels.gpu.door import GpuKernels
 from server.kernels.gpu.pages import PageCheck
 from server.model.base import BaseModel
 from server.model.gpu_linear import convert
 from server.model.runner import PackedBatch, Runner
+
+log = logging.getLogger(__name__)
+
+_FIRST_PROMPTS = (24, 200)  # tokens: of few rows products read NF4 as it is, for more it is made dense
+
+
+@dataclass
+class _Nobody:
+    """What a step needs of a sequence."""
+
+    tokens: list[int]
+    computed: int
+    pages: list[int]
+    adapter_rows: tuple[tuple[int, int, float], ...]
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
 
 
 class GpuSteps:
@@ -102,12 +124,38 @@ class GpuSteps:
                 base.device,
             )
 
-    @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture the commonest steps before requests come."""
+        """Capture the commonest steps, and compile what prompts take, before requests come."""
         if self._captured is not None:
-            with self._here():
+            with self._here(), torch.inference_mode():
                 self._captured.capture_all(bool(self._arena.rows))
+        self.first_prompts()
+
+    @torch.inference_mode()
+    def first_prompts(self) -> None:
+        """Steps with prompts, a short and a longer one, alone and beside an answer, with adapters and without: nobody
+        reads what comes of them. They write to pages that nobody has yet, and take rows that hold zeros."""
+        started = time.monotonic()
+        kv, limits = self._runner.kv, self._limits
+        most = min(limits.max_batch_tokens - 1, (kv.pages - 1) * kv.page_tokens, self._base.context_tokens)
+        uses: list[tuple[tuple[int, int, float], ...]] = [()]
+        if self._arena.rows:
+            uses.append(((0, min(8, self._arena.rows), 1.0),))
+        steps = 0
+        for length in {min(length, most) for length in _FIRST_PROMPTS if most > 1}:
+            for rows in uses:
+                pages = list(range(1, 1 + -(-length // kv.page_tokens)))
+                prompt = Share(cast(Sequence, _Nobody([0] * length, 0, pages, rows)), length)
+                answer = Share(cast(Sequence, _Nobody([0, 0], 1, [0], rows)), 1)
+                for shares in ([prompt], [prompt, answer]):
+                    batch = lay_out(shares, kv.page_tokens, self._base.device, self._heads, self._base.head_width)
+                    with self._here():
+                        self.active.use(batch.segments, batch.decodes)
+                        self.forward(batch.packed)
+                    steps += 1
+        if self._base.device.startswith("cuda"):
+            torch.cuda.synchronize(self._base.device)
+        log.info("%d steps with prompts tried in %.1f s", steps, time.monotonic() - started)
 
     @torch.inference_mode()
     def run(self, shares: Seq[Share], launch: Callable[[StepBatch], Tensor]) -> tuple[StepOfRows | StepBatch, Tensor]:

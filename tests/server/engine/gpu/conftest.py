@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from server.engine.captured import CapturedSteps
+from server.engine.gpu import GpuSteps
 from server.kernels.gpu import door
 from tests.server.engine.gpu.tape import TapeGraphs
 
@@ -21,6 +22,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[TapeGraphs]:
         pytest.skip("the kernels are compiled here, for tensors on the GPU")
     graphs = TapeGraphs()
     monkeypatch.setattr(door, "load", lambda device, dtype: door.opened(device, dtype, graphs))
-    # Capturing all of them at start takes the interpreter too long for every test.
+    # Capturing all of them at start, and trying prompts, takes the interpreter too long for every test.
     monkeypatch.setattr(CapturedSteps, "capture_all", lambda self, adapters: None)
+    monkeypatch.setattr(GpuSteps, "first_prompts", lambda self: None)
     yield graphs

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from server.engine.captured import CapturedSteps
+from server.engine.gpu import GpuSteps
 from server.engine.request import Sampling
 from tests.equivalence.reference import ask, assert_same, generated, load, write_moved_adapter
 from tests.equivalence.test_families import FAMILIES, LLAMA_LINEARS, write_family
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.
 
 NEW_TOKENS = 3
 CAPTURE_ALL = CapturedSteps.capture_all
+FIRST_PROMPTS = GpuSteps.first_prompts
 MakeAdapter = Callable[..., Path]
 Fetch = Callable[[dict[str, Path]], Any]
 
@@ -205,6 +207,33 @@ def test_what_a_sequence_cannot_fit_is_launched_piece_by_piece(
         engine.close()
     for prompt, answer in zip(prompts, answers, strict=True):
         assert_same(answer, load(tiny_base), prompt)
+
+
+def test_prompts_are_tried_before_anybody_waits(
+    pretend_gpu: TapeGraphs, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, tmp_path: Path,
+    make_adapter: MakeAdapter, directory_fetch: Fetch,
+) -> None:  # fmt: skip
+    """As long as there is room for, with adapters and without; requests after it are answered as ever."""
+    adapter = make_adapter(tiny_base, tmp_path / "a", seed=random.randrange(2**31), r=8)
+    engine = build(tiny_base, directory_fetch({"a": adapter}))
+    steps: Any = engine._gpu
+    tried: list[int] = []
+    forward = steps.forward
+    monkeypatch.setattr(steps, "forward", lambda batch: (tried.append(len(batch.token_ids)), forward(batch))[1])
+    prompt = random_prompt(3)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(steps._runner.kv, "pages", 1)
+            FIRST_PROMPTS(steps)
+            assert tried == []
+        FIRST_PROMPTS(steps)
+        assert sorted(tried) == [15, 15, 16, 16]  # the budget of a step is 16 tokens
+        answers = engine.generate([ask(prompt, "a"), ask(prompt)])
+        engine.check_integrity()
+    finally:
+        engine.close()
+    assert_same(answers[0], load(tiny_base, adapter), prompt, "a")
+    assert_same(answers[1], load(tiny_base), prompt)
 
 
 def test_the_commonest_steps_are_captured_before_anybody_waits(
