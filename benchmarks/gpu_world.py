@@ -22,6 +22,7 @@ from server.adapters.arena import row_bytes
 from server.adapters.weights import AdapterFiles
 from server.config import EngineLimits
 from server.engine.engine import Completion, Engine
+from server.engine.gpu import GpuSteps
 from server.engine.observer import Unobserved
 from server.engine.request import AdapterUse, Request, Stopping
 from server.kernels.gpu import door
@@ -47,7 +48,11 @@ def gpu_or_pretended(bench: Bench) -> Iterator[None]:
     if bench.device == "cuda":
         yield
         return
-    with patch.object(door, "load", lambda device, dtype: door.opened(device, dtype, Relaunched())):
+    # Trying prompts compiles their kernels; interpreted ones have nothing to compile, and take long.
+    with (
+        patch.object(door, "load", lambda device, dtype: door.opened(device, dtype, Relaunched())),
+        patch.object(GpuSteps, "first_prompts", lambda self: None),
+    ):
         yield
 
 
