@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.adapters.arena import Arena
 from server.adapters.gpu_active import GpuAdapters, standing_bytes
-from server.adapters.gpu_arena import GpuArena
+from server.adapters.gpu_arena import STAGED_BYTES, GpuArena
 from server.adapters.gpu_decoder import GpuDecoder, decodable
 from server.adapters.linear import SiteGroup
 from server.adapters.pinned import pin
@@ -30,6 +30,7 @@ from server.engine.scheduler import Share
 from server.engine.sequence import Sequence
 from server.kernels.gpu.attention import scratch_bytes
 from server.kernels.gpu.door import GpuKernels
+from server.kernels.gpu.nf4 import PARTS
 from server.kernels.gpu.pages import PageCheck
 from server.model.base import BaseModel
 from server.model.gpu_linear import convert
@@ -80,6 +81,7 @@ class GpuSteps:
         """Device memory that `bind` will take beside the pages."""
         limits, base = self._limits, self._base
         held = standing_bytes(limits.max_sequences, limits.max_batch_tokens)
+        held += 4 * PARTS + min(STAGED_BYTES, limits.adapter_memory_bytes)
         if self._decodable and self._gpu.graphs is not None:
             held += limits.max_sequences * base.vocabulary_size * 4  # logits
             held += sum(

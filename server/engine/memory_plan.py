@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 _RESERVE = 0.03  # of the budget, for what libraries take and what lies between tensors
 _DRAWN_ROWS, _DRAWN_BYTES = 8, 48  # rows sorted at once, bytes a vocabulary entry takes meanwhile (`device_sampler`)
-_FIXED = 64 << 20  # partial sums, staging of adapters, tables
+_FIXED = 64 << 20  # tables, and what no other number names
 
 
 @dataclass(frozen=True)
