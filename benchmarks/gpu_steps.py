@@ -154,7 +154,9 @@ def variants(bench: Bench) -> Report:
     products: dict[str, Change] = {
         "measured cuts": lambda: measured_cuts(bench),
         "measured cuts, early": lambda: _all(measured_cuts(bench), _early(True)),
-        "measured cuts, early, alone": lambda: _all(measured_cuts(bench), _early(True), _each_cut(alone=True)),
+        "measured cuts, early, x by registers": lambda: _all(
+            measured_cuts(bench), _early(True), _each_cut(by_registers=True)
+        ),
     }
     adapters: dict[str, Change] = {
         "measured cuts, early, LoRA in Triton": lambda: _all(measured_cuts(bench), _early(True), _lora(lora._TILING))
@@ -231,7 +233,7 @@ def _compile_all(bench: Bench) -> None:
     wanted: set[tuple[nf4_cuda.Cut, int]] = set()
     for (_, _, width), (_, cut) in bench.cuts.items():
         if cut is not None:
-            wanted.add((replace(cut, alone=True), width))
+            wanted.add((replace(cut, by_registers=True), width))
     compile_cuts(wanted, device)
 
 

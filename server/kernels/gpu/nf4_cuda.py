@@ -24,7 +24,6 @@ MOST_ALONE = 16  # rows for warps that multiply by themselves; beyond it, on an 
 LEAST_FOURS = 9  # rows from which fours of warps, where the card has them, are faster
 MOST_ROWS = 64  # for fours of warps
 _MOST = 256  # tiles that one group walks
-_HALF = 116 << 10  # bytes of shared memory: two groups that have so much do not fit a processor
 _RESERVED = 1024  # bytes of every group's shared memory, by the driver
 
 
@@ -32,9 +31,8 @@ _RESERVED = 1024  # bytes of every group's shared memory, by the driver
 class Cut:
     """Constants of nf4_product.cu, named there. rows: a power of two, outputs: a multiple of `tile`.
 
-    wgmma: warps multiply by fours, which takes at least 8 rows and compute capability 9.0. alone: a group asks for more
-    than half of a processor's shared memory, so that no two share one. apart: the sharers have tiles of their own.
-    by_registers: of warps that multiply by themselves; no card has shown yet what it gains.
+    wgmma: warps multiply by fours, which takes at least 8 rows and compute capability 9.0. apart: the sharers have
+    tiles of their own. by_registers: of warps that multiply by themselves; no card has shown yet what it gains.
     """
 
     rows: int
@@ -43,9 +41,7 @@ class Cut:
     steps: int = 1
     warps: int = 16
     together: int = 4  # tiles of 8 rows whose sums are joined at a time
-    ahead: int = 0
     wgmma: bool = False
-    alone: bool = False
     apart: bool = False
     by_registers: bool = False
 
@@ -79,8 +75,7 @@ class Cut:
         """Bytes of shared memory that a launch asks for: the table, x, the sharers' sums."""
         x = self.inputs // 32 * (self.rows * 64 + 64) if self.wgmma else self.rows * (self.inputs + 32) * 2
         sums = 0 if self.apart else self.sharers * 8 * self.passes * (self.outputs + 4) * 4
-        needed = _TABLE + x + sums
-        return max(needed, _HALF) if self.alone else needed
+        return _TABLE + x + sums
 
     @property
     def registers(self) -> int:
@@ -218,7 +213,6 @@ def constants(cut: Cut, width: int, half: bool, wide: bool) -> tuple[tuple[str, 
         ("KB", cut.blocks),
         ("STEPS", cut.steps),
         ("NP", cut.passes),
-        ("AHEAD", cut.ahead),
         ("WGMMA", int(cut.wgmma)),
         ("APART", int(cut.apart)),
         ("BY_REGISTERS", int(cut.by_registers)),

@@ -17,7 +17,6 @@
 //   STEPS   times KB: the blocks of one warp
 //   NP      tiles of 8 rows whose sums are joined at a time
 //   BY_REGISTERS  1: without WGMMA too, x goes by way of registers; 0: by copies that bypass them
-//   AHEAD   tiles that a sharer's codes are on their way to the card's cache before they are read
 //   HALF    1: x and y are float16, 0: bfloat16
 //   WIDE    1: scales are float32, 0: float16
 #include "device.cuh"
@@ -31,13 +30,6 @@ DEVICE void read_codes(Quad& q, const u8* at, int wanted) {
                  "@yes ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
                  : "+r"(q.x), "+r"(q.y), "+r"(q.z), "+r"(q.w)
                  : "l"(at), "r"(wanted));
-}
-
-// Into the card's cache, for later; a multiple of 16 bytes.
-DEVICE void fetch_ahead(const void* at, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes));
-#endif
 }
 
 // 16 bytes to shared memory, or zeros; finished by `arrived`.
@@ -250,13 +242,6 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
         }
     }
 
-    // While x is still being made, memory has nothing to do: the codes of the first tiles go on their way.
-    const int among = THREAD % (THREADS / WALK), ahead_from = slice * (SLICE / 2);
-    const int ahead_bytes = min(SLICE / 2, WIDTH / 2 - ahead_from);
-    for (int i = among; i < AHEAD * R; i += THREADS / WALK) {
-        const int row = (tile0 + i / R * stride) * R + i % R;
-        if (row < out) fetch_ahead(codes + (long long)row * (WIDTH / 2) + ahead_from, ahead_bytes);
-    }
     // The table: entry e at 256 * e bytes, once for every lane. What is stored here is read only behind the barrier.
     if (THREAD < 256) {
         const int e = THREAD;
@@ -331,11 +316,6 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
         own_x[n] = rows_of_x + (n * 8 + g < rows ? n * 8 + g : 0) * ROOM + (APART ? 0 : warp) * OWN * 64 + 8 * t;
 #endif
     for (int tile = tile0; tile < tiles; tile += stride) {
-        if (AHEAD)
-            for (int i = among; i < R; i += THREADS / WALK) {
-                const int row = (tile + AHEAD * stride) * R + i;
-                if (row < out) fetch_ahead(codes + (long long)row * (WIDTH / 2) + ahead_from, ahead_bytes);
-            }
         float total[MT][NT][4];
         UNROLL for (int m = 0; m < MT; m++) UNROLL for (int n = 0; n < NT; n++) UNROLL for (int i = 0; i < 4; i++)
             total[m][n][i] = 0.f;

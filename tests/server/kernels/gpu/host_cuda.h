@@ -57,15 +57,6 @@ static inline void read_codes(Quad& q, const u8* at, int wanted) {
     if (wanted) memcpy(&q, at, 16);
 }
 
-static u64 asked_ahead;  // bytes
-
-static inline void fetch_ahead(const void* at, u32 bytes) {
-    if ((uintptr_t)at % 16 || bytes % 16 || !bytes) abort();
-    volatile u8 first = ((const u8*)at)[0], last = ((const u8*)at)[bytes - 1];  // both are there
-    (void)first, (void)last;
-    asked_ahead += bytes;
-}
-
 static inline Quad read_constant(const u16* at, bool wanted) {
     Quad q = {0, 0, 0, 0};
     if (wanted) memcpy(&q, at, 16);

@@ -110,7 +110,7 @@ def meaning(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None) -> Tensor:
         (Cut(8, 16, 2, 3, warps=8, apart=True), 7, 150, 384, False, 1),  # tiles of their own; two have a second one
         (Cut(1, 32, 4, 2, warps=8, apart=True), 1, 75, 1088, True, 2),  # three slices, groups without a tile for all
         (Cut(64, 64, 2, 2, warps=16, wgmma=True, apart=True), 50, 330, 576, False, 1),
-        (Cut(32, 128, 4, warps=8, wgmma=True, ahead=2, apart=True), 32, 260, 256, False, 2),
+        (Cut(32, 128, 4, warps=8, wgmma=True, apart=True), 32, 260, 256, False, 2),
     ],
 )
 def test_the_source_on_the_cpu(
