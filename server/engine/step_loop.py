@@ -122,7 +122,17 @@ class StepLoop:
         told, self._told = self._told, []
         for sequence, taken in told:
             request = sequence.request
-            delta = sequence.tell(taken)
+            try:
+                delta = sequence.tell(taken)
+            except Exception:
+                log.exception("a token could not be put into words")
+                failed = EngineFailed("the answer could not be put into words")
+                if taken.reason is None:
+                    sequence.refused = failed  # ended when the engine next takes requests in
+                else:
+                    self.observer.finished(request, None, failed)
+                    sequence.outbox.put(Delta(error=failed))
+                continue
             if taken.first:
                 self.observer.first_token(request, taken.seconds)
             else:

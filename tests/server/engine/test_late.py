@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from server.engine.request import Sampling, Stopping
+from server.errors import EngineFailed
 from tests.server.engine.pretend import PretendEngine, expected, request
 
 
@@ -98,3 +99,28 @@ def test_seeds_and_steps_are_as_ever(late: PretendEngine) -> None:
     finally:
         late.close()
         other.close()
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_token_without_words_ends_its_own_answer_alone(
+    at_the_end: bool, is_late: bool, late: PretendEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late.engine._loop._late = is_late
+    asked, other = request("a", new=1 if at_the_end else 9), request("b", new=4)
+    begin = late.engine._sequence
+
+    def broken(one, outbox):  # type: ignore[no-untyped-def]
+        sequence = begin(one, outbox)
+        if one is asked:
+            monkeypatch.setattr(sequence.detokenizer, "push", lambda token: 1 / 0)
+        return sequence
+
+    monkeypatch.setattr(late.engine, "_sequence", broken)
+    try:
+        ours, theirs = late.run(asked, other)
+        assert isinstance(ours.error, EngineFailed) and ours.token_ids == []
+        assert theirs.error is None and theirs.token_ids == expected(other)
+        late.check_empty()
+    finally:
+        late.close()
