@@ -51,13 +51,12 @@ def fastest(rows: list[dict[str, Any]]) -> list[dict[str, object]]:
 
 def text(table: dict[str, Any]) -> str:
     """A cut a line."""
-    whole = json.dumps(table, indent=1)
-    lines = [json.dumps(cut) for card in table["cards"] for cut in card["cuts"]]
+    cards = []
     for card in table["cards"]:
-        for cut in card["cuts"]:
-            whole = whole.replace(json.dumps(cut, indent=1).replace("\n", "\n" + " " * 4), json.dumps(cut))
-    assert all(line in whole for line in lines)
-    return whole + "\n"
+        head = json.dumps({name: value for name, value in card.items() if name != "cuts"})
+        cuts = ",\n".join(f"  {json.dumps(cut)}" for cut in card["cuts"])
+        cards.append(f'{head[:-1]}, "cuts": [\n{cuts}\n]}}')
+    return '{"cards": [\n' + ",\n".join(cards) + "\n]}\n"
 
 
 if __name__ == "__main__":
