@@ -23,9 +23,9 @@ _LONGEST: Final = 4096  # tokens of a question with its answer; a longer one fai
 
 
 def answer_losses(
-    base: Path, adapters: Mapping[str, Path], examples: Sequence[Example], *, quantized: bool
+    base: Path, adapters: Mapping[str, Path], examples: Sequence[Example], *, quantized: bool, with_base: bool = True
 ) -> dict[str | None, Measured]:
-    """The loss of the base (None) and of every adapter (PEFT directories, by name), on the same `examples`.
+    """The loss of every adapter (PEFT directories, by name) and of the base (None) on the same `examples`.
 
     Names are PEFT's adapter names, so without dots. Raises what `training.encode` raises.
     """
@@ -40,7 +40,9 @@ def answer_losses(
     encoded = encode_all(tokenizer, training_template(tokenizer), examples, stop_ids(base, tokenizer), _LONGEST)
     assert not encoded.too_long
     model: Any = load_base(base, "qlora" if quantized else "lora", _LONGEST, "cpu", torch.float32)
-    found: dict[str | None, Measured] = {None: _measured(model, encoded.examples)}
+    found: dict[str | None, Measured] = {}
+    if with_base:
+        found[None] = _measured(model, encoded.examples)
     for name, directory in adapters.items():
         if isinstance(model, PeftModel):
             model.load_adapter(str(directory), adapter_name=name)

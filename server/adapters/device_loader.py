@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from server.adapters.arena import Rows
 from server.adapters.claims import Claims
+from server.adapters.load_pace import LoadPace
 from server.adapters.priority import give_way
 from server.adapters.tickets import Ticket
 from server.adapters.weights import LoraWeights
@@ -30,11 +31,13 @@ class DeviceLoader:
         fetch_more: Callable[[], None],
         wake: Callable[[], None],
         loaded: Callable[[str, float], None],
+        pace: LoadPace,
     ) -> None:
         self._claims = claims
         self._fetch_more = fetch_more
         self._wake = wake
         self._loaded = loaded
+        self._pace = pace
         self._thread = threading.Thread(target=self._loop, name="loraplex-loader", daemon=True)
         self._thread.start()
 
@@ -104,7 +107,7 @@ class DeviceLoader:
             return False
         arena = claims.device.arena
         try:
-            with arena.aside():
+            with arena.aside(), self._pace.charged():
                 arena.write(rows, weights)
                 parts = weights.parts.on(arena.device)
         except BaseException:

@@ -51,8 +51,9 @@ class Residency:
         self._device = DeviceCache(arena, parts_bytes)
         self._claims = Claims(self._host, self._device, fetch_more=lambda: self._host_loader.fetch_more())
         self._changed = self._claims.changed
-        self._host_loader = HostLoader(self._claims, fetch, parse, fetches, wake, loaded, pace or LoadPace())
-        self._device_loader = DeviceLoader(self._claims, self._host_loader.fetch_more, wake, loaded)
+        pace = pace or LoadPace()
+        self._host_loader = HostLoader(self._claims, fetch, parse, fetches, wake, loaded, pace)
+        self._device_loader = DeviceLoader(self._claims, self._host_loader.fetch_more, wake, loaded, pace)
 
     # -- for the step loop ------------------------------------------------------------------------------------
 

@@ -51,6 +51,8 @@ def test_every_models_loss_is_that_of_transformers(tiny_base: Path, adapters: di
             assert nats == pytest.approx(mean * tokens, rel=1e-4)
     values = [measured.value for measured in found.values()]
     assert len({round(value, 3) for value in values}) == 3
+    alone = answer_losses(tiny_base, adapters, EXAMPLES, quantized=False, with_base=False)
+    assert {name: measured.counts for name, measured in alone.items()} == {n: found[n].counts for n in ("a1", "b2")}
 
 
 def test_a_quantized_base_is_measured_as_it_is_trained_on(tiny_base: Path, adapters: dict[str, Path]) -> None:

@@ -82,6 +82,7 @@ def score_group(spec: dict[str, Any]) -> dict[str, Any]:
         {key: Path(directory) for key, directory in spec["adapters"].items()},
         examples,
         quantized=spec["quantization"] == "nf4",
+        with_base=spec["with_base"],
     )
     keys = {directory: key for key, directory in spec["adapters"].items()}
 

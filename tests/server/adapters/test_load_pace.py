@@ -41,6 +41,18 @@ def test_a_share_of_a_core_in_the_long_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert clock.computed == pytest.approx(0.25 * clock.now, rel=0.03)
 
 
+def test_what_a_load_takes_after_its_turn_counts_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the copy into the arena does, which another thread makes."""
+    clock = Clock()
+    pace = paced(clock, True, monkeypatch)
+    while clock.now < 20:
+        with pace.turn():
+            clock.work(0.02)
+        with pace.charged():
+            clock.work(0.02)
+    assert clock.computed == pytest.approx(0.25 * clock.now, rel=0.03)
+
+
 def test_what_was_saved_goes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     pace = paced(clock, True, monkeypatch)

@@ -1,7 +1,9 @@
 """Adapters come side by side, go in order, stay when pinned, and never keep others waiting for ever."""
 
 import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -221,3 +223,21 @@ def test_load_from_other_threads(pretend: PretendEngine) -> None:
         thread.join(20)
         assert not thread.is_alive()
     assert not failed
+
+
+def test_the_copy_into_the_arena_is_charged_to_the_allowance_of_loads(
+    pretend: PretendEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pace, arena = pretend.residency._host_loader._pace, pretend.residency._arena
+    before, write = pace._allowance, arena.write
+
+    def slow(*given: Any) -> None:
+        until = time.thread_time() + 0.05
+        while time.thread_time() < until:
+            pass
+        write(*given)
+
+    monkeypatch.setattr(pace, "_share", 0.0)  # nothing is saved up meanwhile
+    monkeypatch.setattr(arena, "write", slow)
+    pretend.run(request("a"))
+    assert pace._allowance < before - 0.05
