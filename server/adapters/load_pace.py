@@ -61,7 +61,7 @@ class LoadPace:
 
     @contextmanager
     def charged(self) -> Iterator[None]:
-        """Charge the allowance with the body's processor time too, without waiting: what a load takes after its turn."""
+        """Charge the allowance with the body's processor time too: what a load takes after its turn. Never waits."""
         before = self._spent()
         try:
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -52,7 +53,9 @@ def test_every_models_loss_is_that_of_transformers(tiny_base: Path, adapters: di
     values = [measured.value for measured in found.values()]
     assert len({round(value, 3) for value in values}) == 3
     alone = answer_losses(tiny_base, adapters, EXAMPLES, quantized=False, with_base=False)
-    assert {name: measured.counts for name, measured in alone.items()} == {n: found[n].counts for n in ("a1", "b2")}
+    assert list(alone) == ["a1", "b2"]
+    for name, measured in alone.items():
+        assert np.allclose(measured.counts, found[name].counts)
 
 
 def test_a_quantized_base_is_measured_as_it_is_trained_on(tiny_base: Path, adapters: dict[str, Path]) -> None:

@@ -105,9 +105,7 @@ class EngineScorer:
         from training.answer_loss import answer_losses
 
         named = {f"adapter{number}": directory for number, directory in enumerate(adapters)}
-        found = answer_losses(
-            self.base_directory, named, examples, quantized=self.quantize == "nf4", with_base=False
-        )
+        found = answer_losses(self.base_directory, named, examples, quantized=self.quantize == "nf4", with_base=False)
         return [list(found[name].of_totals(found[name].counts)) for name in named]
 
     def text_nats(self, adapters: Sequence[Path | None]) -> list[float]:
