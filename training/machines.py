@@ -21,7 +21,9 @@ GPUS: dict[str, tuple[int, float]] = {
     "h200": (141, 989.0),
 }
 GPU_SHARE = 0.35  # of the maker's figure that training of a few billion parameters reaches; an assumption
-CPU_SHARE = 0.25  # of a matrix product's speed that a whole step reaches; an assumption as well
+# Of a matrix product's speed that a whole step reaches on a CPU: in float32 43 of 73 GFLOP/s (one thread, AVX2; see
+# benchmarks/results/training_processes_float32.md); in bfloat16 an assumption as well.
+CPU_SHARE = {torch.float32: 0.59, torch.bfloat16: 0.25}
 _CUDA_CONTEXT = 600_000_000
 _PROCESS = 660_000_000  # Python with torch, transformers, peft and trl imported; measured
 
@@ -51,4 +53,4 @@ def this_machine(hidden: int, inner: int, memory: int | None = None) -> Machine:
             x @ w
         best = max(best, 5 * 2 * 512 * hidden * inner / (time.perf_counter() - started))
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine("this machine's CPU", "cpu", memory or physical, _PROCESS, best * CPU_SHARE, dtype)
+    return Machine("this machine's CPU", "cpu", memory or physical, _PROCESS, best * CPU_SHARE[dtype], dtype)

@@ -10,6 +10,7 @@ import torch
 
 from training.data import hold_out, read_jsonl
 from training.encode import EncodedSet, encode_all
+from training.left_behind import left_behind
 from training.recipe import Recipe
 from training.rehearsal import Rehearsal, Shape, rehearse
 
@@ -92,7 +93,7 @@ def weigh(base: Path, recipe: Recipe, data: Data, machine: Machine, price_per_ho
         for checkpointing in (False, True):
             tried = recipe.but(gradient_checkpointing=checkpointing)
             rehearsal = rehearse(base, method, tried, data.longest, machine.device, machine.dtype)
-            seconds = flops_of(rehearsal, data, recipe) / machine.flops * _SLOWER.get(method, 1.0)
+            seconds = flops_of(rehearsal, data, recipe) / machine.flops * slowed(method, machine.device)
             memory = peak_in_process(base, tried, method, rehearsal, machine) + machine.overhead
             options.append(
                 Option(
@@ -110,34 +111,14 @@ def weigh(base: Path, recipe: Recipe, data: Data, machine: Machine, price_per_ho
 
 # What a process on a CPU grows by once it trains, beside the tensors: kernels made for the shapes, tokenizer, loader.
 GROWTH = 80_000_000
-# What it holds more where the allocator keeps freed blocks, as glibc's does by itself: a constant and, where values
-# are cast on the way (to bfloat16, or from NF4), a share of the activations. In bfloat16 both are fitted on the cells
-# of one task and checked on another's. In float32 less stays behind: the constant is the one with the least worst error
-# on two tasks, checked on a third and on other seeds. NF4 with checkpointing, of which there is one cell, keeps more.
-# See benchmarks/results/training_processes.md and training_processes_float32.md.
-ALLOCATOR = 682_000_000
-ALLOCATOR_FLOAT32 = 465_000_000
-ALLOCATOR_SHARE = 0.27
-
-
-def casts(method: str, dtype: torch.dtype) -> bool:
-    """Whether values are cast on the way through the model; `dtype` is that of the products."""
-    return method == "qlora" or dtype != torch.float32
-
-
-def kept_by_allocator(method: str, checkpointing: bool, activations: int, dtype: torch.dtype) -> float:
-    """Bytes of freed blocks at a run's peak; `dtype` is that of the products."""
-    small = dtype == torch.float32 and not (method == "qlora" and checkpointing)
-    share = ALLOCATOR_SHARE * activations if casts(method, dtype) else 0.0
-    return (ALLOCATOR_FLOAT32 if small else ALLOCATOR) + share
 
 
 def peak_in_process(base: Path, recipe: Recipe, method: str, rehearsal: Rehearsal, machine: Machine) -> int:
     """Bytes by which a run's resident set grows above that of the process before it; on a GPU, bytes of tensors."""
     if machine.device != "cpu":
         return rehearsal.peak
-    kept = kept_by_allocator(method, recipe.gradient_checkpointing, rehearsal.activations, machine.dtype)
-    return round(rehearsal.peak + mapped_bytes(base, method, rehearsal) + kept)
+    left = left_behind(method, recipe.gradient_checkpointing, machine.dtype).of(rehearsal)
+    return round(rehearsal.peak + mapped_bytes(base, method, rehearsal) + left)
 
 
 def peak_returned(base: Path, method: str, rehearsal: Rehearsal) -> int:
@@ -157,8 +138,12 @@ def mapped_bytes(base: Path, method: str, rehearsal: Rehearsal) -> int:
     return max(0, file - rehearsal.unpacked)
 
 
-# Unpacking the weights for every product: article 002 gives +39 % time.
-_SLOWER = {"qlora": 1.39}
+def slowed(method: str, device: str) -> float:
+    """How many times longer an operation takes where weights are unpacked for every product.
+
+    On a CPU as measured (benchmarks/results/training_processes_float32.md), on a GPU as article 002 gives it.
+    """
+    return 1.0 if method != "qlora" else 1.12 if device == "cpu" else 1.39
 
 
 def flops_of(rehearsal: Rehearsal, data: Data, recipe: Recipe) -> float:

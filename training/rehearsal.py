@@ -48,6 +48,7 @@ class Rehearsal:
     gradients: int
     optimizer: int  # AdamW's two moments
     peak: int  # the most alive at once, everything together
+    logits: int  # those of the batch's labels once, in float32
     linear_flops: int  # of one forward and backward: what grows with the tokens
     attention_flops: int  # what grows with the square of the length
     trained: int  # parameters
@@ -147,6 +148,7 @@ def rehearse_all_layers(
             gradients=gradients,
             optimizer=_bytes(moments),
             peak=watch.peak,
+            logits=4 * shape.label_tokens * config.get_text_config().vocab_size,
             linear_flops=watch.linear_flops,
             attention_flops=watch.attention_flops,
             trained=sum(parameter.numel() for parameter in trained),

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.planner import Data, Machine, flops_of, peak_in_process, read_data
+from training.planner import Data, Machine, flops_of, peak_in_process, read_data, slowed
 from training.rehearsal import Rehearsal, rehearse
 from training.sweep.plan import Cell
 from training.sweep.records import TaskData
-
-_QLORA_SLOWER = 1.39  # as the planner has it
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,15 @@ class Estimator:
     def of(self, cell: Cell, data: Mapping[str, TaskData]) -> Estimate:
         """One cell's."""
         recipe, rehearsal = cell.recipe, self.rehearsal(cell, data)
-        seconds = flops_of(rehearsal, self._sizes(cell, data), recipe) / self._machine.flops
+        seconds = self.operations(cell, data) / self._machine.flops
         return Estimate(
-            seconds * (_QLORA_SLOWER if recipe.method == "qlora" else 1.0),
+            seconds * slowed(recipe.method, self._machine.device),
             peak_in_process(self._base, recipe, recipe.method, rehearsal, self._machine) + self._machine.overhead,
         )
+
+    def operations(self, cell: Cell, data: Mapping[str, TaskData]) -> float:
+        """Of the cell's whole training."""
+        return flops_of(self.rehearsal(cell, data), self._sizes(cell, data), cell.recipe)
 
     def rehearsal(self, cell: Cell, data: Mapping[str, TaskData]) -> Rehearsal:
         """One step of the cell, on its largest batch."""
