@@ -42,7 +42,7 @@ def answer_nats(model, tokenizer, asked: list[list[dict[str, str]]]) -> float:  
     nats, tokens = 0.0, 0
     for messages in asked:
         prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
         before = len(tokenizer(prompt, add_special_tokens=False).input_ids)
         ids = torch.tensor([tokenizer(whole, add_special_tokens=False).input_ids])
         logits = model(ids).logits[0, before - 1 : -1].float()
