@@ -122,6 +122,8 @@ def main() -> int:
         if not after - before <= given.allowed:
             print(f"worse by more than {given.allowed:g}: nothing is kept", file=sys.stderr)
             return 1
+        for file in Path(place, "new").iterdir():
+            file.chmod(0o644)  # some are written for their owner alone
         Path(place, "new").rename(given.out)
     return 0
 
