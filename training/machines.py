@@ -21,9 +21,9 @@ GPUS: dict[str, tuple[int, float]] = {
     "h200": (141, 989.0),
 }
 GPU_SHARE = 0.35  # of the maker's figure that training of a few billion parameters reaches; an assumption
-# Of a matrix product's speed that a whole step reaches on a CPU: in float32 43 of 73 GFLOP/s (one thread, AVX2; see
+# Of a matrix product's speed that a whole step reaches on a CPU: in float32 46 of 73 GFLOP/s (one thread, AVX2; see
 # benchmarks/results/training_processes_float32.md); in bfloat16 an assumption as well.
-CPU_SHARE = {torch.float32: 0.59, torch.bfloat16: 0.25}
+CPU_SHARE = {torch.float32: 0.63, torch.bfloat16: 0.25}
 _CUDA_CONTEXT = 600_000_000
 _PROCESS = 660_000_000  # Python with torch, transformers, peft and trl imported; measured
 
