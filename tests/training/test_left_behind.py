@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import benchmarks
 from benchmarks.training_processes import Process, fit, page
 from training.left_behind import BFLOAT16, FLOAT32, left_behind
 from training.rehearsal import Rehearsal
@@ -36,6 +39,18 @@ def test_a_constant_and_shares_of_activations_and_logits() -> None:
 )
 def test_each_way_to_train_has_its_own(method: str, checkpointing: bool, dtype: torch.dtype, found: object) -> None:
     assert left_behind(method, checkpointing, dtype) is found
+
+
+@pytest.mark.parametrize("measured", ["training_processes", "training_processes_float32"])
+def test_no_process_that_was_measured_is_more_than_15_percent_off(measured: str) -> None:
+    """The sweeps' processes as they were committed, by the numbers as they are now."""
+    processes = json.loads((Path(benchmarks.__file__).parent / "results" / f"{measured}.json").read_text("utf-8"))
+    assert len(processes) >= 10
+    for one in processes:
+        dtype = torch.float32 if one["precision"] == "float32" else torch.bfloat16
+        told = left_behind("qlora" if one["nf4"] else "lora", one["checkpointing"], dtype)
+        kept = told.constant + told.activations * one["activations"] + told.logits * one["logits"]
+        assert one["tensors"] + kept == pytest.approx(one["measured"], rel=0.15), one["name"]
 
 
 def cells(seed: int, count: int, noise: float) -> list[Process]:
