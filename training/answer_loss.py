@@ -61,13 +61,13 @@ def _measured(model: Any, examples: Sequence[Encoded]) -> Measured:
     with torch.inference_mode():
         for start in range(0, len(order), _BATCH):
             rows = order[start : start + _BATCH]
-            losses, counts = label_losses(model, *_padded([examples[at] for at in rows]))
+            losses, counts = label_losses(model, *padded([examples[at] for at in rows]))
             for at, loss, count in zip(rows, losses.tolist(), counts.tolist(), strict=True):
                 nats[at], tokens[at] = loss, count
     return per_token(nats, tokens)
 
 
-def _padded(examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def padded(examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(input ids, attention mask, labels), each [batch, longest], padded on the right."""
     longest = max(len(example.input_ids) for example in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.long)

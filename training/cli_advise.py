@@ -89,7 +89,7 @@ def advise(
     directory = locate_base(base).directory
     sizes = read_data(data, directory, chosen)
     if gpu is None and gpu_memory is None:
-        machine = machines.this_machine(1024, 4096)
+        machine = machines.this_machine(directory)
     else:
         machine = machines.gpu(gpu or "a100", gpu_memory)
     options = weigh(directory, chosen, sizes, machine, price_per_hour)

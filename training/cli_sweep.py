@@ -117,7 +117,8 @@ def _dry_run(
     from training.sweep.estimate import Estimator
 
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    estimator = Estimator(locate_base(plan.base).directory, machines.this_machine(1024, 4096))
+    directory = locate_base(plan.base).directory
+    estimator = Estimator(directory, machines.this_machine(directory))
     estimates = {cell: estimator.of(cell, data) for cell in plan.cells}
     left = sum(estimate.seconds for cell, estimate in estimates.items() if finished[cell] is None)
     if as_json:

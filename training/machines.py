@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from training.planner import Machine
-from training.trainable import bfloat16_is_fast
+from training.trainable import attention_for, bfloat16_is_fast
 
 # Name → (memory in GB, dense bfloat16 (t4: float16) TFLOP/s by its maker).
 GPUS: dict[str, tuple[int, float]] = {
@@ -21,9 +25,7 @@ GPUS: dict[str, tuple[int, float]] = {
     "h200": (141, 989.0),
 }
 GPU_SHARE = 0.35  # of the maker's figure that training of a few billion parameters reaches; an assumption
-# Of a matrix product's speed that a whole step reaches on a CPU: in float32 46 of 73 GFLOP/s (one thread, AVX2; see
-# benchmarks/results/training_processes_float32.md); in bfloat16 an assumption as well.
-CPU_SHARE = {torch.float32: 0.63, torch.bfloat16: 0.25}
+CPU_SHARE = 1.0  # of a layer's speed, see `layer_speed`, that a whole training run reaches
 _CUDA_CONTEXT = 600_000_000
 _PROCESS = 660_000_000  # Python with torch, transformers, peft and trl imported; measured
 
@@ -41,16 +43,40 @@ def gpu(name: str, memory: int | None = None) -> Machine:
     )
 
 
-def this_machine(hidden: int, inner: int, memory: int | None = None) -> Machine:
-    """The CPU at hand: its memory, and its speed at a product of the base's shape (a second's measurement)."""
+def this_machine(base: Path, memory: int | None = None) -> Machine:
+    """The CPU at hand: its memory, and its speed at training a layer of the base (two seconds' measurement)."""
     dtype = torch.bfloat16 if bfloat16_is_fast("cpu") else torch.float32
-    x, w = torch.randn(512, hidden).to(dtype), torch.randn(hidden, inner).to(dtype)
-    x @ w
-    best, until = 0.0, time.monotonic() + 0.5
-    while time.monotonic() < until:
-        started = time.perf_counter()
-        for _ in range(5):
-            x @ w
-        best = max(best, 5 * 2 * 512 * hidden * inner / (time.perf_counter() - started))
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine("this machine's CPU", "cpu", memory or physical, _PROCESS, best * CPU_SHARE[dtype], dtype)
+    flops = layer_speed(base, dtype) * CPU_SHARE
+    return Machine("this machine's CPU", "cpu", memory or physical, _PROCESS, flops, dtype)
+
+
+def layer_speed(
+    base: Path, dtype: torch.dtype, seconds: float = 1.5, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Operations a second of one layer of the base with frozen random weights, forward and backward, at its best.
+
+    A layer rather than a matrix product: what is no product takes a share of the time that differs between machines,
+    and is largest where products are fastest. 4 rows of 128 tokens. The base's files are not read but its config.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = AutoConfig.from_pretrained(str(base))
+    config.get_text_config().update({"num_hidden_layers": 1, "vocab_size": 256, "pad_token_id": None})
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_for("cpu", 128))
+    model.requires_grad_(False).train()
+    hidden = model.get_input_embeddings().weight.shape[1]
+    given = torch.randn(4, 128, hidden).to(dtype).requires_grad_()
+
+    def step() -> None:
+        model(inputs_embeds=given, use_cache=False).logits.sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    operations, best, until = counter.get_total_flops(), math.inf, time.monotonic() + seconds
+    while time.monotonic() < until or best == math.inf:
+        started = clock()
+        step()
+        best = min(best, clock() - started)
+    return operations / best

@@ -13,6 +13,7 @@ tasks:                            in the order of training
   - {task: iam-policy, train_file: mine.jsonl, eval_file: held.jsonl}    or your own; paths beside the plan
 gates: {max_drop: 0.02, max_text_drift: 0.02, alias: prod, after_refusal: go-on}
 text: README.md                   optional: held-out text, for its cross-entropy
+keep_text: prose.txt              optional: other text on which `aimed` keeps the base as it is
 quantize: none                    how the engine holds the base for scores and router: none, int8, nf4 (so with qlora)
 intruders: true                   count intruder dimensions of every stage at the end; last: of the last stage
 """
@@ -38,7 +39,7 @@ from training.tasks import task_named
 
 _KEYS = (
     "name", "base", "method", "recipe", "set", "seed", "strategy", "reduce_intruders", "tasks", "gates", "text",
-    "text_windows", "quantize", "intruders", "max_steps", "checkpoint_steps",
+    "text_windows", "keep_text", "quantize", "intruders", "max_steps", "checkpoint_steps",
 )  # fmt: skip
 _TASK_KEYS = ("task", "label", "train", "eval", "train_file", "eval_file")
 _GATE_KEYS = ("max_drop", "max_text_drift", "alias", "after_refusal")
@@ -73,6 +74,7 @@ class ContinualPlan:
     directory: Path  # where the plan lies; paths in it start there
     text: str | None = None
     text_windows: int = 64
+    keep_text: str | None = None
     quantize: Quantization = "none"
     intruders: bool | Literal["last"] = True
     max_steps: int | None = None  # a stage's, for trying out
@@ -105,6 +107,7 @@ class ContinualPlan:
             "intruders": self.intruders,
             "max_steps": self.max_steps,
             "checkpoint_steps": self.checkpoint_steps,
+            **({"keep_text": self.keep_text} if self.keep_text is not None else {}),
         }
 
     @classmethod
@@ -137,6 +140,7 @@ class ContinualPlan:
             directory=directory,
             text=value.get("text") and _text(value, "text", ""),
             text_windows=_count(value, "text_windows", 64),
+            keep_text=value.get("keep_text") and _text(value, "keep_text", ""),
             quantize=_one_of(
                 value, "quantize", get_args(Quantization), "nf4" if value.get("method") == "qlora" else "none"
             ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from training.continual.aiming import Aimed
 from training.continual.errors import ContinualPlanInvalid
 from training.continual.pacing import PacedReplay
 from training.continual.strategies import (
@@ -27,6 +28,7 @@ KINDS: Mapping[str, Callable[..., Strategy]] = {
     "on-policy-replay": lambda **given: Replay(**{"share": 0.05, **given, "own_answers": True,
                                                   "name": "on-policy-replay"}),
     "paced-replay": PacedReplay,
+    "aimed": Aimed,
     "o-lora": OLora,
     "slao": Slao,
     "osf": Osf,
@@ -37,6 +39,7 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "replay": ("share", "capacity"),
     "on-policy-replay": ("share", "capacity"),
     "paced-replay": ("share", "capacity", "judges"),
+    "aimed": ("reads", "own_weight", "keep_weight"),
     "o-lora": ("weight",),
     "osf": ("keep",),
     "merge": ("how", "density", "rank_factor"),
@@ -55,7 +58,7 @@ def strategy_named(name: str, options: Mapping[str, Any], reduce_share: float | 
             )
         if option != "how" and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ContinualPlanInvalid(f"strategy {name}: {option} is a number, not {value!r}")
-    for option in ("capacity", "judges"):
+    for option in ("capacity", "judges", "reads"):
         if not isinstance(options.get(option, 0), int):
             raise ContinualPlanInvalid(f"strategy {name}: {option} is a whole number, not {options[option]!r}")
     made = KINDS[name](**options)

@@ -15,12 +15,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from hub.errors import AliasMoved
 from hub.facade import HubFacade
@@ -195,6 +197,7 @@ class _Stage:
             earlier=tuple(task.train.examples for task in data[: self.index]),
             answers=lambda _, examples: self._answers(examples),
             losses=self._losses,
+            inputs=self._inputs,
             weights=lambda modules: matrices(base, modules),
             seed=self.run_.plan.recipe.seed,
         )
@@ -209,13 +212,25 @@ class _Stage:
         return read_jsonl(place).examples if place.stat().st_size else ()
 
     def _losses(self, adapters: Sequence[Factors], examples: Sequence[Example]) -> list[list[float]]:
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix=".losses-") as place:
+        with self._written(adapters) as directories:
+            return self.run_.scorer.losses(directories, examples)
+
+    def _inputs(
+        self, factors: Factors, groups: Sequence[tuple[float, Sequence[Example] | None]]
+    ) -> Mapping[str, Tensor]:
+        with self._written([factors]) as [directory]:
+            return self.run_.scorer.inputs(directory, groups)
+
+    @contextmanager
+    def _written(self, adapters: Sequence[Factors]) -> Iterator[list[Path]]:
+        """Directories with the adapters, for as long as this is open."""
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix=".asked-") as place:
             directories = []
             for number, factors in enumerate(adapters):
                 directories.append(Path(place, str(number)))
                 directories[-1].mkdir()
                 write_factors(directories[-1], factors, self.run_.trainer.base.name or "")
-            return self.run_.scorer.losses(directories, examples)
+            yield directories
 
     def _save(self, place: Path, outcome: Outcome[Example], trained: Trained) -> None:
         base = self.run_.trainer.base.name or ""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from server.config import EngineLimits, ModelConfig, Quantization
 from training.data import Example, Message
 from training.evaluate import Generator, Prompt
@@ -42,6 +44,10 @@ class Scorer(Protocol):
         """Nats a token of each example's own answer, with each of the adapters."""
         ...
 
+    def inputs(self, adapter: Path, groups: Sequence[tuple[float, Sequence[Example] | None]]) -> dict[str, Tensor]:
+        """Σ weight · E[x xᵀ] of every adapted matrix's inputs over groups; None is the text to keep, if any."""
+        ...
+
     def routed(self, choices: Sequence[Sequence[Path | None]]) -> list[dict[str, float]]:
         """All metrics of each exam, each of its questions answered by the model chosen for it."""
         ...
@@ -62,6 +68,7 @@ class EngineScorer:
     threads: int = 0
     text: str | None = None  # the held-out text itself
     text_windows: int = 64
+    keep_text: str | None = None  # the text itself on which the base is to be kept
 
     def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
         """See `Scorer`."""
@@ -107,6 +114,14 @@ class EngineScorer:
         named = {f"adapter{number}": directory for number, directory in enumerate(adapters)}
         found = answer_losses(self.base_directory, named, examples, quantized=self.quantize == "nf4", with_base=False)
         return [list(found[name].of_totals(found[name].counts)) for name in named]
+
+    def inputs(self, adapter: Path, groups: Sequence[tuple[float, Sequence[Example] | None]]) -> dict[str, Tensor]:
+        """See `Scorer`; see `training.continual.inputs`."""
+        from training.continual.inputs import input_moments
+
+        asked = [(weight, self.keep_text if group is None else group) for weight, group in groups]
+        read = [(weight, group) for weight, group in asked if group and weight]
+        return input_moments(self.base_directory, adapter, read, quantized=self.quantize == "nf4")
 
     def text_nats(self, adapters: Sequence[Path | None]) -> list[float]:
         """See `Scorer`; in float32, each model by itself, see `training.text_loss`."""

@@ -45,6 +45,9 @@ class Past(Generic[E]):
     answers: Callable[[Factors, Sequence[E]], Sequence[E]]  # the same prompts with an adapter's own answers
     # nats a token of each example's own answer, with each of the adapters
     losses: Callable[[Sequence[Factors], Sequence[E]], Sequence[Sequence[float]]]
+    # Σ weight · E[x xᵀ] of the inputs of every matrix that an adapter adapts, over groups of examples; None is the text
+    # to keep, and nothing where the plan has no such text. Empty where there is nothing to read.
+    inputs: Callable[[Factors, Sequence[tuple[float, Sequence[E] | None]]], Mapping[str, torch.Tensor]]
     weights: Weights
     seed: int
 

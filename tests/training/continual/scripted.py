@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from hub.base import BaseIdentity
 from hub.facts import Facts
-from training.continual.factors import Pair
+from training.continual.factors import Pair, read_factors
 from training.continual.scoring import Cell
 from training.continual.stage import Trained
 from training.continual.weights import matrices
@@ -66,6 +67,10 @@ class ScriptedScorer:
 
     def losses(self, adapters: Sequence[Path], examples: Sequence[Example]) -> list[list[float]]:
         return [[1.0 + number] * len(examples) for number, _ in enumerate(adapters)]
+
+    def inputs(self, adapter: Path, groups: Sequence[tuple[float, Sequence[Example] | None]]) -> dict[str, Tensor]:
+        sizes = {module: pair.a.shape[1] for module, pair in read_factors(adapter).items()}
+        return {module: torch.eye(size) * sum(w for w, rows in groups if rows) for module, size in sizes.items()}
 
     def routed(self, choices: Sequence[Sequence[Path | None]]) -> list[dict[str, float]]:
         """A question gets its point when its own task's adapter answers it."""

@@ -284,7 +284,10 @@ def test_the_shipped_comparison_is_one() -> None:
     for size in ("tiny", "small", "large"):
         read = Comparison.read(file, size)
         assert [case.arm for case in read.cases[:4]] == ["joint", "isolated", "sequential", "replay-5"]
-        assert len({case.key("b", _digests(case), "t") for case in read.cases}) == len(read.cases)
+        keys = {case.key("b", _digests(case), "t", case.plan.keep_text) for case in read.cases}
+        assert len(keys) == len(read.cases)
+        kept = next(case for case in read.cases if case.plan.keep_text is not None)
+        assert kept.key("b", _digests(kept), "t", "one text") != kept.key("b", _digests(kept), "t", "another")
 
 
 def _digests(case: Case) -> dict[str, str]:

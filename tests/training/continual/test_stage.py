@@ -16,6 +16,7 @@ from hub.base import BaseIdentity
 from tests.training.continual.conftest import WORDS
 from training import trainable
 from training.continual.factors import Factors, Pair, read_factors, relative_difference, write_factors
+from training.continual.inputs import input_moments
 from training.continual.registry import KINDS, strategy_named
 from training.continual.rules import SiteRule, govern
 from training.continual.stage import StageTrainer
@@ -78,10 +79,17 @@ def test_two_stages_of_every_strategy(name: str, trainer: StageTrainer, tiny_bas
     def losses(adapters: Sequence[Factors], judges: Sequence[Example]) -> list[list[float]]:
         return [[abs(number - 2.0)] * len(judges) for number, _ in enumerate(adapters)]  # half the way is best
 
+    def inputs(factors: Factors, groups: Sequence[tuple[float, Sequence[Example] | None]]) -> dict[str, torch.Tensor]:
+        place = tmp_path / f"asked-{len(list(tmp_path.iterdir()))}"
+        place.mkdir()
+        write_factors(place, factors, "tiny-base")
+        read = [(weight, rows) for weight, rows in groups if rows]
+        return input_moments(tiny_base, place, read, quantized=False)
+
     outcomes: list[Outcome[Example]] = []
     for stage, examples in enumerate(tasks):
         past = Past(
-            stage, examples, tuple(outcomes), tuple(tasks[:stage]), answers, losses,
+            stage, examples, tuple(outcomes), tuple(tasks[:stage]), answers, losses, inputs,
             lambda modules: matrices(tiny_base, modules), 0,
         )  # fmt: skip
         lesson = strategy.lesson(past)
@@ -89,10 +97,10 @@ def test_two_stages_of_every_strategy(name: str, trainer: StageTrainer, tiny_bas
         outcomes.append(strategy.finish(past, trained.factors))
         assert trained.facts.metrics["steps"] == 3
     before, after = outcomes[0].served, outcomes[1].served
-    rank = {"o-lora": 8, "osf": 8, "merge": 8}.get(name, 4)
+    rank = {"aimed": 8, "o-lora": 8, "osf": 8, "merge": 8}.get(name, 4)
     assert {pair.rank for pair in after.values()} == {rank} and len(after) == 14
     assert relative_difference(before, after) > 1e-3
-    if name in ("o-lora", "osf"):
+    if name in ("aimed", "o-lora", "osf"):
         for module, pair in after.items():
             assert torch.equal(pair.a[:4], before[module].a) and torch.equal(pair.b[:, :4], before[module].b)
             assert float(pair.b[:, 4:].abs().max()) > 0

@@ -92,6 +92,14 @@ class Toy:
         x, y = tensors(rows)
         return [(self.run(factors, x) - y).square().mean(dim=1).tolist() for factors in adapters]
 
+    def inputs(self, factors: Factors, groups: Sequence[tuple[float, Sequence[Row] | None]]) -> dict[str, Tensor]:
+        found = {site: torch.zeros(IN, IN) for site in SITES}
+        for weight, rows in groups:
+            if rows:
+                for site, part in zip(SITES, tensors(rows)[0].split(IN, dim=1), strict=True):
+                    found[site] += weight * part.T @ part / len(rows)
+        return found
+
     def score(self, factors: Factors | None, rows: Sequence[Row]) -> float:
         """1 where every y is met, 0 where it is no better than the base."""
         x, y = tensors(rows)
@@ -125,6 +133,7 @@ class Toy:
             earlier=tuple(tuple(task) for task in tasks[:stage]),
             answers=self.answers,
             losses=self.losses,
+            inputs=self.inputs,
             weights=self.matrices,
             seed=0,
         )

@@ -30,6 +30,7 @@ def joint_bound(run: Run) -> tuple[dict[str, Any], Facts]:
         earlier=tuple(task.train.examples for task in run.data[:-1]),
         answers=lambda *_: (),
         losses=lambda *_: (),
+        inputs=lambda *_: {},
         weights=lambda modules: matrices(run.trainer.base_directory, modules),
         seed=plan.recipe.seed,
     )

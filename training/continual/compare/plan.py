@@ -36,8 +36,8 @@ ANY_ORDER: Final = "any"
 _FORMAT: Final = 1
 _ORDERLESS: Final = ("joint", "isolated")
 _KEYS = ("title", "question", "plan", "arms", "orders", "sizes", "shown")
-_ARM_KEYS = ("strategy", "reduce_intruders")
-_NOT_MADE_OF = ("name", "checkpoint_steps", "text")  # the text is in the key by its digest, the tasks' files as well
+_ARM_KEYS = ("strategy", "reduce_intruders", "keep_text")
+_NOT_MADE_OF = ("name", "checkpoint_steps", "text", "keep_text")  # files are in the key by their digests
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +58,10 @@ class Case:
         """As people read it."""
         return f"{self.arm} · order {self.order} · seed {self.seed}"
 
-    def key(self, base: str, data: Mapping[str, str], text: str | None) -> str:
+    def key(self, base: str, data: Mapping[str, str], text: str | None, keep_text: str | None = None) -> str:
         """The name of its cell: equal for what would give equal results.
 
-        `base` is the base's fingerprint, `data` the digests of the tasks' files, `text` that of the held-out text.
+        `base` is the base's fingerprint, `data` the digests of the tasks' files, `text` and `keep_text` of those texts.
         """
         told = {name: value for name, value in self.plan.as_dict().items() if name not in _NOT_MADE_OF}
         told["recipe"] = made_of_recipe(told["recipe"])
@@ -69,7 +69,7 @@ class Case:
             [one.label, one.task, data[f"{one.label}/train"], data[f"{one.label}/eval"]] for one in self.plan.tasks
         ]
         told["gates"] = {name: value for name, value in told["gates"].items() if name != "alias"}
-        return key_of([_FORMAT, told, base, text])
+        return key_of([_FORMAT, told, base, text, *([keep_text] if keep_text is not None else [])])
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,13 @@ class Kept:
         sizes = sorted((task.label, task.task, task.train, task.evaluation) for task in plan.tasks)
         place = self.work / "data" / f"{case.seed}-{key_of(sizes)}"
         if (place, plan.labels) not in self._read:
+            _made(self.work)
             self._read[place, plan.labels] = prepare_data(plan, place)
         return self._read[place, plan.labels]
 
     def key(self, case: Case, data: Sequence[TaskData]) -> str:
         """The name of the run's cell."""
-        return case.key(self.base, digests(data), _text_digest(case))
+        return case.key(self.base, digests(data), *_text_digests(case))
 
     def record(self, case: Case) -> dict[str, Any] | None:
         """What the run came to, or None."""
@@ -82,8 +83,7 @@ class Kept:
 @contextmanager
 def alone(work: Path) -> Iterator[None]:
     """Hold the work directory, which is made where it is not there; raises `WorkTaken` where another process does."""
-    work.mkdir(parents=True, exist_ok=True)
-    (work / ".gitignore").write_text("*\n", "utf-8")
+    _made(work)
     with (work / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,7 +109,7 @@ def run_cases(
         record = {
             "base": kept.base,
             "data": digests(data),
-            "text": _text_digest(case),
+            "text": _text_digests(case)[0],
             "threads": threads,
             **_run(case, directory, data, make),
         }
@@ -161,5 +161,13 @@ def _maker(kept: Kept, threads: int, console: Console) -> Make:
     return made
 
 
-def _text_digest(case: Case) -> str | None:
-    return digest_of((case.plan.directory / case.plan.text).read_bytes()) if case.plan.text is not None else None
+def _made(work: Path) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    (work / ".gitignore").write_text("*\n", "utf-8")
+
+
+def _text_digests(case: Case) -> tuple[str | None, str | None]:
+    """Of the held-out text and of the text to keep."""
+    files = [case.plan.directory / name if name is not None else None for name in (case.plan.text, case.plan.keep_text)]
+    held_out, keep = (digest_of(file.read_bytes()) if file is not None else None for file in files)
+    return held_out, keep

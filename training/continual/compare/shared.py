@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from training import output
 from training.cells import key_of, made_of_recipe, read_json, write_json
@@ -74,6 +75,10 @@ class SharingScorer:
     def losses(self, adapters: Sequence[Path], examples: Sequence[Example]) -> list[list[float]]:
         """See `training.continual.scoring.Scorer`."""
         return self.inner.losses(adapters, examples)
+
+    def inputs(self, adapter: Path, groups: Sequence[tuple[float, Sequence[Example] | None]]) -> dict[str, Tensor]:
+        """See `training.continual.scoring.Scorer`."""
+        return self.inner.inputs(adapter, groups)
 
     def routed(self, choices: Sequence[Sequence[Path | None]]) -> list[dict[str, float]]:
         """See `training.continual.scoring.Scorer`."""

@@ -1,0 +1,196 @@
+"""Rows aimed by least squares: against the normal equations solved otherwise, and where the right answer is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.training.continual import toy as toys
+from tests.training.continual.test_stage import fresh
+from training import trainable
+from training.continual.aiming import aimed, energy
+from training.continual.factors import Factors, Pair, joined, write_factors
+from training.continual.inputs import input_moments
+from training.continual.registry import strategy_named
+from training.continual.strategies import Strategy
+from training.data import Example
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return toys.toy()
+
+
+@pytest.fixture(scope="module")
+def overlapping(model: Any) -> list[tuple[toys.Row, ...]]:
+    """Two tasks on one site, whose inputs differ in some directions and share one; the second wants no more of it."""
+    _, x = toys.frame(3)
+    change = draw(toys.OUT, toys.IN, seed=4) / 2
+    found = []
+    for seed, columns in enumerate((x[:, [0, 1, 5]], x[:, [2, 3, 5]])):
+        inputs = draw(60, 3, seed=10 + seed) * torch.tensor([1.0, 1.0, 0.3])
+        rows = torch.zeros(60, 2 * toys.IN)
+        rows[:, : toys.IN] = inputs @ columns.T
+        wanted = model.weights[toys.SITES[0]] + change * (1 - 2 * seed)
+        y = rows[:, : toys.IN] @ wanted.T
+        found.append(tuple(toys.Row(tuple(a), tuple(b)) for a, b in zip(rows.tolist(), y.tolist(), strict=True)))
+    return found
+
+
+def kept(model: Any, strategy: Strategy, tasks: Sequence[Any]) -> float:
+    """What is left of the first task's score after the second."""
+    first, second = model.learn(strategy, tasks)
+    return float(model.score(second.served, tasks[0]) / model.score(first.served, tasks[0]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_the_least_squares_answer(seed: int) -> None:
+    """No nearby rows do better on what is asked, with G as it is shrunk; and the rank stays."""
+    pair = Pair(draw(3, 8, seed=seed), draw(6, 3, seed=seed + 50))
+    grams = []
+    for number in (1, 2):
+        x = draw(40, 8, seed=seed + 100 * number) * torch.linspace(0.2, 2, 8)
+        gram = (x.T @ x / 40).double()
+        grams.append((gram, 0.97 * gram + 0.03 * torch.diag(gram.diagonal())))
+    (own, own_shrunk), (others, others_shrunk) = grams
+    ridge = 1e-3 * float((own_shrunk + others_shrunk).diagonal().mean()) * torch.eye(8, dtype=torch.float64)
+
+    def cost(delta: Tensor) -> float:
+        wrong = delta - pair.delta().double()
+        return float((wrong @ own_shrunk * wrong).sum() + (delta @ (others_shrunk + ridge) * delta).sum())
+
+    found = aimed(pair, own.float(), others.float())
+    assert found.rank == 3 and torch.equal(found.b, pair.b)
+    best = cost(found.delta().double())
+    exact = pair.delta().double() @ own_shrunk @ torch.linalg.inv(own_shrunk + others_shrunk + ridge)
+    assert best == pytest.approx(cost(exact), rel=1e-6)
+    for other in range(20):
+        assert cost(found.delta().double() + 0.05 * draw(6, 8, seed=1000 + other).double()) > best
+
+
+def test_directions_of_its_own_stay_and_those_of_others_go() -> None:
+    axes = torch.eye(6)
+    own, others = torch.diag(torch.tensor([1.0, 1, 1, 0, 0, 0])), torch.diag(torch.tensor([0.0, 0, 1, 1, 1, 0]))
+    pair = Pair(draw(2, 6, seed=1), draw(4, 2, seed=2))
+    found = aimed(pair, own, others).delta()
+    before = pair.delta()
+    assert torch.allclose(found @ axes[:, :2], before @ axes[:, :2], rtol=2e-3)  # only its own inputs
+    assert torch.allclose(found @ axes[:, 2], before @ axes[:, 2] / 2, rtol=2e-3)  # both as much
+    assert found[:, 3:].abs().max() == 0  # others' and nobody's
+    assert energy(pair, own) == pytest.approx(float((before @ own * before).sum()), rel=1e-5)
+
+
+def test_more_weight_keeps_more_of_the_new_task_and_leaves_more_on_the_others(
+    model: Any, overlapping: list[Any]
+) -> None:
+    notes = [
+        model.learn(strategy_named("aimed", {"own_weight": weight}), overlapping)[1].notes for weight in (0.3, 1, 3)
+    ]
+    for name in ("kept_on_own", "left_on_others"):
+        found = [one[name] for one in notes]
+        assert found == sorted(found) and found[0] < found[-1] - 0.01
+
+
+def test_where_nothing_comes_in_nothing_is_changed() -> None:
+    pair = Pair(draw(2, 6, seed=1), draw(4, 2, seed=2))
+    assert aimed(pair, torch.zeros(6, 6), torch.zeros(6, 6)) is pair
+
+
+def test_it_forgets_less_than_sequential_where_inputs_differ(model: Any, overlapping: list[Any]) -> None:
+    naive, own = (kept(model, strategy_named(name, {}), overlapping) for name in ("sequential", "aimed"))
+    assert naive < 0.9 < 0.97 < own
+    second = model.learn(strategy_named("aimed", {}), overlapping)[1]
+    assert model.score(second.served, overlapping[1]) > 0.9
+    assert second.notes["kept_on_own"] > 0.9 and second.notes["left_on_others"] < 0.5
+
+
+def test_earlier_rows_stay_bit_for_bit_and_new_ones_keep_their_b(model: Any, overlapping: list[Any]) -> None:
+    strategy = strategy_named("aimed", {})
+    first, second = model.learn(strategy, overlapping)
+    trained = model.fit(strategy.lesson(model.past(1, overlapping, [first])))
+    for site, pair in second.served.items():
+        rank = first.served[site].rank
+        assert pair.rank == 2 * rank
+        assert torch.equal(pair.a[:rank], first.served[site].a)
+        assert torch.equal(pair.b, trained[site].b)
+
+
+def test_it_reads_every_earlier_task_apart_and_the_text_by_its_weight(model: Any, overlapping: list[Any]) -> None:
+    tasks = [*overlapping, overlapping[0][:30]]
+    strategy = strategy_named("aimed", {"reads": 20, "own_weight": 2, "keep_weight": 0.5})
+    outcomes = model.learn(strategy, tasks)
+    assert [len(one.memory) for one in outcomes] == [20, 40, 60]
+    asked: list[tuple[Factors, list[tuple[float, Any]]]] = []
+    past = model.past(2, tasks, outcomes)
+
+    def inputs(factors: Factors, groups: Sequence[tuple[float, Any]]) -> dict[str, Tensor]:
+        asked.append((factors, list(groups)))
+        found: dict[str, Tensor] = model.inputs(factors, groups)
+        return found
+
+    trained = model.fit(strategy.lesson(past))
+    strategy.finish(type(past)(**{**vars(past), "inputs": inputs}), trained)
+    (before, others), (now, own) = asked
+    assert before is outcomes[1].served and now is trained
+    assert [weight for weight, _ in others] == [1.0, 1.0, 0.5] and others[-1][1] is None
+    for (_, rows), task in zip(others, overlapping, strict=False):
+        assert len(rows) == 20 and set(rows) <= set(task)
+    [(weight, rows)] = own
+    assert weight == 2 and len(rows) == 20 and set(rows) <= set(tasks[2])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_moments_are_those_of_what_the_matrices_read(
+    seed: int, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against one example at a time through transformers with the adapter merged into the weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from training.encode import encode_all
+    from training.finetune import stop_ids
+    from training.template import training_template
+
+    monkeypatch.setattr(trainable, "bfloat16_is_fast", lambda device: False)
+    factors = fresh(tiny_base, seed)
+    factors = joined(factors, {m: Pair(p.a, p.b * 20) for m, p in fresh(tiny_base, seed + 7).items()})
+    write_factors(tmp_path, factors, "tiny-base")
+    examples = [Example.of(user=f"{seed} {'more ' * n}", answer="yes" * (n + 1)) for n in range(11)]
+    text = "A text of no task. " * 40
+
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    sums = {module: torch.zeros(pair.a.shape[1], pair.a.shape[1]) for module, pair in factors.items()}
+    weight = 0.0
+    for module, pair in factors.items():
+        linear = model.get_submodule(module)
+        linear.weight.data += pair.delta()
+
+        def read(_: Any, given: tuple[Tensor, ...], module: str = module) -> None:
+            x = given[0][0]
+            sums[module] += weight * x.T @ x
+
+        linear.register_forward_pre_hook(read)
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_base))
+    encoded = encode_all(
+        tokenizer, training_template(tokenizer), examples, stop_ids(tiny_base, tokenizer), 4096
+    ).examples
+    words = tokenizer(text, add_special_tokens=False).input_ids
+    windows = [words[begin : begin + 256] for begin in range(0, len(words), 256)]
+    with torch.no_grad():
+        for share, rows in ((1.0, [one.input_ids for one in encoded]), (0.25, windows)):
+            weight = share / sum(map(len, rows))
+            for row in rows:
+                model(torch.tensor([row]))
+    found = input_moments(tiny_base, tmp_path, [(1.0, examples), (0.25, text)], quantized=False)
+    assert found.keys() == factors.keys()
+    for module, exact in sums.items():
+        assert torch.allclose(found[module], exact, atol=1e-4 * float(exact.abs().max()))
+    assert input_moments(tiny_base, tmp_path, [], quantized=False) == {}
