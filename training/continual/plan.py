@@ -150,6 +150,8 @@ class ContinualPlan:
         )
         if plan.gates.max_text_drift is not None and plan.text is None:
             raise ContinualPlanInvalid("gates: max_text_drift needs a text")
+        if plan.keep_text is not None and plan.strategy != "aimed":
+            raise ContinualPlanInvalid(f"keep_text is read by the strategy aimed alone, not by {plan.strategy}")
         if getattr(plan.recipe, "variant", "plain") != "plain":
             raise ContinualPlanInvalid("set: variant: continual strategies combine plain LoRA only")
         from training.continual.registry import strategy_named  # brings torch; refuses unknown options

@@ -194,3 +194,33 @@ def test_moments_are_those_of_what_the_matrices_read(
     for module, exact in sums.items():
         assert torch.allclose(found[module], exact, atol=1e-4 * float(exact.abs().max()))
     assert input_moments(tiny_base, tmp_path, [], quantized=False) == {}
+
+
+def test_moments_of_a_quantized_base_are_near_the_others(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainable, "bfloat16_is_fast", lambda device: False)
+    write_factors(tmp_path, fresh(tiny_base, 3), "tiny-base")
+    examples = [Example.of(user=f"question {n}", answer="yes") for n in range(5)]
+    exact, quantized = (
+        input_moments(tiny_base, tmp_path, [(1.0, examples)], quantized=quantized) for quantized in (False, True)
+    )
+    apart = {m: float((quantized[m] - moments).norm() / moments.norm()) for m, moments in exact.items()}
+    assert max(apart.values()) < 0.3 and apart["model.layers.0.self_attn.q_proj"] == 0  # reads embeddings
+    assert apart["model.layers.1.self_attn.q_proj"] > 0
+
+
+def test_the_scorer_reads_the_text_to_keep_where_there_is_one(tiny_base: Path, tmp_path: Path) -> None:
+    from training.continual.scoring import EngineScorer
+
+    write_factors(tmp_path, fresh(tiny_base, 4), "tiny-base")
+    examples = [Example.of(user="question", answer="yes")]
+    groups: list[tuple[float, Any]] = [(1.0, examples), (0.5, None)]
+    without = EngineScorer("tiny", tiny_base, ())
+    found = EngineScorer("tiny", tiny_base, (), keep_text="A text of no task. " * 9).inputs(tmp_path, groups)
+    alone = without.inputs(tmp_path, groups)
+    for module, moments in without.inputs(tmp_path, groups[:1]).items():
+        assert torch.equal(alone[module], moments)
+        assert float((found[module] - moments).diagonal().min()) >= -1e-6
+        assert float((found[module] - moments).trace()) > 0.1 * float(moments.trace())
+    assert without.inputs(tmp_path, [(1.0, None)]) == {}
