@@ -74,7 +74,8 @@ def layer_speed(
 
     with FlopCounterMode(display=False) as counter:
         step()
-    operations, best, until = counter.get_total_flops(), math.inf, time.monotonic() + seconds
+    operations: int = counter.get_total_flops()
+    best, until = math.inf, time.monotonic() + seconds
     while time.monotonic() < until or best == math.inf:
         started = clock()
         step()

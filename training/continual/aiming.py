@@ -14,10 +14,11 @@ for the examples are few.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,17 +28,24 @@ from training.continual.rules import SiteRule
 from training.continual.strategies import Lesson, Outcome, Past, check_between
 
 E = TypeVar("E", bound=Line)
+TIMES: Final = (1, 2, 4)  # the weights that are tried, in `own_weight`; the first of equally good ones is taken
 _OFF_DIAGONAL: Final = 0.97
 _RIDGE: Final = 1e-3  # of the mean diagonal of the sum
 
 
 @dataclass(frozen=True)
 class Aimed:
-    """See above. The adapter grows by a recipe's rank a stage; kept examples are read again, never trained on."""
+    """See above. The adapter grows by a recipe's rank a stage; kept examples are read again, never trained on.
+
+    How much the new task weighs against each earlier one decides between learning and keeping. With `judges` it is
+    taken from 1, 2 and 4 times `own_weight`: where the mean over all tasks so far of log(loss) is least, by kept
+    examples of the earlier tasks and examples of the new one.
+    """
 
     reads: int = 24  # examples of each task from which its inputs are known
     own_weight: float = 1.0  # of the new task against each earlier one: more learns more and forgets more
     keep_weight: float = 1.0  # of the text to keep against an earlier task, where the plan has such a text
+    judges: int = 0  # examples of each task that choose the weight; 0: `own_weight` as it is
     name: str = "aimed"
     evolving: bool = True
     inherits: bool = True
@@ -46,6 +54,7 @@ class Aimed:
         check_between(self.name, "reads", self.reads, 1, 100_000)
         check_between(self.name, "own_weight", self.own_weight, 0.01, 1000)
         check_between(self.name, "keep_weight", self.keep_weight, 0, 1000)
+        check_between(self.name, "judges", self.judges, 0, self.reads)
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task, in new rows."""
@@ -58,26 +67,55 @@ class Aimed:
     def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
         """Earlier rows as they were, and the new ones aimed."""
         new = sample(past.examples, self.reads, f"keep:{past.seed}")
+        kept = _by_task(past.outcomes)
         before: Factors | None = past.previous.served if past.previous else None
         nothing = {m: Pair(p.a.new_zeros(1, p.a.shape[1]), p.b.new_zeros(len(p.b), 1)) for m, p in trained.items()}
-        old = [(1.0, kept) for kept in _by_task(past.outcomes)]
-        read = past.inputs(before or nothing, [*old, (self.keep_weight, None)])
-        own = past.inputs(trained, [(self.own_weight, new)])
-        added, stays, leaks, leaked = {}, [0.0, 0.0], 0.0, 0.0
-        for module, pair in trained.items():
-            rank = before[module].rank if before is not None else 0
-            fresh = Pair(pair.a[rank:], pair.b[:, rank:])
-            others = read[module] if module in read else torch.zeros_like(own[module])
-            added[module] = aimed(fresh, own[module], others)
-            stays[0] += energy(added[module], own[module])
-            stays[1] += energy(fresh, own[module])
-            leaks, leaked = leaks + energy(added[module], others), leaked + energy(fresh, others)
-        notes = {
-            "kept_on_own": (stays[0] / stays[1]) ** 0.5 if stays[1] else 1.0,
-            "left_on_others": (leaks / leaked) ** 0.5 if leaked else 0.0,
-        }
+        others = past.inputs(before or nothing, [*((1.0, one) for one in kept), (self.keep_weight, None)])
+        own = past.inputs(trained, [(1.0, new)])
+        found = [
+            _all_aimed(trained, before, own, others, self.own_weight * times)
+            for times in (TIMES if self.judges and before is not None else (1,))
+        ]
+        best = 0
+        if len(found) > 1:
+            tasks = [one[: self.judges] for one in (*kept, new)]
+            losses = past.losses([one.served for one in found], [row for rows in tasks for row in rows])
+            best = int(np.argmin([_mean_log(each, [len(rows) for rows in tasks]) for each in losses]))
         memory = (*(past.previous.memory if past.previous else ()), *new)
-        return Outcome(joined(before, added) if before is not None else added, memory=memory, notes=notes)
+        return Outcome(found[best].served, memory=memory, notes=found[best].notes)
+
+
+@dataclass(frozen=True)
+class _Aimed:
+    """One weight's answer."""
+
+    served: Factors
+    notes: dict[str, float]
+
+
+def _all_aimed(
+    trained: Factors, before: Factors | None, own: Mapping[str, Tensor], others: Mapping[str, Tensor], weight: float
+) -> _Aimed:
+    added = {}
+    sums = {"own": [0.0, 0.0], "others": [0.0, 0.0]}  # energy after, before
+    for module, pair in trained.items():
+        rank = before[module].rank if before is not None else 0
+        fresh = Pair(pair.a[rank:], pair.b[:, rank:])
+        rest = others[module] if module in others else torch.zeros_like(own[module])
+        added[module] = aimed(fresh, weight * own[module], rest)
+        for name, moments in (("own", own[module]), ("others", rest)):
+            for place, one in enumerate((added[module], fresh)):
+                sums[name][place] += energy(one, moments)
+    kept, left = ((after / first) ** 0.5 if first else 1.0 for after, first in sums.values())
+    served = joined(before, added) if before is not None else added
+    return _Aimed(served, {"own_weight": weight, "kept_on_own": kept, "left_on_others": left})
+
+
+def _mean_log(losses: Sequence[float], sizes: Sequence[int]) -> float:
+    """The mean over tasks of the logarithm of each one's mean loss; the losses are those of one task after another."""
+    ends = np.cumsum(sizes)
+    parts = [losses[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    return float(np.mean([np.log(max(float(np.mean(part)), 1e-12)) for part in parts]))
 
 
 def aimed(pair: Pair, own: Tensor, others: Tensor) -> Pair:

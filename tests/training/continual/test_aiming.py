@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 from tests.training.continual import toy as toys
 from tests.training.continual.test_stage import fresh
 from training import trainable
-from training.continual.aiming import aimed, energy
+from training.continual.aiming import TIMES, aimed, energy
 from training.continual.factors import Factors, Pair, joined, write_factors
 from training.continual.inputs import input_moments
 from training.continual.registry import strategy_named
+from training.continual.replay import sample
 from training.continual.strategies import Strategy
 from training.data import Example
 
@@ -100,6 +102,33 @@ def test_more_weight_keeps_more_of_the_new_task_and_leaves_more_on_the_others(
         assert found == sorted(found) and found[0] < found[-1] - 0.01
 
 
+def test_judges_take_the_weight_with_the_least_mean_log_loss(model: Any, overlapping: list[Any]) -> None:
+    chosen = set()
+    for own_weight in (0.02, 0.3, 1.0, 4.0):
+        strategy = strategy_named("aimed", {"judges": 10, "own_weight": own_weight})
+        first, second = model.learn(strategy, overlapping)
+        assert first.notes["own_weight"] == own_weight  # nothing to judge yet
+        by_weight = {}
+        for times in TIMES:
+            plain = strategy_named("aimed", {"own_weight": own_weight * times})
+            served = plain.finish(model.past(1, overlapping, [first]), trained_after(model, overlapping, first)).served
+            logs = []
+            for task in overlapping:
+                rows = sample(task, 24, "keep:0")[:10]
+                logs.append(math.log(sum(model.losses([served], rows)[0]) / len(rows)))
+            by_weight[own_weight * times] = (sum(logs), served)
+        best = min(by_weight, key=lambda weight: by_weight[weight][0])
+        assert second.notes["own_weight"] == best
+        assert all(torch.equal(pair.a, by_weight[best][1][site].a) for site, pair in second.served.items())
+        chosen.add(best / own_weight)
+    assert len(chosen) > 1
+
+
+def trained_after(model: Any, tasks: Sequence[Any], first: Any) -> Factors:
+    found: Factors = model.fit(strategy_named("aimed", {}).lesson(model.past(1, tasks, [first])))
+    return found
+
+
 def test_where_nothing_comes_in_nothing_is_changed() -> None:
     pair = Pair(draw(2, 6, seed=1), draw(4, 2, seed=2))
     assert aimed(pair, torch.zeros(6, 6), torch.zeros(6, 6)) is pair
@@ -145,7 +174,7 @@ def test_it_reads_every_earlier_task_apart_and_the_text_by_its_weight(model: Any
     for (_, rows), task in zip(others, overlapping, strict=False):
         assert len(rows) == 20 and set(rows) <= set(task)
     [(weight, rows)] = own
-    assert weight == 2 and len(rows) == 20 and set(rows) <= set(tasks[2])
+    assert weight == 1 and len(rows) == 20 and set(rows) <= set(tasks[2])
 
 
 @pytest.mark.parametrize("seed", range(2))
