@@ -73,8 +73,8 @@ def advise(
     """Predict memory, time and cost of full fine-tuning, LoRA and QLoRA on DATA, and say which to take and why.
 
     The base needs only its config.json and tokenizer. Memory comes from a rehearsal: the real model, adapter and
-    backward pass on tensors without data. Time is its operations over an assumed share of the machine's speed:
-    for comparing methods, not for a deadline.
+    backward pass on tensors without data. Time is its operations over the speed at which a layer of the base is
+    trained here, or an assumed share of a GPU's: for comparing methods, not for a deadline.
     """
     bound_openmp(threads)
     quiet_libraries()
