@@ -170,7 +170,7 @@ static inline void dots_bf16(const bf16 *const a[4], const bf16 *b, int64_t n, c
   DOTS_BY_EIGHTS(bf16, load8_bf16)
 #endif
   for (; i < n; i++)
-    for (int j = 0; j < 4; j++) tail[j] += widen(a[j][i]) * widen(b[i]);
+    for (int j = 0; j < 4; j++) tail[j] = FMA(widen(a[j][i]), widen(b[i]), tail[j]);
   for (int j = 0; j < 4; j++) sums[j] = tail[j];
 }
 
@@ -179,7 +179,7 @@ static inline void dots_f32(const float *const a[4], const float *b, int64_t n, 
   float tail[4] = {0, 0, 0, 0};
   DOTS_BY_EIGHTS(float, load8_f32)
   for (; i < n; i++)
-    for (int j = 0; j < 4; j++) tail[j] += a[j][i] * b[i];
+    for (int j = 0; j < 4; j++) tail[j] = FMA(a[j][i], b[i], tail[j]);
   for (int j = 0; j < 4; j++) sums[j] = tail[j];
 }
 
