@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from server.config import EngineLimits, ModelConfig
 from server.engine.engine import Completion, Engine
 from server.engine.request import AdapterUse, Request, Stopping
-from tests.equivalence.reference import NEW_TOKENS, generated, own_logprobs
+from tests.equivalence.reference import NEW_TOKENS, TOLERANCE, assert_same, own_logprobs
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]  # half a minute each, alone
 
@@ -53,7 +53,8 @@ def test_twelve_ranks_in_one_batch_equal_peft(exact: Engine, smollm2: Path, real
     """float32, unquantized: greedy tokens equal over 32 steps, log-probabilities within 1e-4.
 
     PEFT is given prompt and answer at once: where its best token after every prefix is the answer's next one, its
-    own greedy answer is this answer, by induction. Two rows are also generated step by step.
+    own greedy answer is this answer, by induction; where its two best are level, either is. Two rows are also
+    generated step by step.
     """
     kinds = [*real_adapters, ""]
     requests = requests_for(exact, kinds)
@@ -64,9 +65,9 @@ def test_twelve_ranks_in_one_batch_equal_peft(exact: Engine, smollm2: Path, real
         with adapted(model, kind):
             logprobs = forced(model, request.prompt, answer.token_ids)
             if kind in ("r6", ""):
-                assert list(answer.token_ids) == generated(model, request.prompt)[0]
-        assert logprobs.argmax(-1).tolist() == list(answer.token_ids), kind
-        torch.testing.assert_close(own_logprobs(answer), chosen(logprobs, answer), rtol=0, atol=1e-4)
+                assert_same(answer, model, request.prompt, kind)
+        assert (logprobs.amax(-1) - chosen(logprobs, answer)).max() <= TOLERANCE, kind
+        torch.testing.assert_close(own_logprobs(answer), chosen(logprobs, answer), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

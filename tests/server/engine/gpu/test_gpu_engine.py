@@ -14,9 +14,10 @@ import torch
 pytest.importorskip("triton")
 
 from server.engine.captured import CapturedSteps
+from server.engine.engine import Completion
 from server.engine.gpu import GpuSteps
 from server.engine.request import Sampling
-from tests.equivalence.reference import ask, assert_same, generated, load, write_moved_adapter
+from tests.equivalence.reference import ask, assert_same, load, write_moved_adapter
 from tests.equivalence.test_families import FAMILIES, LLAMA_LINEARS, write_family
 from tests.server.engine.gpu.pretend import build
 from tests.server.engine.gpu.tape import TapeGraphs
@@ -143,7 +144,7 @@ def test_adapters_change_between_replays_and_graphs_change_nothing(
     }
     asked = [(kind, random_prompt(3, 8)) for kind in kinds]
 
-    def answers() -> list[tuple[int, ...]]:
+    def answers() -> list[Completion]:
         engine = build(tiny_base, directory_fetch(adapters), adapter_memory_bytes=16 * 8192)
         try:
             assert engine.adapters.rows_total == 16
@@ -152,14 +153,14 @@ def test_adapters_change_between_replays_and_graphs_change_nothing(
         finally:
             engine.close()
         assert all(answer.error is None for answer in given)
-        return [answer.token_ids for answer in given]
+        return given
 
     captured = answers()  # one after the other: each takes three steps of one row
     assert pretend_gpu.replayed > pretend_gpu.captured > 0
     monkeypatch.setattr(pretend_gpu, "capture", lambda run: run)
-    assert answers() == captured
-    for (kind, prompt), tokens in zip(asked, captured, strict=True):
-        assert generated(load(tiny_base, adapters[kind]), prompt)[0] == list(tokens)
+    assert [answer.token_ids for answer in answers()] == [answer.token_ids for answer in captured]
+    for (kind, prompt), answer in zip(asked, captured, strict=True):
+        assert_same(answer, load(tiny_base, adapters[kind]), prompt, kind)
 
 
 def test_padding_and_other_peoples_pages_are_inert(
