@@ -55,6 +55,7 @@ def measured(plan_file: Path, results: Path, size: str) -> dict[str, Process]:
     from hub.base import base_identity, locate_base
     from training.left_behind import left_behind
     from training.planner import Machine, mapped_bytes
+    from training.recipe import PRECISIONS
     from training.sweep.estimate import Estimator
     from training.sweep.plan import SweepPlan
     from training.sweep.records import Records
@@ -64,10 +65,10 @@ def measured(plan_file: Path, results: Path, size: str) -> dict[str, Process]:
     data = prepare_data(plan, records)
     identity, _ = base_identity(plan.base)
     directory = locate_base(plan.base).directory
-    estimators = {
-        name: Estimator(directory, Machine("cpu", "cpu", 0, 0, 1.0, getattr(torch, name)))
-        for name in ("bfloat16", "float32")
-    }
+    estimators = {}
+    for name in ("bfloat16", "float32"):  # what a cell's products were in, whatever its recipe left open
+        machine = Machine("cpu", "cpu", 0, 0, 1.0, getattr(torch, name))
+        estimators[name] = Estimator(directory, dict.fromkeys(PRECISIONS, machine).__getitem__)
     found = {}
     for cell in plan.cells:
         key = records.key(cell, identity.fingerprint or "", data[cell.task])

@@ -15,6 +15,7 @@ from hub.cli_output import print_json, print_table
 from server.cli import bound_openmp
 from training.presets import RECIPES, named_recipe
 from training.quiet import quiet_libraries
+from training.recipe import PRECISIONS
 
 if TYPE_CHECKING:
     from training.advice import Verdict
@@ -49,6 +50,7 @@ hub advise --base ./Llama-3.1-8B --data mine.jsonl --gpu-memory 24GB --gpu l4 --
 @click.option("--base", default="smollm2-135m", show_default=True, metavar="NAME|DIR|ORG/NAME[@REV]")
 @click.option("--data", required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Chat JSONL.")
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="recommended", show_default=True)
+@click.option("--precision", type=click.Choice(PRECISIONS), help="As in hub train.  [default: the recipe's]")
 @click.option("--gpu", type=click.Choice(_GPU_NAMES), help="Plan for this GPU.  [default: this machine's CPU]")
 @click.option(
     "--gpu-memory", type=_Gigabytes(), help="24GB: plan for a GPU of this size; speed is --gpu's, or an a100's."
@@ -62,6 +64,7 @@ def advise(
     base: str,
     data: Path,
     recipe: str,
+    precision: str | None,
     gpu: str | None,
     gpu_memory: int | None,
     price_per_hour: float | None,
@@ -85,11 +88,13 @@ def advise(
     from training.planner import read_data, weigh
 
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    chosen = named_recipe(recipe)
+    chosen = named_recipe(recipe).but(precision=precision)
+    if chosen.precision == "float32" and (gpu or gpu_memory):
+        raise click.UsageError("of GPUs only the speed in bfloat16 is known here; leave --precision out")
     directory = locate_base(base).directory
     sizes = read_data(data, directory, chosen)
     if gpu is None and gpu_memory is None:
-        machine = machines.this_machine(directory)
+        machine = machines.this_machine(directory, None, chosen.precision)
     else:
         machine = machines.gpu(gpu or "a100", gpu_memory)
     options = weigh(directory, chosen, sizes, machine, price_per_hour)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ def _dry_run(
 
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     directory = locate_base(plan.base).directory
-    estimator = Estimator(directory, machines.this_machine(directory))
+    estimator = Estimator(directory, partial(machines.this_machine, directory, None))
     estimates = {cell: estimator.of(cell, data) for cell in plan.cells}
     left = sum(estimate.seconds for cell, estimate in estimates.items() if finished[cell] is None)
     if as_json:

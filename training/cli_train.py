@@ -12,7 +12,7 @@ from hub.cli_output import print_json
 from server.cli import bound_openmp
 from training.presets import RECIPES, named_recipe
 from training.quiet import quiet_libraries
-from training.recipe import SCHEDULES, VARIANTS
+from training.recipe import PRECISIONS, SCHEDULES, VARIANTS
 
 _METHODS = ("lora", "qlora", "full")
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -69,6 +69,11 @@ hub train mine.jsonl --method full --out out/whole --extract-rank 64 --push team
     "--gradient-checkpointing/--no-gradient-checkpointing",
     default=None,
     help="Compute activations twice instead of keeping them.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Of the products; weights that train are float32. auto: bfloat16 where the processor or GPU multiplies it.",
 )
 @click.option("--epochs", type=float)
 @click.option("--batch", type=int, help="Sequences in one forward.")

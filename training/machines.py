@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from training.planner import Machine
-from training.trainable import attention_for, bfloat16_is_fast
+from training.trainable import attention_for, dtype_of
 
 # Name → (memory in GB, dense bfloat16 (t4: float16) TFLOP/s by its maker).
 GPUS: dict[str, tuple[int, float]] = {
@@ -45,9 +45,12 @@ def gpu(name: str, memory: int | None = None) -> Machine:
     )
 
 
-def this_machine(base: Path, memory: int | None = None) -> Machine:
-    """The CPU at hand: its memory, and its speed at training a layer of the base (two seconds' measurement)."""
-    dtype = torch.bfloat16 if bfloat16_is_fast("cpu") else torch.float32
+def this_machine(base: Path, memory: int | None = None, precision: str = "auto") -> Machine:
+    """The CPU at hand: its memory, and its speed at training a layer of the base (two seconds' measurement).
+
+    `precision` is a recipe's.
+    """
+    dtype = dtype_of(precision, "cpu")
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     flops = layer_speed(base, dtype) * CPU_SHARE
     return Machine("this machine's CPU", "cpu", memory or physical, _PROCESS, flops, dtype)

@@ -33,6 +33,7 @@ class Recipe:
     clip: float = 1.0  # largest norm of the gradient
     hold_out: float = 0.05  # fraction of the examples kept for the validation loss
     gradient_checkpointing: bool = False  # trades about a third of the speed for memory
+    precision: str = "auto"  # of the products: "bfloat16", "float32", or bfloat16 exactly where hardware does it
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -42,6 +43,8 @@ class Recipe:
                 raise RecipeInvalid(f"{field.replace('_', ' ')} must lie between {low:g} and {high:g}, not {value:g}")
         if self.method not in _METHODS:
             raise RecipeInvalid(f"method must be one of {', '.join(_METHODS)}, not {self.method}")
+        if self.precision not in PRECISIONS:
+            raise RecipeInvalid(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision}")
         if self.variant not in VARIANTS:
             raise RecipeInvalid(f"variant must be one of {', '.join(VARIANTS)}, not {self.variant}")
         if self.schedule not in SCHEDULES:
@@ -66,13 +69,15 @@ class Recipe:
         return self.batch * self.accumulation
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
-        return {**asdict(self), "targets": list(self.targets)}
+        """Plain values for a JSON file. An "auto" precision is left out: older results keep their names."""
+        told = {**asdict(self), "targets": list(self.targets)}
+        return told if self.precision != "auto" else {name: told[name] for name in told if name != "precision"}
 
 
 _METHODS = ("lora", "qlora", "full")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 VARIANTS = ("plain", "rslora", "dora")
+PRECISIONS = ("auto", "bfloat16", "float32")
 _BOUNDS: dict[str, tuple[float, float]] = {
     "rank": (1, 1024),
     "alpha": (1, 8192),

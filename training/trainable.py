@@ -37,16 +37,16 @@ def make_trainable(directory: Path, base: str, method: Method, recipe: Recipe, d
 
     Raises `MethodUnsupported` when the model's logits or modules do not allow it.
     """
-    fast = bfloat16_is_fast(device)
-    dtype = torch.bfloat16 if fast else torch.float32
+    dtype = dtype_of(recipe.precision, device)
+    halved = dtype != torch.float32
     model: Any = load_base(directory, method, recipe.max_length, device, dtype)
     if not plain_head(model):
         raise MethodUnsupported(f"{type(model).__name__} bends its logits, which the label-only loss does not know")
     model.config.use_cache = False
-    autocast = fast
+    autocast = halved
     if method != "full":
         model, slow_layers = with_adapter(model, base, recipe, device)
-        autocast = fast and slow_layers  # the fast layers bring their own precision
+        autocast = halved and slow_layers  # the fast layers bring their own precision
     if method == "full":
         trained = parameters = model.num_parameters()
     else:
@@ -55,7 +55,7 @@ def make_trainable(directory: Path, base: str, method: Method, recipe: Recipe, d
         model,
         trained=trained,
         parameters=parameters,
-        precision="bfloat16" if fast else "float32",
+        precision=str(dtype).removeprefix("torch."),
         autocast=autocast,
     )
 
@@ -68,6 +68,13 @@ def float32_adapters(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def dtype_of(precision: str, device: str) -> torch.dtype:
+    """What a recipe's precision means on `device`: "auto" is bfloat16 where its products run in hardware."""
+    if precision == "auto":
+        return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
 
 
 def bfloat16_is_fast(device: str) -> bool:

@@ -18,7 +18,7 @@ from hub.base import BaseIdentity
 from training import finetune, trainable
 from training.checkpoints import Checkpoints
 from training.errors import DataInvalid, MethodUnsupported, OutputExists, ResumeMismatch, TrainingDiverged
-from training.finetune import Plan, train
+from training.finetune import Outcome, Plan, train
 from training.loss import LabelLoss
 from training.recipe import Recipe
 
@@ -200,6 +200,24 @@ def test_an_adapter_trains_on_the_nf4_base(plan: Plan, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     moved = [name for name, tensor in weights.items() if "lora_B" in name and tensor.abs().max() > 0]
     assert len(moved) == 14  # a weight repacked by an evaluation would leave the layers below without gradients
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_the_precision_asked_for_is_used_whatever_is_fast(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    def run(out: str, precision: str) -> Outcome:
+        asked = replace(TINY, precision=precision, method=method)
+        return train(replace(plan, recipe=asked, method=method, out=tmp_path / out, max_steps=2), quiet())
+
+    exact, rounded = run("float32", "float32"), run("bfloat16", "bfloat16")
+    assert run("slow", "auto").losses == exact.losses
+    monkeypatch.setattr(trainable, "bfloat16_is_fast", lambda device: True)
+    assert run("fast", "auto").losses == rounded.losses != exact.losses
+    assert run("fast-float32", "float32").losses == exact.losses
+    assert rounded.losses == pytest.approx(exact.losses, rel=0.03)
+    assert [one.facts.metrics["precision"] for one in (exact, rounded)] == ["float32", "bfloat16"]
+    assert rounded.facts.recipe["precision"] == "bfloat16"
 
 
 def test_modules_that_are_not_there_are_refused(plan: Plan) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import machines
+from training import machines, trainable
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -36,7 +36,9 @@ def test_this_machine_is_planned_for_by_that_speed(tiny_base: Path, monkeypatch:
         return 100e9
 
     monkeypatch.setattr(machines, "layer_speed", speed)
-    monkeypatch.setattr(machines, "bfloat16_is_fast", lambda device: True)
+    monkeypatch.setattr(trainable, "bfloat16_is_fast", lambda device: True)
     found = machines.this_machine(tiny_base, memory=8 * 10**9)
-    assert asked == [(tiny_base, torch.bfloat16)]
+    assert asked == [(tiny_base, torch.bfloat16)] and found.dtype is torch.bfloat16
     assert found.flops == 100e9 * machines.CPU_SHARE and found.memory == 8 * 10**9 and found.device == "cpu"
+    assert machines.this_machine(tiny_base, None, "float32").dtype is torch.float32
+    assert asked[1:] == [(tiny_base, torch.float32)]

@@ -29,6 +29,7 @@ def test_a_recipe_cannot_be_changed_only_replaced() -> None:
         {"learning_rate": float("nan")},
         {"dropout": 1.0},
         {"schedule": "step"},
+        {"precision": "int8"},
         {"method": "prompt"},
         {"hold_out": 0.9},
         {"batch": -1},
@@ -79,3 +80,10 @@ def test_a_preset_says_what_its_source_says(name: str) -> None:
 
 def test_what_the_issue_names_is_there() -> None:
     assert set(RECIPES) >= {*SAID, "recommended", "classification", "generation", "low-data"}
+
+
+def test_an_open_precision_leaves_no_trace_in_what_is_kept() -> None:
+    """Results from before there was a choice are found by a digest of these values."""
+    recipe = named_recipe("demo")
+    assert recipe.precision == "auto" and "precision" not in recipe.as_dict()
+    assert recipe.but(precision="float32").as_dict() == recipe.as_dict() | {"precision": "float32"}

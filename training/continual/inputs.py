@@ -21,27 +21,32 @@ _WINDOWS: Final = 16  # of a text
 
 
 def input_moments(
-    base: Path, adapter: Path, groups: Sequence[tuple[float, Sequence[Example] | str]], *, quantized: bool
+    base: Path,
+    adapter: Path,
+    groups: Sequence[tuple[float, Sequence[Example] | str]],
+    *,
+    quantized: bool,
+    precision: str = "auto",
 ) -> dict[str, Tensor]:
     """Σ weight · E[x xᵀ] [in, in] float32 of the inputs of every matrix that `adapter` adapts, by module.
 
     A group is (its weight, examples, or a text of which the first 16 windows of 256 tokens are read). Every token of a
-    group counts alike: prompts, answers, and the template's own. The model is the base in the precision that is fast
-    here (an NF4 base as QLoRA trains on it) with the adapter on; sums are float32. Matrices that read the same input
+    group counts alike: prompts, answers, and the template's own. The model is the base as a recipe of `precision`
+    trains on it (`quantized`: as QLoRA does) with the adapter on; sums are float32. Matrices that read the same input
     share a tensor. Empty where there are no groups. Raises what `training.encode` raises, and `DataTooSmall` for a text
     of fewer than two tokens.
     """
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from training.trainable import bfloat16_is_fast, load_base
+    from training.trainable import dtype_of, load_base
 
     if not groups:
         return {}
     tokenizer = AutoTokenizer.from_pretrained(str(base))
     rows = [(weight, _rows(base, tokenizer, group)) for weight, group in groups]
-    dtype = torch.bfloat16 if bfloat16_is_fast("cpu") else torch.float32
-    inner: Any = load_base(base, "qlora" if quantized else "lora", _LONGEST, "cpu", dtype)
+    held = dtype_of(precision, "cpu")
+    inner: Any = load_base(base, "qlora" if quantized else "lora", _LONGEST, "cpu", held)
     model: Any = PeftModel.from_pretrained(inner, str(adapter)).eval()
     reader = _Reader()
     for name, module in model.named_modules():

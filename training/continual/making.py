@@ -45,6 +45,7 @@ def make_run(
         text=read_text(plan.directory / plan.text) if plan.text is not None else None,
         text_windows=plan.text_windows,
         keep_text=read_text(plan.directory / plan.keep_text) if plan.keep_text is not None else None,
+        precision=plan.recipe.precision,
     )
     trainer = StageTrainer(identity, located, plan.method, plan.recipe, cores, plan.max_steps, plan.checkpoint_steps)
     embed = EngineEmbed(plan.base, plan.quantize, cores) if plan.strategy == "isolated" else None

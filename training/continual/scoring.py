@@ -69,6 +69,7 @@ class EngineScorer:
     text: str | None = None  # the held-out text itself
     text_windows: int = 64
     keep_text: str | None = None  # the text itself on which the base is to be kept
+    precision: str = "auto"  # in which inputs are read: the recipe's
 
     def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
         """See `Scorer`."""
@@ -121,7 +122,9 @@ class EngineScorer:
 
         asked = [(weight, self.keep_text if group is None else group) for weight, group in groups]
         read = [(weight, group) for weight, group in asked if group and weight]
-        return input_moments(self.base_directory, adapter, read, quantized=self.quantize == "nf4")
+        return input_moments(
+            self.base_directory, adapter, read, quantized=self.quantize == "nf4", precision=self.precision
+        )
 
     def text_nats(self, adapters: Sequence[Path | None]) -> list[float]:
         """See `Scorer`; in float32, each model by itself, see `training.text_loss`."""

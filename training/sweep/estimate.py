@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,25 @@ class Estimate:
 
 
 class Estimator:
-    """Estimates cells; what several have in common is rehearsed once."""
+    """Estimates cells; what several have in common is rehearsed once.
 
-    def __init__(self, base: Path, machine: Machine) -> None:
+    `machine` is the machine as it computes in a recipe's precision; it is asked once for each.
+    """
+
+    def __init__(self, base: Path, machine: Callable[[str], Machine]) -> None:
         self._base = base
-        self._machine = machine
+        self._machine = cache(machine)
         self._data: dict[tuple[Any, ...], Data] = {}
         self._rehearsed: dict[tuple[Any, ...], Rehearsal] = {}
 
     def of(self, cell: Cell, data: Mapping[str, TaskData]) -> Estimate:
         """One cell's."""
         recipe, rehearsal = cell.recipe, self.rehearsal(cell, data)
-        seconds = self.operations(cell, data) / self._machine.flops
+        machine = self._machine(recipe.precision)
+        seconds = self.operations(cell, data) / machine.flops
         return Estimate(
-            seconds * slowed(recipe.method, self._machine.device),
-            peak_in_process(self._base, recipe, recipe.method, rehearsal, self._machine) + self._machine.overhead,
+            seconds * slowed(recipe.method, machine.device),
+            peak_in_process(self._base, recipe, recipe.method, rehearsal, machine) + machine.overhead,
         )
 
     def operations(self, cell: Cell, data: Mapping[str, TaskData]) -> float:
@@ -48,11 +53,13 @@ class Estimator:
         recipe, sizes = cell.recipe, self._sizes(cell, data)
         shaping = (
             recipe.method, recipe.rank, recipe.targets, recipe.variant, recipe.dropout > 0,
-            recipe.gradient_checkpointing, recipe.accumulation > 1, recipe.max_length <= 512, sizes.longest,
+            recipe.gradient_checkpointing, recipe.accumulation > 1, recipe.max_length <= 512, recipe.precision,
+            sizes.longest,
         )  # fmt: skip
         if shaping not in self._rehearsed:
+            machine = self._machine(recipe.precision)
             self._rehearsed[shaping] = rehearse(
-                self._base, recipe.method, recipe, sizes.longest, self._machine.device, self._machine.dtype
+                self._base, recipe.method, recipe, sizes.longest, machine.device, machine.dtype
             )
         return self._rehearsed[shaping]
 
