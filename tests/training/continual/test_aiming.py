@@ -271,3 +271,42 @@ def test_the_scorer_reads_the_text_to_keep_where_there_is_one(tiny_base: Path, t
         assert float((found[module] - moments).diagonal().min()) >= -1e-6
         assert float((found[module] - moments).trace()) > 0.1 * float(moments.trace())
     assert without.inputs(tmp_path, [(1.0, None)]) == {}
+
+
+WARM = {"warm": True}
+
+
+def test_a_warm_learner_goes_on_as_sequential_does_and_is_kept(model: Any, overlapping: list[Any]) -> None:
+    warm, naive = (model.learn(strategy_named(name, given), overlapping) for name, given in
+                   (("aimed", WARM), ("sequential", {})))  # fmt: skip
+    for ours, theirs in zip(warm, naive, strict=True):
+        for site, pair in theirs.served.items():
+            assert torch.equal(ours.kept["learner"][site].a, pair.a)
+            assert torch.equal(ours.kept["learner"][site].b, pair.b)
+    ranks = [{pair.rank for pair in one.served.values()} for one in warm]
+    assert ranks[1] == {2 * rank for rank in ranks[0]}
+
+
+def test_a_warm_stage_is_the_mean_of_before_and_learner_that_inputs_weigh(model: Any, overlapping: list[Any]) -> None:
+    """Written out with whole matrices: W_before (1 − P) + W_learner P."""
+    strategy = strategy_named("aimed", {**WARM, "own_weight": 2})
+    first, second = model.learn(strategy, overlapping)
+    learner = second.kept["learner"]
+    own = model.inputs(learner, [(1.0, sample(overlapping[1], 24, "keep:0"))])
+    others = model.inputs(first.served, [(1.0, first.memory)])
+    for site in toys.SITES[:1]:  # at the other one nothing comes in
+        pair = second.served[site]
+        mine, rest = (
+            0.97 * gram.double() + 0.03 * torch.diag(gram.double().diagonal()) for gram in (2 * own[site], others[site])
+        )
+        ridge = 1e-3 * (mine + rest).diagonal().mean() * torch.eye(len(mine), dtype=torch.float64)
+        share = mine @ torch.linalg.inv(mine + rest + ridge)
+        before, after = first.served[site].delta().double(), learner[site].delta().double()
+        wanted = before + (after - before) @ share
+        assert torch.allclose(pair.delta().double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_warm_stage_forgets_less_than_its_learner(model: Any, overlapping: list[Any]) -> None:
+    naive, own = (kept(model, strategy_named(*named), overlapping) for named in (("sequential", {}), ("aimed", WARM)))
+    assert naive < 0.9 < 0.95 < own
+    assert model.score(model.learn(strategy_named("aimed", WARM), overlapping)[1].served, overlapping[1]) > 0.9
