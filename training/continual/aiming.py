@@ -10,13 +10,6 @@ with G = E[x xᵀ] of the inputs of that matrix. b is the same and only the rows
 of the same rank. The closed form is RegMean's (Jin et al. 2023, arXiv:2212.09849), for increments to one adapter
 instead of whole models, with the base as one of the tasks; as there, what lies off G's diagonal is shrunk a little,
 for the examples are few.
-
-With `warm` what is trained is not new rows but one learner that goes on from stage to stage and may forget. What is
-served then comes nearest to the learner on the new task's inputs and stays what it was on the others:
-
-    min over W'  of  E_new ‖(W' − W_learner) x‖² + Σ_others E ‖(W' − W_before) x‖²
-
-so W' = W_before (1 − P) + W_learner P with the same P = G_new (G_new + Σ_others G)⁻¹, again of the ranks together.
 """
 
 from __future__ import annotations
@@ -29,14 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.continual.factors import Factors, Pair, stacked
+from training.continual.factors import Factors, Pair, joined
 from training.continual.replay import Line, sample
 from training.continual.rules import SiteRule
 from training.continual.strategies import Lesson, Outcome, Past, check_between
 
 E = TypeVar("E", bound=Line)
 TIMES: Final = (1, 2, 4)  # the weights that are tried, in `own_weight`; the first of equally good ones is taken
-_LEARNER: Final = "learner"
 _OFF_DIAGONAL: Final = 0.97
 _RIDGE: Final = 1e-3  # of the mean diagonal of the sum
 
@@ -54,7 +46,6 @@ class Aimed:
     own_weight: float = 1.0  # of the new task against each earlier one: more learns more and forgets more
     keep_weight: float = 1.0  # of the text to keep against an earlier task, where the plan has such a text
     judges: int = 0  # examples of each task that choose the weight; 0: `own_weight` as it is
-    warm: bool = False  # see above; the learner is kept besides, a recipe's rank
     name: str = "aimed"
     evolving: bool = True
     inherits: bool = True
@@ -66,17 +57,15 @@ class Aimed:
         check_between(self.name, "judges", self.judges, 0, self.reads)
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
-        """The new task, in new rows or by the learner."""
+        """The new task, in new rows."""
         if past.previous is None:
             return Lesson(past.examples)
-        if self.warm:
-            return Lesson(past.examples, start=past.previous.kept[_LEARNER])
         before = past.previous.served
         rules = {module: SiteRule(pair.rank) for module, pair in before.items()}
         return Lesson(past.examples, start=before, grow=True, rules=rules)
 
     def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
-        """Earlier rows as they were (`warm`: on others' inputs), and the new ones aimed."""
+        """Earlier rows as they were, and the new ones aimed."""
         new = sample(past.examples, self.reads, f"keep:{past.seed}")
         kept = _by_task(past.outcomes)
         before: Factors | None = past.previous.served if past.previous else None
@@ -84,7 +73,7 @@ class Aimed:
         others = past.inputs(before or nothing, [*((1.0, one) for one in kept), (self.keep_weight, None)])
         own = past.inputs(trained, [(1.0, new)])
         found = [
-            _all_aimed(trained, before, own, others, self.own_weight * times, self.warm)
+            _all_aimed(trained, before, own, others, self.own_weight * times)
             for times in (TIMES if self.judges and before is not None else (1,))
         ]
         best = 0
@@ -93,8 +82,7 @@ class Aimed:
             losses = past.losses([one.served for one in found], [row for rows in tasks for row in rows])
             best = int(np.argmin([_mean_log(each, [len(rows) for rows in tasks]) for each in losses]))
         memory = (*(past.previous.memory if past.previous else ()), *new)
-        kept_besides = {_LEARNER: trained} if self.warm else {}
-        return Outcome(found[best].served, kept_besides, memory, found[best].notes)
+        return Outcome(found[best].served, memory=memory, notes=found[best].notes)
 
 
 @dataclass(frozen=True)
@@ -106,32 +94,20 @@ class _Aimed:
 
 
 def _all_aimed(
-    trained: Factors,
-    before: Factors | None,
-    own: Mapping[str, Tensor],
-    others: Mapping[str, Tensor],
-    weight: float,
-    warm: bool,
+    trained: Factors, before: Factors | None, own: Mapping[str, Tensor], others: Mapping[str, Tensor], weight: float
 ) -> _Aimed:
-    served = {}
-    sums = {"own": [0.0, 0.0], "others": [0.0, 0.0]}  # energy of what is added: after, before
+    added = {}
+    sums = {"own": [0.0, 0.0], "others": [0.0, 0.0]}  # energy after, before
     for module, pair in trained.items():
+        rank = before[module].rank if before is not None else 0
+        fresh = Pair(pair.a[rank:], pair.b[:, rank:])
         rest = others[module] if module in others else torch.zeros_like(own[module])
-        change = pair
-        if before is not None:
-            old = before[module]
-            change = stacked(pair, Pair(-old.a, old.b)) if warm else Pair(pair.a[old.rank :], pair.b[:, old.rank :])
-        turned = aimed(change, weight * own[module], rest)
+        added[module] = aimed(fresh, weight * own[module], rest)
         for name, moments in (("own", own[module]), ("others", rest)):
-            for place, one in enumerate((turned, change)):
+            for place, one in enumerate((added[module], fresh)):
                 sums[name][place] += energy(one, moments)
-        if before is None:
-            served[module] = turned
-        elif warm:  # the old rows, less what of them points at the new task's inputs
-            served[module] = stacked(Pair(old.a + turned.a[pair.rank :], old.b), Pair(turned.a[: pair.rank], pair.b))
-        else:
-            served[module] = stacked(old, turned)
     kept, left = ((after / first) ** 0.5 if first else 1.0 for after, first in sums.values())
+    served = joined(before, added) if before is not None else added
     return _Aimed(served, {"own_weight": weight, "kept_on_own": kept, "left_on_others": left})
 
 

@@ -104,15 +104,13 @@ def write_factors(directory: Path, factors: Factors, base: str) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def stacked(first: Pair, second: Pair) -> Pair:
-    """The sum of two products of one matrix, exactly: their factors side by side; the ranks add up."""
-    return Pair(torch.cat([first.a, second.a]), torch.cat([first.b, second.b], dim=1))
-
-
 def joined(first: Factors, second: Factors) -> dict[str, Pair]:
-    """The sum of two adapters, exactly, see `stacked`."""
+    """The sum of two adapters, exactly: their factors side by side; the ranks add up."""
     _same_modules(first, second)
-    return {module: stacked(pair, second[module]) for module, pair in first.items()}
+    return {
+        module: Pair(torch.cat([pair.a, second[module].a]), torch.cat([pair.b, second[module].b], dim=1))
+        for module, pair in first.items()
+    }
 
 
 def compressed(pair: Pair, rank: int) -> tuple[Pair, float]:

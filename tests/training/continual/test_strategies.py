@@ -26,13 +26,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def every() -> list[Strategy]:
     plain = [strategy_named(name, OPTIONS.get(name, {})) for name in KINDS]
-    more = [strategy_named("merge", {"how": "ties", "density": 1.0}), strategy_named("aimed", {"warm": True})]
-    return [*plain, *more, strategy_named("sequential", {}, 0.5)]
+    return [*plain, strategy_named("merge", {"how": "ties", "density": 1.0}), strategy_named("sequential", {}, 0.5)]
 
 
 def names(strategy: Strategy) -> str:
-    warm = "warm" if getattr(strategy, "warm", False) else ""
-    return f"{strategy.name}-{getattr(strategy, 'how', warm)}".strip("-")
+    return f"{strategy.name}-{getattr(strategy, 'how', '')}".strip("-")
 
 
 def equal(one: Factors, other: Factors) -> bool:
@@ -236,7 +234,6 @@ def test_ties_and_magnitude_by_hand() -> None:
         ("sequential", {"share": 0.1}, "it has: none"),
         ("merge", {"how": "best"}, "ties, magnitude"),
         ("osf", {"keep": 0}, "between 0.01"),
-        ("aimed", {"warm": 1}, "true or false"),
     ],
 )
 def test_strategies_refuse_what_they_do_not_know(name: str, options: dict[str, Any], said: str) -> None:
