@@ -82,8 +82,9 @@ def compare_command(
     command = shlex.join(["hub", "continual", "compare", str(comparison), "--out", str(out), "--size", size])
 
     def page() -> Path:
-        told = " ".join(filter(None, (machine(threads, "a run"), note)))
-        return write_page(read, records(), kept.data(read.cases[0]), out, told, command)
+        made = records()
+        told = " ".join(filter(None, (machine({one["threads"] for one in made.values()}, "a run"), note)))
+        return write_page(read, made, kept.data(read.cases[0]), out, told, command)
 
     if not report_only:
         with alone(kept.work):

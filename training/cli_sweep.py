@@ -79,7 +79,9 @@ def sweep(
     command = shlex.join(["hub", "sweep", str(plan), "--size", size])
 
     def page() -> Path:
-        return write_page(whole, data, fingerprint, records, " ".join(filter(None, (machine(threads), note))), command)
+        made = (records.finished(records.key(cell, fingerprint, data[cell.task])) for cell in whole.cells)
+        told = " ".join(filter(None, (machine({one["threads"] for one in made if one}), note)))
+        return write_page(whole, data, fingerprint, records, told, command)
 
     if not report_only:
         run(read, data, Setting(read.base, fingerprint, threads, keep, rescore), records, _Line(page))

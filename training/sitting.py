@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -13,13 +14,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
-def machine(threads: int, each: str = "a cell") -> str:
-    """A sentence; `threads` are what `each` uses, 0 all."""
-    used = threads or len(os.sched_getaffinity(0))
-    return (
-        f"Machine: {platform.machine()}, {os.cpu_count()} cores, {used} thread{'s' if used > 1 else ''} {each}, "
-        f"Python {platform.python_version()}."
-    )
+def machine(threads: Collection[int], each: str = "a cell") -> str:
+    """A sentence; `threads` are what one of `each` or another has used, 0 all."""
+    used = sorted({count or len(os.sched_getaffinity(0)) for count in threads})
+    counts = f"{' or '.join(map(str, used))} thread{'s' if used != [1] else ''} {each}, " if used else ""
+    return f"Machine: {platform.machine()}, {os.cpu_count()} cores, {counts}Python {platform.python_version()}."
 
 
 def processor() -> str:

@@ -327,5 +327,7 @@ def test_the_verb_trains_once_what_several_runs_share(write: Callable[..., Path]
     page = (tmp_path / "out.md").read_text()
     assert "3 of 3 runs finished" in page and "On a quiet evening." in page
     assert "3 finished" in compare("--dry-run").output
+    compare("--report-only", "--threads", "2")
+    assert "1 thread a run" in (tmp_path / "out.md").read_text()  # as they ran
     result = CliRunner().invoke(group, ["continual", "compare", str(file), "--out", str(out), "--only", "x*"])
     assert result.exit_code != 0 and "no arm like this" in result.output

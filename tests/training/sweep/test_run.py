@@ -287,8 +287,10 @@ def test_the_verb_lists_filters_runs_and_reports(
     assert "finished" in sweep("--dry-run", "--variant", "r2")
     in_this_process.clear()
     (out / "tiny.md").unlink()
-    sweep("--report-only")
-    assert "2 of 8 cells finished" in (out / "tiny.md").read_text() and not in_this_process
+    sweep("--report-only", "--threads", "2")
+    page = (out / "tiny.md").read_text()
+    assert "2 of 8 cells finished" in page and not in_this_process
+    assert "1 thread a cell" in page  # as they ran
     for wrong, words in (
         (("--variant", "x*"), "no variant like this"),
         (("--task", "poetry"), "no task poetry"),
