@@ -153,3 +153,11 @@ def test_the_verb(tiny_base: Path, tmp_path: Path) -> None:
     assert told["machine"]["memory"] == 24 * 10**9 and len(told["options"]) == 6
     assert told["choice"]["method"] == "lora" and told["data"]["examples"] == 28
     assert run("--gpu-memory", "much").exit_code == 2
+
+
+def test_a_precision_whose_speed_is_not_known_on_gpus_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("")
+    asked = ["advise", "--base", str(tiny_base), "--data", str(data), "--gpu", "l4", "--precision", "float32"]
+    result = CliRunner().invoke(group, asked)
+    assert result.exit_code == 2 and "only the speed in bfloat16 is known" in result.output
