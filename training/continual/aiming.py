@@ -7,7 +7,8 @@ examples, comes nearest to "ΔW on the new task's inputs, nothing on those of ea
     min over ΔW'  of  E_new ‖(ΔW' − ΔW) x‖² + Σ_others E ‖ΔW' x‖²      ΔW' = b a G_new (G_new + Σ_others G)⁻¹
 
 with G = E[x xᵀ] of the inputs of that matrix. b is the same and only the rows of a are turned, so the result is a LoRA
-of the same rank. The closed form is RegMean's (Jin et al. 2023, arXiv:2212.09849), for increments to one adapter
+of the same rank. What aiming takes from the new task, training b once more gives back (`again`): with a held, whatever
+b becomes changes little of what other inputs give, for a now answers them with little. The closed form is RegMean's (Jin et al. 2023, arXiv:2212.09849), for increments to one adapter
 instead of whole models, with the base as one of the tasks; as there, what lies off G's diagonal is shrunk a little,
 for the examples are few.
 """
@@ -46,6 +47,7 @@ class Aimed:
     own_weight: float = 1.0  # of the new task against each earlier one: more learns more and forgets more
     keep_weight: float = 1.0  # of the text to keep against an earlier task, where the plan has such a text
     judges: int = 0  # examples of each task that choose the weight; 0: `own_weight` as it is
+    again: float = 0.0  # passes in which b is trained once more with the aimed a, as a multiple of the recipe's
     name: str = "aimed"
     evolving: bool = True
     inherits: bool = True
@@ -55,6 +57,7 @@ class Aimed:
         check_between(self.name, "own_weight", self.own_weight, 0.01, 1000)
         check_between(self.name, "keep_weight", self.keep_weight, 0, 1000)
         check_between(self.name, "judges", self.judges, 0, self.reads)
+        check_between(self.name, "again", self.again, 0, 100)
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task, in new rows."""
@@ -65,7 +68,7 @@ class Aimed:
         return Lesson(past.examples, start=before, grow=True, rules=rules)
 
     def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
-        """Earlier rows as they were, and the new ones aimed."""
+        """Earlier rows as they were, and the new ones aimed; with `again` their b trained once more."""
         new = sample(past.examples, self.reads, f"keep:{past.seed}")
         kept = _by_task(past.outcomes)
         before: Factors | None = past.previous.served if past.previous else None
@@ -81,8 +84,12 @@ class Aimed:
             tasks = [one[: self.judges] for one in (*kept, new)]
             losses = past.losses([one.served for one in found], [row for rows in tasks for row in rows])
             best = int(np.argmin([_mean_log(each, [len(rows) for rows in tasks]) for each in losses]))
+        served = found[best].served
+        if self.again:
+            rules = {m: SiteRule(before[m].rank if before else 0, still=True) for m in served}
+            served = past.train(Lesson(past.examples, start=served, rules=rules, passes=self.again))
         memory = (*(past.previous.memory if past.previous else ()), *new)
-        return Outcome(found[best].served, memory=memory, notes=found[best].notes)
+        return Outcome(served, memory=memory, notes=found[best].notes)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "replay": ("share", "capacity"),
     "on-policy-replay": ("share", "capacity"),
     "paced-replay": ("share", "capacity", "judges"),
-    "aimed": ("reads", "own_weight", "keep_weight", "judges"),
+    "aimed": ("reads", "own_weight", "keep_weight", "judges", "again"),
     "o-lora": ("weight",),
     "osf": ("keep",),
     "merge": ("how", "density", "rank_factor"),

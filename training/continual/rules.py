@@ -24,6 +24,7 @@ class SiteRule:
     avoid_weight: float = 0.0
     left: Tensor | None = None  # [out, k], orthonormal: the new columns of b stay orthogonal to these
     right: Tensor | None = None  # [in, k], orthonormal: the new rows of a stay orthogonal to these
+    still: bool = False  # all rows of a keep their values: only the new columns of b are trained
 
     def penalty(self, a: Tensor) -> Tensor:
         """`avoid_weight` · ‖a_new avoidᵀ‖², what is added to the loss of an optimizer step."""
@@ -40,10 +41,13 @@ def govern(a: nn.Parameter, b: nn.Parameter, rule: SiteRule, steps: int = 1) -> 
     passes in one optimizer step, over which the penalty is spread. Weight decay is not a gradient: frozen rows need an
     optimizer without it, or they are only put back at the next forward.
     """
-    kept_a, kept_b = a.detach()[: rule.frozen].clone(), b.detach()[:, : rule.frozen].clone()
+    rows = len(a) if rule.still else rule.frozen
+    kept_a, kept_b = a.detach()[:rows].clone(), b.detach()[:, : rule.frozen].clone()
 
     def on_a(gradient: Tensor) -> Tensor:
         new = gradient.clone()
+        if rule.still:
+            return new.zero_()
         if rule.avoid is not None:
             avoid = rule.avoid.to(a)
             overlap = a.detach()[rule.frozen :] @ avoid.T  # [r_new, n]
@@ -62,8 +66,9 @@ def govern(a: nn.Parameter, b: nn.Parameter, rule: SiteRule, steps: int = 1) -> 
 
     def settle() -> None:
         with torch.no_grad():
+            if rows:
+                a.data[:rows] = kept_a.to(a)
             if rule.frozen:
-                a.data[: rule.frozen] = kept_a.to(a)
                 b.data[:, : rule.frozen] = kept_b.to(b)
             if rule.right is not None:
                 a.data[rule.frozen :] = _out_of(a.data[rule.frozen :].T, rule.right.to(a)).T
@@ -78,8 +83,9 @@ def govern(a: nn.Parameter, b: nn.Parameter, rule: SiteRule, steps: int = 1) -> 
 def held(pair: Pair, start: Pair | None, rule: SiteRule) -> Pair:
     """Trained factors with `rule` kept exactly: `start`'s frozen rows bit for bit, the new ones projected."""
     a, b = pair.a.clone(), pair.b.clone()
-    if start is not None and rule.frozen:
-        a[: rule.frozen], b[:, : rule.frozen] = start.a[: rule.frozen], start.b[:, : rule.frozen]
+    if start is not None and (rule.frozen or rule.still):
+        rows = len(start.a) if rule.still else rule.frozen
+        a[:rows], b[:, : rule.frozen] = start.a[:rows], start.b[:, : rule.frozen]
     if rule.right is not None:
         a[rule.frozen :] = _out_of(a[rule.frozen :].T, rule.right).T
     if rule.left is not None:

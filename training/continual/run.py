@@ -4,7 +4,7 @@ DIR/state.json            what is done (`RunRecord`), replaced whole after every
 DIR/data/<label>/         the tasks' files, where they are built
 DIR/stages/<n>-<label>/   one stage: answers.jsonl and lesson.jsonl (its data), trained/ (with checkpoints beside while
                           it runs), outcome/ (served/, kept-…/, memory.jsonl, notes.json), scores.json, adapter/ (as
-                          it is pushed)
+                          it is pushed); again-1/… like the stage itself where a strategy trains further lessons
 
 Each of these is written beside its place and renamed, in this order; a stage begins again at the first that is missing.
 Pushing what the hub has already makes no second version, and an alias that already names it has been moved by us.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,8 +39,8 @@ from training.continual.registry import strategy_named
 from training.continual.router import write_router
 from training.continual.routing import alias_names, route
 from training.continual.scoring import Scorer
-from training.continual.stage import StageTrainer, Trained, replace_file
-from training.continual.strategies import Outcome, Past, Strategy
+from training.continual.stage import StageTrainer, replace_file
+from training.continual.strategies import Lesson, Outcome, Past, Strategy
 from training.continual.tasks import TaskData, digests
 from training.continual.weights import matrices
 from training.data import Example, digest_of, read_jsonl, write_jsonl
@@ -181,14 +181,23 @@ class _Stage:
         return self._publish(outcome, scores)
 
     def _learn(self) -> None:
-        past = self._past()
+        further: list[Facts] = []
+
+        def train(lesson: Lesson[Example]) -> Factors:
+            place = self.directory / f"again-{len(further) + 1}"
+            done = self.run_.trainer.fit(lesson, place, self.run_.console)
+            further.append(done.facts)
+            return done.factors
+
+        past = self._past(train)
         lesson = self.strategy.lesson(past)
         trained = self.run_.trainer.fit(lesson, self.directory, self.run_.console)
         outcome = self.strategy.finish(past, trained.factors)
         outcome = replace(outcome, notes={**lesson.notes, **outcome.notes})
-        output.write_directory(self.directory / "outcome", lambda place: self._save(place, outcome, trained))
+        facts = _with_times_of(trained.facts, further)
+        output.write_directory(self.directory / "outcome", lambda place: self._save(place, outcome, facts))
 
-    def _past(self) -> Past[Example]:
+    def _past(self, train: Callable[[Lesson[Example]], Factors]) -> Past[Example]:
         data, base = self.run_.data, self.run_.trainer.base_directory
         return Past(
             stage=self.index,
@@ -198,6 +207,7 @@ class _Stage:
             answers=lambda _, examples: self._answers(examples),
             losses=self._losses,
             inputs=self._inputs,
+            train=train,
             weights=lambda modules: matrices(base, modules),
             seed=self.run_.plan.recipe.seed,
         )
@@ -232,14 +242,14 @@ class _Stage:
                 write_factors(directories[-1], factors, self.run_.trainer.base.name or "")
             yield directories
 
-    def _save(self, place: Path, outcome: Outcome[Example], trained: Trained) -> None:
+    def _save(self, place: Path, outcome: Outcome[Example], facts: Facts) -> None:
         base = self.run_.trainer.base.name or ""
         for name, factors in {"served": outcome.served, **{f"kept-{k}": f for k, f in outcome.kept.items()}}.items():
             (place / name).mkdir()
             write_factors(place / name, factors, base)
         write_jsonl(place / "memory.jsonl", outcome.memory)
         (place / "notes.json").write_text(json.dumps(dict(outcome.notes)), "utf-8")
-        trained.facts.write(place)
+        facts.write(place)
 
     def outcome(self, index: int) -> Outcome[Example]:
         """What stage `index` left behind."""
@@ -388,6 +398,16 @@ def _last_number(record: RunRecord, name: str) -> int | None:
         int(s.version.rpartition("@")[2]) for s in record.stages if s.promoted and s.version.startswith(f"{name}@")
     ]
     return numbers[-1] if numbers else None
+
+
+def _with_times_of(first: Facts, further: Sequence[Facts]) -> Facts:
+    """The first lesson's facts with the times of a stage's other lessons added to its own."""
+    added = {
+        name: round(sum(float(one.metrics.get(name, 0.0)) for one in (first, *further)), 3)
+        for name in ("seconds", "cpu_seconds")
+        if name in first.metrics
+    }
+    return replace(first, metrics={**first.metrics, **added})
 
 
 def _headline(metrics: dict[str, float]) -> float:

@@ -91,16 +91,19 @@ class StageTrainer:
         )
 
     def _recipe(self, lesson: Lesson[Example]) -> Recipe:
+        passes = self.recipe.epochs * lesson.passes
         if lesson.start is None:
-            return self.recipe
+            return self.recipe.but(epochs=passes)
         ranks = {pair.rank for pair in lesson.start.values()}
         if len(ranks) != 1:
             raise FactorsUnsupported(f"training goes on from one rank, not from {sorted(ranks)}")
         rank = ranks.pop() + (self.recipe.rank if lesson.grow else 0)
         alpha = self.recipe.alpha * rank / self.recipe.rank  # the scale stays what it was
         # Weight decay is no gradient, so nothing would hold it off rows that are to stay.
-        decay = 0.0 if any(rule.frozen for rule in lesson.rules.values()) else None
-        return self.recipe.but(rank=rank, alpha=int(alpha) if alpha.is_integer() else alpha, weight_decay=decay)
+        decay = 0.0 if any(rule.frozen or rule.still for rule in lesson.rules.values()) else None
+        return self.recipe.but(
+            rank=rank, alpha=int(alpha) if alpha.is_integer() else alpha, weight_decay=decay, epochs=passes
+        )
 
     def _prepare(self, model: Any, lesson: Lesson[Example], rules: dict[str, SiteRule]) -> None:
         layers = {

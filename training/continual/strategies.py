@@ -48,6 +48,7 @@ class Past(Generic[E]):
     # Σ weight · E[x xᵀ] of the inputs of every matrix that an adapter adapts, over groups of examples; None is the text
     # to keep, and nothing where the plan has no such text. Empty where there is nothing to read.
     inputs: Callable[[Factors, Sequence[tuple[float, Sequence[E] | None]]], Mapping[str, torch.Tensor]]
+    train: Callable[[Lesson[E]], Factors]  # a further lesson of this stage, after the first; its factors
     weights: Weights
     seed: int
 
@@ -66,6 +67,7 @@ class Lesson(Generic[E]):
     grow: bool = False  # add a fresh adapter's rows after those of `start`
     rules: Mapping[str, SiteRule] = field(default_factory=dict)  # by module
     rule: Callable[[str, Any], SiteRule | None] | None = field(default=None, repr=False)  # for modules without `start`
+    passes: float = 1.0  # over the examples, as a multiple of the recipe's
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -73,7 +75,8 @@ class Strategy(Protocol):
     """The contract.
 
     `lesson` and `finish` are functions of their arguments alone, so that a stage that was cut short is begun again, or
-    gone on with, to the same end. `finish` gets the factors that training gave back: of `start`'s ranks (plus a fresh
+    gone on with, to the same end. Where one lesson is not enough, `finish` has others trained by `past.train`, always in
+    the same order. `finish` gets the factors that training gave back: of `start`'s ranks (plus a fresh
     adapter's with `grow`), with the rules kept. What it returns as `served` is a plain LoRA, to be served by anyone
     alone; `memory` and `kept` are all that later stages see of this one's data and weights. Past examples are used by
     the strategies that declare it only: `earlier` by none but `joint`, which is a bound and no method.

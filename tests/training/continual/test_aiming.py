@@ -153,6 +153,40 @@ def test_earlier_rows_stay_bit_for_bit_and_new_ones_keep_their_b(model: Any, ove
         assert torch.equal(pair.b, trained[site].b)
 
 
+def test_training_b_again_gives_back_what_aiming_took_and_not_what_it_kept(model: Any, overlapping: list[Any]) -> None:
+    plain, again = (
+        model.learn(strategy_named("aimed", {"own_weight": 0.3, **more}), overlapping) for more in ({}, {"again": 1.0})
+    )
+    for site, pair in again[1].served.items():
+        rank = again[0].served[site].rank
+        assert torch.equal(pair.a[:rank], again[0].served[site].a)
+        assert torch.equal(pair.b[:, :rank], again[0].served[site].b)
+    learned, kept_ = (
+        [float(model.score(outcomes[1].served, task)) for outcomes in (plain, again)] for task in overlapping[::-1]
+    )
+    naive = model.learn(strategy_named("sequential", {}), overlapping)[1]
+    assert 1 - learned[1] < 0.5 * (1 - learned[0])  # of the new task's error less than half is left
+    assert kept_[1] > kept_[0] - 0.1 > float(model.score(naive.served, overlapping[0]))
+
+
+def test_with_b_trained_again_its_a_is_the_aimed_one(model: Any, overlapping: list[Any]) -> None:
+    strategy = strategy_named("aimed", {"again": 0.5})
+    first = model.learn(strategy, overlapping)[0]
+    past = model.past(1, overlapping, [first])
+    trained = model.fit(strategy.lesson(past))
+    asked: list[Any] = []
+    second = strategy.finish(
+        type(past)(**{**vars(past), "train": lambda lesson: asked.append(lesson) or model.fit(lesson)}), trained
+    )
+    plain = strategy_named("aimed", {}).finish(past, trained)
+    [lesson] = asked
+    assert lesson.passes == 0.5 and lesson.examples == past.examples and second.notes == plain.notes
+    for site, pair in plain.served.items():
+        assert torch.equal(lesson.start[site].a, pair.a) and torch.equal(lesson.start[site].b, pair.b)
+        assert torch.equal(second.served[site].a, pair.a)
+        assert lesson.rules[site].still and lesson.rules[site].frozen == first.served[site].rank
+
+
 def test_it_reads_every_earlier_task_apart_and_the_text_by_its_weight(model: Any, overlapping: list[Any]) -> None:
     tasks = [*overlapping, overlapping[0][:30]]
     strategy = strategy_named("aimed", {"reads": 20, "own_weight": 2, "keep_weight": 0.5})

@@ -149,6 +149,13 @@ def test_bounds_run_once_a_seed_and_all_else_in_every_order(write: Callable[...,
     assert (read.bound("joint"), read.bound("isolated"), read.bound("osf")) == ("joint", "isolated", None)
 
 
+def test_an_arm_has_settings_over_the_plans(write: Callable[..., Path]) -> None:
+    arms = {"joint": {"strategy": "joint"}, "longer": {"strategy": "joint", "set": {"epochs": 2.0}}}
+    read = Comparison.read(write(arms=arms, plan={"set": {"epochs": 0.5, "rank": 2, "alpha": 4}}), "tiny")
+    assert [(case.plan.recipe.epochs, case.plan.recipe.rank) for case in read.cases] == [(0.5, 2), (2.0, 2)]
+    assert read.bound("joint") == "joint"
+
+
 def test_finished_runs_are_kept_and_the_page_says_what_they_say(compare: Callable[..., Any], tmp_path: Path) -> None:
     read, kept, heard = compare()
     assert heard.begun == (16, 0) and len(heard.done) == 16
@@ -186,6 +193,7 @@ def test_finished_runs_are_kept_and_the_page_says_what_they_say(compare: Callabl
     assert page == tmp_path / "out.md" and "16 of 16 runs finished" in text and "Machine: this." in text
     assert "| plain | 4 | 70.0 [60.0, 80.0] | -15.0 [-20.0, -10.0] |" in text
     assert "| BWT ≥ −0.5 points | yes | replay |" in text and "| both by the same arm | yes | replay |" in text
+    assert "| replay | replay | share 0.05 |" in text and "| joint | joint |  |" in text
     assert "### much, order told" in text and "![much, matrix](out/much-matrix.png)" in text
     assert "## The router of isolated" in text and "| isolated, routed | 2 |" in text
     for name in ("learned.png", "much-matrix.png", "much-curves.png"):
@@ -222,6 +230,7 @@ def test_a_killed_comparison_goes_on_to_the_same_end(compare: Callable[..., Any]
         ({"arms": {**ARMS, "plain": {"strategy": {"name": "replay", "share": 0.01}}}}, 2),
         ({"plan": {"set": {"rank": 2, "alpha": 4}}}, 8),
         ({"orders": {"told": list(THREE)}}, 0),
+        ({"arms": {**ARMS, "joint": {"strategy": "joint", "set": {"epochs": 2.0}}}}, 1),
     ],
 )
 def test_what_is_changed_is_run_and_nothing_else(
@@ -266,6 +275,8 @@ def test_what_is_left_is_told_by_what_an_arm_took(write: Callable[..., Path]) ->
         ({"colour": 1}, "unknown key 'colour'"),
         ({"arms": {"x": {"strategy": "best"}}}, "arms: x: there is no strategy 'best'"),
         ({"arms": {"x": {"strategy": "joint", "rate": 1}}}, "arms: x has the unknown key 'rate'"),
+        ({"arms": {"x": {"strategy": "joint", "set": 1}}}, "arms: x: set is no mapping"),
+        ({"arms": {"x": {"strategy": "joint", "set": {"rate": 1}}}}, "arms: x: .*rate"),
         ({"orders": {"short": ["first"]}}, "orders: short has each of the plan's tasks once"),
         ({"shown": ["y"]}, "shown is a list of arms"),
         ({"sizes": {"big": {"seeds": [0]}}}, "no size 'small'"),

@@ -310,9 +310,16 @@ def test_plans_say_what_is_wrong_with_them(write_plan: Callable[..., Path], chan
 
 
 @pytest.mark.timeout(600)
-def test_kill_nine_in_the_middle_of_a_stage(write_plan: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "where"),
+    [({"name": "on-policy-replay", "share": 0.2}, ""), ({"name": "aimed", "reads": 4, "again": 1.0}, "again-1")],
+    ids=["on-policy-replay", "aimed, b again"],
+)
+def test_kill_nine_in_the_middle_of_a_stage(
+    strategy: dict[str, Any], where: str, write_plan: Callable[..., Path], tmp_path: Path
+) -> None:
     """The real verb, trainer, engine and hub: killed while the second stage trains, then given again."""
-    plan = write_plan(strategy={"name": "on-policy-replay", "share": 0.2}, gates={"max_drop": 1.0}, intruders=False)
+    plan = write_plan(strategy=strategy, gates={"max_drop": 1.0}, intruders=False)
 
     def command(name: str) -> list[str]:
         return ["continual", "run", str(plan), "--out", str(tmp_path / name), "--hub", str(tmp_path / f"{name}-hub"),
@@ -322,7 +329,7 @@ def test_kill_nine_in_the_middle_of_a_stage(write_plan: Callable[..., Path], tmp
         [sys.executable, "-c", "from hub.cli import main; main()", *command("cut")],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    checkpoints = tmp_path / "cut" / "stages" / "2-second" / "trained.checkpoints"
+    checkpoints = tmp_path / "cut" / "stages" / "2-second" / where / "trained.checkpoints"
     try:
         while not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
             assert child.poll() is None, child.stderr and child.stderr.read().decode()

@@ -66,9 +66,11 @@ def fresh(base: Path, seed: int, rank: int = 4) -> Factors:
     }
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_two_stages_of_every_strategy(name: str, trainer: StageTrainer, tiny_base: Path, tmp_path: Path) -> None:
-    strategy = strategy_named(name, OPTIONS.get(name, {}), 0.5 if name == "sequential" else None)
+@pytest.mark.parametrize(("name", "more"), [*((name, {}) for name in KINDS), ("aimed", {"again": 1.0})])
+def test_two_stages_of_every_strategy(
+    name: str, more: dict[str, Any], trainer: StageTrainer, tiny_base: Path, tmp_path: Path
+) -> None:
+    strategy = strategy_named(name, {**OPTIONS.get(name, {}), **more}, 0.5 if name == "sequential" else None)
     tasks = [examples_of("first"), examples_of("second")]
     asked: list[Factors] = []
 
@@ -86,10 +88,20 @@ def test_two_stages_of_every_strategy(name: str, trainer: StageTrainer, tiny_bas
         read = [(weight, rows) for weight, rows in groups if rows]
         return input_moments(tiny_base, place, read, quantized=False)
 
+    further: list[Lesson[Example]] = []
+
+    def train(lesson: Lesson[Example]) -> Factors:
+        further.append(lesson)
+        done = trainer.fit(lesson, tmp_path / f"again-{len(further)}", quiet()).factors
+        for module, pair in lesson.start.items() if lesson.start else ():
+            assert torch.equal(done[module].a, pair.a)
+            assert not torch.equal(done[module].b, pair.b)
+        return done
+
     outcomes: list[Outcome[Example]] = []
     for stage, examples in enumerate(tasks):
         past = Past(
-            stage, examples, tuple(outcomes), tuple(tasks[:stage]), answers, losses, inputs,
+            stage, examples, tuple(outcomes), tuple(tasks[:stage]), answers, losses, inputs, train,
             lambda modules: matrices(tiny_base, modules), 0,
         )  # fmt: skip
         lesson = strategy.lesson(past)
@@ -109,7 +121,7 @@ def test_two_stages_of_every_strategy(name: str, trainer: StageTrainer, tiny_bas
             u, _, vt = torch.linalg.svd(weight + before[module].delta(), full_matrices=False)
             half, new = min(weight.shape) // 2, Pair(after[module].a[4:], after[module].b[:, 4:])
             assert float((u[:, :half].T @ new.b).abs().max()) < 1e-5 and float((new.a @ vt[:half].T).abs().max()) < 1e-5
-    assert bool(asked) == (name == "on-policy-replay")
+    assert bool(asked) == (name == "on-policy-replay") and len(further) == (2 if more else 0)
     place = tmp_path / "served"
     place.mkdir()
     write_factors(place, after, "tiny-base")

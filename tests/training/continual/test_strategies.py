@@ -26,11 +26,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def every() -> list[Strategy]:
     plain = [strategy_named(name, OPTIONS.get(name, {})) for name in KINDS]
-    return [*plain, strategy_named("merge", {"how": "ties", "density": 1.0}), strategy_named("sequential", {}, 0.5)]
+    others = [("merge", {"how": "ties", "density": 1.0}, None), ("aimed", {"again": 0.5}, None), ("sequential", {}, 0.5)]
+    return [*plain, *(strategy_named(*one) for one in others)]
 
 
 def names(strategy: Strategy) -> str:
-    return f"{strategy.name}-{getattr(strategy, 'how', '')}".strip("-")
+    again = "again" if getattr(strategy, "again", 0) else ""
+    return f"{strategy.name}-{getattr(strategy, 'how', again)}".strip("-")
 
 
 def equal(one: Factors, other: Factors) -> bool:

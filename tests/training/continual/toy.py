@@ -60,9 +60,10 @@ class Toy:
             settles.append(govern(*one, rule or SiteRule()))
             parameters[site] = one
         optimizer = torch.optim.Adam([p for pair in parameters.values() for p in pair], lr=0.05)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        steps = round(self.steps * lesson.passes)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         x, y = tensors(lesson.examples)
-        for _ in range(self.steps):
+        for _ in range(steps):
             for settle in settles:
                 settle()
             loss = (self.run({site: Pair(a, b) for site, (a, b) in parameters.items()}, x) - y).square().mean()
@@ -134,6 +135,7 @@ class Toy:
             answers=self.answers,
             losses=self.losses,
             inputs=self.inputs,
+            train=self.fit,
             weights=self.matrices,
             seed=0,
         )

@@ -31,6 +31,7 @@ def joint_bound(run: Run) -> tuple[dict[str, Any], Facts]:
         answers=lambda *_: (),
         losses=lambda *_: (),
         inputs=lambda *_: {},
+        train=lambda _: {},
         weights=lambda modules: matrices(run.trainer.base_directory, modules),
         seed=plan.recipe.seed,
     )

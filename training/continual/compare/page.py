@@ -33,7 +33,7 @@ def write_page(
     lines += _how(comparison, records, machine, command, out.name)
     lines += ["", *_data(data)]
     if arms:
-        lines += ["", *_table(arms), "", *_figures(wanted(arms))]
+        lines += ["", *_arms(comparison, arms), "", *_table(arms), "", *_figures(wanted(arms))]
         lines += _router(arms)
         shown = comparison.shown if comparison.shown is not None else _chosen(arms)
         matrices = {arm.name: found for arm in arms if arm.name in shown and (found := mean_matrix(arm)) is not None}
@@ -84,6 +84,20 @@ def _data(data: Sequence[TaskData]) -> list[str]:
         f"`{task.evaluation.digest[:19]}` |"
         for task in data
     ]
+
+
+def _arms(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
+    """What each arm is: its strategy's options, and where its recipe is not the comparison's."""
+    lines = ["| arm | strategy | options |", "|---|---|---|"]
+    usual = comparison.cases[0].plan.recipe.as_dict()
+    for arm in arms:
+        plan = comparison.plan_of(arm.name)
+        told = [f"{name} {value}" for name, value in plan.options.items()]
+        told += ["with the text to keep"] if plan.keep_text is not None else []
+        told += [f"{plan.reduce_intruders:g} of each intruder out"] if plan.reduce_intruders is not None else []
+        told += [f"{name} {value}" for name, value in plan.recipe.as_dict().items() if value != usual.get(name)]
+        lines.append(_row((arm.name, plan.strategy, ", ".join(told))))
+    return lines
 
 
 def _table(arms: Sequence[Arm]) -> list[str]:

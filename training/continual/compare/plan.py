@@ -8,6 +8,7 @@ arms:                           by name, the most telling first
   isolated: {strategy: isolated}
   replay-5: {strategy: {name: replay, share: 0.05}}
   replay-5-reduced: {strategy: {name: replay, share: 0.05}, reduce_intruders: 0.25}
+  joint-2: {strategy: joint, set: {epochs: 2}}                    over the plan's own `set`
 orders: {as-told: [sentiment, iam-policy, …], reversed: […]}      labels of all the plan's tasks
 sizes:
   small: {seeds: [0], data: {sentiment: {train: 120, eval: 40}, …}}     tasks with files of their own need no numbers
@@ -36,7 +37,7 @@ ANY_ORDER: Final = "any"
 _FORMAT: Final = 1
 _ORDERLESS: Final = ("joint", "isolated")
 _KEYS = ("title", "question", "plan", "arms", "orders", "sizes", "shown")
-_ARM_KEYS = ("strategy", "reduce_intruders", "keep_text")
+_ARM_KEYS = ("strategy", "reduce_intruders", "keep_text", "set")
 _NOT_MADE_OF = ("name", "checkpoint_steps", "text", "keep_text")  # files are in the key by their digests
 
 
@@ -125,11 +126,13 @@ class Comparison:
             for number, (order, labels) in enumerate(orders.items()):
                 for arm, given in arms.items():
                     orderless = _strategy(given) in _ORDERLESS
+                    settings = {**mapping(base.get("set", {}), "set"), **mapping(given.get("set", {}), f"arms: {arm}: set")}
                     if orderless and number:
                         continue
                     stages = [tasks[label] for label in (tasks if orderless else labels)]
                     try:
-                        plan = ContinualPlan.parse({**base, **given, "seed": seed, "tasks": stages}, directory)
+                        told = {**base, **given, "set": settings, "seed": seed, "tasks": stages}
+                        plan = ContinualPlan.parse(told, directory)
                     except ContinualPlanInvalid as error:
                         raise ContinualPlanInvalid(f"arms: {arm}: {error}") from error
                     cases.append(Case(arm, ANY_ORDER if orderless else order, plan))

@@ -21,7 +21,7 @@ from training.data import Example, digest_of
 
 @dataclass(frozen=True)
 class SharingTrainer(StageTrainer):
-    """Trains a lesson from nothing and without rules once, whichever run comes to it first; others get a copy.
+    """Trains a lesson from nothing, without rules and with the recipe's passes, once, whichever run comes to it first; others get a copy.
 
     That is every lesson of `isolated` and `merge`, and the first of most strategies. The copy says what its training
     took, as if it had been made again.
@@ -31,7 +31,7 @@ class SharingTrainer(StageTrainer):
 
     def fit(self, lesson: Lesson[Example], directory: Path, console: Console) -> Trained:
         """See `StageTrainer.fit`."""
-        if lesson.start is not None or lesson.rules or lesson.rule is not None:
+        if lesson.start is not None or lesson.rules or lesson.rule is not None or lesson.passes != 1:
             return super().fit(lesson, directory, console)
         kept, trained = self.shared / self._key(lesson), directory / "trained"
         if kept.is_dir() and not trained.is_dir():
