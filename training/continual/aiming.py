@@ -7,10 +7,13 @@ examples, comes nearest to "ΔW on the new task's inputs, nothing on those of ea
     min over ΔW'  of  E_new ‖(ΔW' − ΔW) x‖² + Σ_others E ‖ΔW' x‖²      ΔW' = b a G_new (G_new + Σ_others G)⁻¹
 
 with G = E[x xᵀ] of the inputs of that matrix. b is the same and only the rows of a are turned, so the result is a LoRA
-of the same rank. What aiming takes from the new task, training b once more gives back (`again`): with a held, whatever
-b becomes changes little of what other inputs give, for a now answers them with little. The closed form is RegMean's (Jin et al. 2023, arXiv:2212.09849), for increments to one adapter
+of the same rank. The closed form is RegMean's (Jin et al. 2023, arXiv:2212.09849), for increments to one adapter
 instead of whole models, with the base as one of the tasks; as there, what lies off G's diagonal is shrunk a little,
 for the examples are few.
+
+What aiming takes from the new task, training b once more gives back (`again`): with a held, whatever b becomes changes
+little of what other inputs give, for a now answers them with little. Training b alone under a fixed a is InfLoRA's
+(Liang and Li 2024, arXiv:2404.00228), which fixes a before anything is learned.
 """
 
 from __future__ import annotations

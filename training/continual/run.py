@@ -24,7 +24,6 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from hub.errors import AliasMoved
 from hub.facade import HubFacade
 from hub.facts import FACTS_FILE, Facts
 from training import output
@@ -34,6 +33,7 @@ from training.continual.factors import Factors, read_factors, write_factors
 from training.continual.gates import judge
 from training.continual.intruders import SiteIntruders, count
 from training.continual.plan import ContinualPlan
+from training.continual.promotion import last_number, promote
 from training.continual.record import RunRecord, StageRecord
 from training.continual.registry import strategy_named
 from training.continual.router import write_router
@@ -339,8 +339,8 @@ class _Stage:
         text = (scores["base_text"], scores["text"]) if scores["text"] is not None else None
         refusals = tuple(fall.text for fall in judge(plan.gates, plan.labels, rows, promoted, text))
         if not refusals:
-            expected = _last_number(self.record, name)
-            refusals = _promote(run.hub, name, version.number, plan.gates.alias, expected)
+            expected = last_number(self.record, name)
+            refusals = promote(run.hub, name, version.number, plan.gates.alias, expected)
         for words in refusals:
             run.console.print(f"{version.text} is not promoted: {words}", highlight=False, soft_wrap=True)
         if not refusals:
@@ -372,32 +372,6 @@ class _Stage:
             stages=(*self.record.stages, stage),
             stopped=bool(refusals) and plan.gates.after_refusal == "stop",
         )
-
-
-def _promote(hub: HubFacade, name: str, number: int, alias: str, expected: int | None) -> tuple[str, ...]:
-    """Move the alias from what this run promoted last; why it could not be moved, if so.
-
-    Compare-and-swap: what somebody else promoted meanwhile is theirs, and is not overwritten. Where this run has
-    promoted nothing yet, whatever the alias holds is what is replaced.
-    """
-    held = hub.aliases(name).get(alias)
-    if held is not None and held.version == number and len(held.targets) <= 1:
-        return ()  # by this run, before it was stopped
-    if expected is None:
-        expected = held.version if held is not None else 0
-    try:
-        hub.tag(f"{name}@{number}", alias, expect=expected)
-    except AliasMoved as error:
-        return (f"somebody else moved the alias: {error}",)
-    return ()
-
-
-def _last_number(record: RunRecord, name: str) -> int | None:
-    """The version of `name` that this run promoted last."""
-    numbers = [
-        int(s.version.rpartition("@")[2]) for s in record.stages if s.promoted and s.version.startswith(f"{name}@")
-    ]
-    return numbers[-1] if numbers else None
 
 
 def _with_times_of(first: Facts, further: Sequence[Facts]) -> Facts:

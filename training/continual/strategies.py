@@ -75,11 +75,11 @@ class Strategy(Protocol):
     """The contract.
 
     `lesson` and `finish` are functions of their arguments alone, so that a stage that was cut short is begun again, or
-    gone on with, to the same end. Where one lesson is not enough, `finish` has others trained by `past.train`, always in
-    the same order. `finish` gets the factors that training gave back: of `start`'s ranks (plus a fresh
-    adapter's with `grow`), with the rules kept. What it returns as `served` is a plain LoRA, to be served by anyone
-    alone; `memory` and `kept` are all that later stages see of this one's data and weights. Past examples are used by
-    the strategies that declare it only: `earlier` by none but `joint`, which is a bound and no method.
+    gone on with, to the same end. `finish` gets the factors that training gave back: of `start`'s ranks (plus a fresh
+    adapter's with `grow`), with the rules kept. Where one lesson is not enough it has others trained by `past.train`,
+    always in the same order. What it returns as `served` is a plain LoRA, to be served by anyone alone; `memory` and
+    `kept` are all that later stages see of this one's data and weights. Past examples are used by the strategies that
+    declare it only: `earlier` by none but `joint`, which is a bound and no method.
 
     `evolving`: one adapter, the newest, answers every task. Otherwise each task is answered by its own stage's, and
     tasks yet to come by the base. `inherits`: a stage is made from the one before, its parent in the hub.

@@ -172,7 +172,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_end(
         "scored": (run_module._Stage, "_scores"),
         "laid out": (run_module._Stage, "_adapter"),
         "pushed": (Hub, "push"),
-        "promoted": (run_module, "_promote"),
+        "promoted": (run_module, "promote"),
         "recorded": (RunRecord, "write"),
     }[point]
     once_after(owner, name, second if point != "recorded" else lambda: len(RunRecord.read(run.directory).stages) == 2)

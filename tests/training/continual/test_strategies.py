@@ -26,7 +26,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def every() -> list[Strategy]:
     plain = [strategy_named(name, OPTIONS.get(name, {})) for name in KINDS]
-    others = [("merge", {"how": "ties", "density": 1.0}, None), ("aimed", {"again": 0.5}, None), ("sequential", {}, 0.5)]
+    others = [
+        ("merge", {"how": "ties", "density": 1.0}, None),
+        ("aimed", {"again": 0.5}, None),
+        ("sequential", {}, 0.5),
+    ]
     return [*plain, *(strategy_named(*one) for one in others)]
 
 

@@ -126,7 +126,10 @@ class Comparison:
             for number, (order, labels) in enumerate(orders.items()):
                 for arm, given in arms.items():
                     orderless = _strategy(given) in _ORDERLESS
-                    settings = {**mapping(base.get("set", {}), "set"), **mapping(given.get("set", {}), f"arms: {arm}: set")}
+                    settings = {
+                        **mapping(base.get("set", {}), "set"),
+                        **mapping(given.get("set", {}), f"arms: {arm}: set"),
+                    }
                     if orderless and number:
                         continue
                     stages = [tasks[label] for label in (tasks if orderless else labels)]

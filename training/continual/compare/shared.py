@@ -21,10 +21,10 @@ from training.data import Example, digest_of
 
 @dataclass(frozen=True)
 class SharingTrainer(StageTrainer):
-    """Trains a lesson from nothing, without rules and with the recipe's passes, once, whichever run comes to it first; others get a copy.
+    """Trains a lesson from nothing once, whichever run comes to it first; others get a copy.
 
-    That is every lesson of `isolated` and `merge`, and the first of most strategies. The copy says what its training
-    took, as if it had been made again.
+    That is every lesson without rules and with the recipe's passes: all of `isolated` and `merge`, and the first of
+    most strategies. The copy says what its training took, as if it had been made again.
     """
 
     shared: Path = Path()
