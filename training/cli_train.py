@@ -12,7 +12,7 @@ from hub.cli_output import print_json
 from server.cli import bound_openmp
 from training.presets import RECIPES, named_recipe
 from training.quiet import quiet_libraries
-from training.recipe import PRECISIONS, SCHEDULES, VARIANTS
+from training.recipe import INITS, PRECISIONS, SCHEDULES, VARIANTS
 
 _METHODS = ("lora", "qlora", "full")
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -61,6 +61,9 @@ hub train mine.jsonl --method full --out out/whole --extract-rank 64 --push team
 @click.option("--learning-rate", type=float, help="Recipes give adapters' rates; --method full takes a tenth of them.")
 @click.option("--targets", callback=_targets, help="Modules to adapt: q_proj,v_proj or all (every linear).")
 @click.option("--variant", type=click.Choice(VARIANTS), help="rslora scales by alpha / sqrt(rank); dora is slower.")
+@click.option(
+    "--init", type=click.Choice(INITS), help="qera, with --method qlora: begin with what NF4 took off the base."
+)
 @click.option("--schedule", type=click.Choice(SCHEDULES), help="How the rate falls.")
 @click.option("--warmup", type=float, help="Fraction of all steps in which the rate rises.")
 @click.option("--weight-decay", type=float)

@@ -139,3 +139,9 @@ class NothingToRecord(TrainingError):
     """Scores were to be kept beside versions, and none of the models scored is a version in a hub."""
 
     reason = "NOTHING_TO_RECORD"
+
+
+class WeightsMissing(TrainingError):
+    """The base's files have no matrix of the name that an adapter adapts."""
+
+    reason = "BASE_WEIGHTS_MISSING"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,11 @@ from training import output, skills
 from training.checkpoints import Checkpoints
 from training.curves import check_curves, event_log, write_curves
 from training.data import Dataset, hold_out, read_jsonl
-from training.encode import EncodedSet, encode_all
+from training.encode import Encoded, EncodedSet, encode_all
+from training.errors import MethodUnsupported
 from training.processes import Processes
 from training.progress import ProgressLine
+from training.qera import give_back
 from training.quiet import quiet_libraries
 from training.recipe import Recipe
 from training.record import Spent, announce, facts_of, shown
@@ -77,6 +80,8 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     """
     output.check_free(plan.out)
     check_curves(plan.curves)
+    if plan.recipe.init == "qera" and (plan.method != "qlora" or plan.recipe.variant == "dora"):
+        raise MethodUnsupported("init qera is for plain and rslora adapters on an NF4 base: use method qlora")
     dataset = read_jsonl(plan.data)
     # First of all, before anything looks at the examples.
     training, validation = hold_out(dataset.examples, plan.recipe.hold_out, plan.recipe.seed)
@@ -128,6 +133,8 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     announce(console, plan, trainable, encoded, held, processes)
 
     resumed = checkpoints.latest() if plan.resume else None
+    if plan.recipe.init == "qera" and resumed is None:
+        _begin_with_qera(plan, trainable, encoded.examples, console)
     events = _open_events(plan, watch, resumed) if processes.first else None
     if resumed is None:
         watch.begin()
@@ -172,6 +179,13 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
         soft_wrap=True,
     )
     return outcome
+
+
+def _begin_with_qera(plan: Plan, trainable: Trainable, examples: Sequence[Encoded], console: Console) -> None:
+    error = give_back(trainable.model, plan.base_directory, examples, plan.recipe.seed)
+    console.print(
+        f"init qera: of what NF4 changed in the outputs of the adapted matrices, {error:.0%} is left", highlight=False
+    )
 
 
 def _identity(plan: Plan, dataset: Dataset, mixed_in: Dataset | None, processes: Processes) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Recipe:
     dropout: float = 0.05  # on the adapter's input
     targets: tuple[str, ...] = ()  # module names; empty = every linear of the decoder but the output head
     variant: str = "plain"  # "plain"; "rslora": scaled by alpha / sqrt(rank); "dora": magnitudes trained apart
+    init: str = "random"  # of the adapter: "random" (a; b is zero); "qera": what NF4 took from the base, for "qlora"
     learning_rate: float = 2e-4
     schedule: str = "cosine"  # "cosine", "linear" or "constant_with_warmup"
     warmup: float = 0.03  # fraction of all steps
@@ -47,6 +48,8 @@ class Recipe:
             raise RecipeInvalid(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision}")
         if self.variant not in VARIANTS:
             raise RecipeInvalid(f"variant must be one of {', '.join(VARIANTS)}, not {self.variant}")
+        if self.init not in INITS:
+            raise RecipeInvalid(f"init must be one of {', '.join(INITS)}, not {self.init}")
         if self.schedule not in SCHEDULES:
             raise RecipeInvalid(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule}")
 
@@ -69,14 +72,20 @@ class Recipe:
         return self.batch * self.accumulation
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON file. An "auto" precision is left out: older results keep their names."""
+        """Plain values for a JSON file.
+
+        An "auto" precision and a "random" beginning are left out: results from before there was a choice keep their
+        names.
+        """
         told = {**asdict(self), "targets": list(self.targets)}
-        return told if self.precision != "auto" else {name: told[name] for name in told if name != "precision"}
+        return {name: value for name, value in told.items() if value != _SINCE.get(name)}
 
 
 _METHODS = ("lora", "qlora", "full")
+_SINCE = {"precision": "auto", "init": "random"}
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 VARIANTS = ("plain", "rslora", "dora")
+INITS = ("random", "qera")
 PRECISIONS = ("auto", "bfloat16", "float32")
 _BOUNDS: dict[str, tuple[float, float]] = {
     "rank": (1, 1024),

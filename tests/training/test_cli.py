@@ -182,8 +182,8 @@ def test_every_number_of_a_recipe_can_be_overridden_and_is_recorded(
     given: dict[str, object] = {
         "rank": 3, "alpha": 5, "dropout": 0.25, "targets": ["q_proj", "v_proj"], "variant": "rslora",
         "learning_rate": 3e-3, "schedule": "linear", "warmup": 0.2, "epochs": 0.5, "batch": 2, "accumulation": 3,
-        "max_length": 90, "precision": "float32",
-        "weight_decay": 0.2, "clip": 0.5, "hold_out": 0.2, "gradient_checkpointing": True, "seed": 9, "method": "lora",
+        "max_length": 90, "precision": "float32", "init": "qera",
+        "weight_decay": 0.2, "clip": 0.5, "hold_out": 0.2, "gradient_checkpointing": True, "seed": 9, "method": "qlora",
     }  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(Recipe)} - {"name", "source", "when"}
     options: list[str] = []

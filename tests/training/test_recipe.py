@@ -30,6 +30,7 @@ def test_a_recipe_cannot_be_changed_only_replaced() -> None:
         {"dropout": 1.0},
         {"schedule": "step"},
         {"precision": "int8"},
+        {"init": "pissa"},
         {"method": "prompt"},
         {"hold_out": 0.9},
         {"batch": -1},
@@ -80,6 +81,12 @@ def test_a_preset_says_what_its_source_says(name: str) -> None:
 
 def test_what_the_issue_names_is_there() -> None:
     assert set(RECIPES) >= {*SAID, "recommended", "classification", "generation", "low-data"}
+
+
+def test_an_adapters_usual_beginning_leaves_no_trace_in_what_is_kept() -> None:
+    recipe = named_recipe("demo")
+    assert recipe.init == "random" and "init" not in recipe.as_dict()
+    assert recipe.but(init="qera").as_dict() == recipe.as_dict() | {"init": "qera"}
 
 
 def test_an_open_precision_leaves_no_trace_in_what_is_kept() -> None:

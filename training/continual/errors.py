@@ -35,12 +35,6 @@ class FactorsUnsupported(TrainingError):
     reason = "FACTORS_UNSUPPORTED"
 
 
-class WeightsMissing(TrainingError):
-    """The base's files have no matrix of the name that an adapter adapts."""
-
-    reason = "BASE_WEIGHTS_MISSING"
-
-
 class PlotsUnavailable(TrainingError):
     """A plot was asked for, and matplotlib is not installed."""
 

@@ -127,7 +127,7 @@ def reduce(
     Share 1 removes intruders altogether, 0 changes nothing. The paper's λ is what stays, 1 - share. PEFT's
     `reduce_intruder_dimension` says of its λ that it is what is subtracted, and subtracts 1 - λ; it also takes the SVD
     of the stored weight, which of an NF4 base is packed bytes. `weights` here are the base's own matrices, see
-    `training.continual.weights`. Modules without intruders keep their factors bit for bit.
+    `training.base_weights`. Modules without intruders keep their factors bit for bit.
     """
     changed: dict[str, Pair] = {}
     removed, worst = 0, 0.0

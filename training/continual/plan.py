@@ -154,6 +154,8 @@ class ContinualPlan:
             raise ContinualPlanInvalid(f"keep_text is read by the strategy aimed alone, not by {plan.strategy}")
         if getattr(plan.recipe, "variant", "plain") != "plain":
             raise ContinualPlanInvalid("set: variant: continual strategies combine plain LoRA only")
+        if plan.recipe.init != "random":
+            raise ContinualPlanInvalid("set: init: each adapter would hold the base's rounding, and sums of them twice")
         from training.continual.registry import strategy_named  # brings torch; refuses unknown options
 
         strategy_named(plan.strategy, plan.options, plan.reduce_intruders)

@@ -27,6 +27,7 @@ from torch import Tensor
 from hub.facade import HubFacade
 from hub.facts import FACTS_FILE, Facts
 from training import output
+from training.base_weights import matrices
 from training.continual.embedding import Embed
 from training.continual.errors import RunMissing
 from training.continual.factors import Factors, read_factors, write_factors
@@ -42,7 +43,6 @@ from training.continual.scoring import Scorer
 from training.continual.stage import StageTrainer, replace_file
 from training.continual.strategies import Lesson, Outcome, Past, Strategy
 from training.continual.tasks import TaskData, digests
-from training.continual.weights import matrices
 from training.data import Example, digest_of, read_jsonl, write_jsonl
 
 INTRUDERS, ROUTED, ROUTER = "intruders.json", "routed.json", "router"

@@ -20,12 +20,12 @@ from rich.console import Console
 from hub.base import BaseIdentity
 from hub.facts import FACTS_FILE, Facts
 from training import finetune
+from training.base_weights import matrices
 from training.checkpoints import Checkpoints
 from training.continual.errors import FactorsUnsupported
 from training.continual.factors import Pair, read_factors
 from training.continual.rules import SiteRule, govern, held
 from training.continual.strategies import Lesson
-from training.continual.weights import matrices
 from training.data import Example
 from training.recipe import Recipe
 from training.trainable import Method

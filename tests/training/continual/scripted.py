@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hub.base import BaseIdentity
 from hub.facts import Facts
+from training.base_weights import matrices
 from training.continual.factors import Pair, read_factors
 from training.continual.scoring import Cell
 from training.continual.stage import Trained
-from training.continual.weights import matrices
 from training.data import Example, Message
 
 MODULES = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in ("q", "v")]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from training.base_weights import matrices
 from training.continual import intruders
-from training.continual.errors import WeightsMissing
 from training.continual.factors import Pair, compressed, relative_difference
 from training.continual.intruders import count, intruding, random_like, reduce, strongest
-from training.continual.weights import matrices
+from training.errors import WeightsMissing
 
 
 def brute(weight: torch.Tensor, pair: Pair, top: int = 10, epsilon: float = 0.5) -> int:

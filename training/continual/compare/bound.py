@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hub.facts import Facts
+from training.base_weights import matrices
 from training.continual.factors import read_factors, write_factors
 from training.continual.intruders import count
 from training.continual.metrics import drift
@@ -12,7 +13,6 @@ from training.continual.registry import strategy_named
 from training.continual.report import intruder_totals
 from training.continual.run import Run
 from training.continual.strategies import Past
-from training.continual.weights import matrices
 from training.data import Example
 
 

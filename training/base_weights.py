@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from training.continual.errors import WeightsMissing
+from training.errors import WeightsMissing
 
 
 def matrices(directory: Path, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
