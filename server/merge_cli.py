@@ -164,13 +164,18 @@ def located_base(versions: list[Version], named: str | None) -> LocatedBase:
 
 
 def fingerprint_of(located: LocatedBase, versions: list[Version]) -> str:
-    """The base's fingerprint; raises BaseMismatch where an adapter records another one."""
+    """The base's fingerprint; raises BaseMismatch where an adapter records another one, or needs the base in NF4."""
     from hub.base import fingerprint_directory
     from server.errors import BaseMismatch
 
     found = fingerprint_directory(located.directory).fingerprint
     for version in versions:
         recorded = version.manifest.base
+        if version.manifest.recipe.get("init") == "qera":
+            raise BaseMismatch(
+                f"{version.text} was trained with init qera: part of it undoes what NF4 did to the base, and would be "
+                "wrong on the base in full precision; hub serve --quantize nf4 serves it"
+            )
         if recorded.fingerprint is not None and recorded.fingerprint != found:
             raise BaseMismatch(
                 f"{version.text} was made for {recorded.name} ({recorded.fingerprint[:19]}…), "

@@ -93,6 +93,24 @@ def test_another_base_is_refused(
     assert not (tmp_path / "merged").exists()
 
 
+def test_what_corrects_the_base_in_nf4_is_refused(
+    hub: Hub, biased_base: Path, trained: Trained, tmp_path: Path
+) -> None:
+    from hub.facts import Facts
+
+    for init in ("random", "qera"):
+        adapter = trained(init)
+        Facts(recipe={"method": "qlora", "init": init}).write(adapter)
+        hub.push(adapter, f"team/{init}", base=str(biased_base))
+    plain, corrects = (
+        run(tmp_path, f"team/{init}", "--out", f"{tmp_path}/{init}-merged", "--base", str(biased_base))
+        for init in ("random", "qera")
+    )
+    assert plain.exit_code == 0, plain.output
+    assert isinstance(corrects.exception, BaseMismatch) and "init qera" in str(corrects.exception)
+    assert not (tmp_path / "qera-merged").exists()
+
+
 def test_a_base_known_only_by_name_is_asked_for(hub: Hub, biased_base: Path, trained: Trained, tmp_path: Path) -> None:
     hub.push(trained("adapter"), "team/x", base=str(biased_base))
 
