@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.continual import answer_nats
 from training.continual.intruders import SiteIntruders
 from training.continual.metrics import drift
 from training.continual.plots import draw_all
@@ -19,11 +20,12 @@ def summary(
     intruders: Mapping[str, Sequence[SiteIntruders]],
     bounds: Mapping[str, Sequence[float]],
     routed: Mapping[str, Any] | None = None,
+    nats: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Any]:
-    """Every number of the report; `bounds` are other runs' scores by name, [tasks]."""
+    """Every number of the report; `bounds` are other runs' scores by name, [tasks], `nats` those of `answer_nats`."""
     matrix = record.matrix
     worst = matrix.worst
-    nats = record.stages[-1].text_nats
+    text_nats = record.stages[-1].text_nats
     return {
         "plan": dict(record.plan),
         "tasks": list(matrix.tasks),
@@ -37,9 +39,10 @@ def summary(
         "below": {name: matrix.below(bound) for name, bound in bounds.items()},
         "routed": dict(routed) if routed is not None else None,
         "base_text_nats": record.base_text_nats,
-        "text_drift_nats": drift(record.base_text_nats, nats)
-        if nats is not None and record.base_text_nats is not None
+        "text_drift_nats": drift(record.base_text_nats, text_nats)
+        if text_nats is not None and record.base_text_nats is not None
         else None,
+        "answer_nats": {name: list(values) for name, values in nats.items()} if nats is not None else None,
         "stages": [
             {
                 "task": stage.task,
@@ -75,7 +78,8 @@ def write_report(directory: Path, out: Path, single: Path | None = None, joint: 
             other = RunRecord.read(place)
             scores = dict(zip(other.labels, other.matrix.last, strict=False))
             bounds[name] = [scores[task] for task in record.labels if task in scores]
-    told = summary(record, intruders, bounds, read_routed(directory))
+    nats = answer_nats.read(directory, len(record.stages))
+    told = summary(record, intruders, bounds, read_routed(directory), nats)
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(record.matrix, intruders, out)
     (out / "report.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
@@ -110,6 +114,11 @@ def as_markdown(told: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         said = "yes" if stage["promoted"] else "no: " + "; ".join(stage["refusals"])
         cells = [stage["task"], stage["version"], said, f"{stage['seconds']:.0f}", *sizes, *counted]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    if told.get("answer_nats") is not None:
+        lines += ["", "Nats a token of the tasks' own answers, by each stage's adapter and by the last:", ""]
+        lines += ["| task | own | last | forgotten |", "|---" * 4 + "|"]
+        for task, own, last in zip(tasks, *(told["answer_nats"][key] for key in ("own", "last")), strict=False):
+            lines.append(f"| {task} | {own:.3f} | {last:.3f} | {last - own:+.3f} |")
     if told["routed"] is not None:
         routed = told["routed"]
         lines += ["", "With the router choosing for every question, against the task's own adapter (oracle):", ""]

@@ -1,6 +1,7 @@
 """A plan, stage after stage. What is finished is on disk, so the same command goes on wherever a run was stopped.
 
 DIR/state.json            what is done (`RunRecord`), replaced whole after every stage
+DIR/answer_nats.json      the tasks' own answers by each stage's and by the last adapter, measured at the end
 DIR/data/<label>/         the tasks' files, where they are built
 DIR/stages/<n>-<label>/   one stage: answers.jsonl and lesson.jsonl (its data), trained/ (with checkpoints beside while
                           it runs), outcome/ (served/, kept-…/, memory.jsonl, notes.json), scores.json, adapter/ (as
@@ -28,6 +29,7 @@ from hub.facade import HubFacade
 from hub.facts import FACTS_FILE, Facts
 from training import output
 from training.base_weights import matrices
+from training.continual import answer_nats
 from training.continual.embedding import Embed
 from training.continual.errors import RunMissing
 from training.continual.factors import Factors, read_factors, write_factors
@@ -76,6 +78,8 @@ class Run:
             record.write(self.directory)
         if self.plan.intruders and record.stages:
             self._count_intruders(record)
+        if record.stages and answer_nats.read(self.directory, len(record.stages)) is None:
+            self._measure_answers(record, strategy)
         if self.embed is not None and not strategy.evolving:
             self._route(record, self.embed)
         return record
@@ -114,6 +118,12 @@ class Run:
             "to_base": list(routed.to_base),
         }
         replace_file(place, json.dumps(told).encode())
+
+    def _measure_answers(self, record: RunRecord, strategy: Strategy) -> None:
+        own = [self.stage_directory(index) / "adapter" for index in range(len(record.stages))]
+        last = own[-1] if strategy.evolving else None
+        told = answer_nats.measure(self.scorer, self.data[: len(own)], own, last)
+        answer_nats.write(self.directory, told, len(own))
 
     def _count_intruders(self, record: RunRecord) -> None:
         place = self.directory / INTRUDERS

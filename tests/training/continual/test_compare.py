@@ -195,6 +195,11 @@ def test_finished_runs_are_kept_and_the_page_says_what_they_say(compare: Callabl
     assert "| BWT ≥ −0.5 points | yes | replay |" in text and "| both by the same arm | yes | replay |" in text
     assert "| replay | replay | share 0.05 |" in text and "| joint | joint |  |" in text
     assert "### much, order told" in text and "![much, matrix](out/much-matrix.png)" in text
+    # Scripted: the second of two adapters that are asked, the last one, loses a nat; the last task's own is the last.
+    assert arms["plain"].measures["answer_nats"].values == pytest.approx([5 / 3] * 4)
+    assert arms["plain"].measures["answer_nats_lost"].values == pytest.approx([1.0] * 4)
+    assert "answer_nats_lost" not in arms["joint"].measures
+    assert "| plain | 4 | 1.667 [+1.667, +1.667] | +0.667 [+0.667, +0.667] |" in text
     assert "## The router of isolated" in text and "| isolated, routed | 2 |" in text
     for name in ("learned.png", "much-matrix.png", "much-curves.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")

@@ -24,6 +24,7 @@ from hub.hub import Hub
 from hub.refs import AdapterRef
 from server.router import Router
 from tests.training.continual.scripted import FORGETS, GOOD, THREE, ScriptedScorer, ScriptedTrainer
+from training.continual import answer_nats
 from training.continual import run as run_module
 from training.continual.embedding import Embedded
 from training.continual.errors import RunMismatch, RunMissing
@@ -31,7 +32,7 @@ from training.continual.gates import Gates, judge
 from training.continual.plan import ContinualPlan
 from training.continual.record import RunRecord
 from training.continual.registry import KINDS
-from training.continual.report import write_report
+from training.continual.report import as_markdown, summary, write_report
 from training.continual.run import Run
 from training.continual.scoring import Cell
 from training.continual.tasks import prepare_data
@@ -227,6 +228,27 @@ def embedded(groups: Sequence[Sequence[Example]]) -> Embedded:
             rows[0] = 500.0
         read.append(rows)
     return Embedded(tuple(read), 1, "sha256:" + "1" * 64, "int8")
+
+
+def test_answers_are_measured_with_each_tasks_own_adapter_and_the_last(make_run: Callable[..., Run]) -> None:
+    class Asked(ScriptedScorer):
+        def losses(self, adapters: Sequence[Path], examples: Sequence[Example]) -> list[list[float]]:
+            asked.append([self.stage_of(adapter) for adapter in adapters])
+            return [[float(self.stage_of(one)), float(self.stage_of(one)) + 1] * len(examples) for one in adapters]
+
+    asked: list[list[int]] = []
+    run = make_run(Asked(GOOD))
+    record = run()
+    assert asked == [[0, 2], [1, 2], [2]]
+    told = {"own": [0.5, 1.5, 2.5], "last": [2.5, 2.5, 2.5]}
+    assert answer_nats.read(run.directory, 3) == told and answer_nats.read(run.directory, 2) is None
+    run()
+    assert len(asked) == 3  # once
+    page = as_markdown(summary(record, {}, {}, None, told))
+    assert "| first | 0.500 | 2.500 | +2.000 |" in page
+    apart = make_run(Asked(GOOD), "apart", name="team/apart", strategy="isolated")
+    apart()
+    assert asked[3:] == [[0], [1], [2]] and answer_nats.read(apart.directory, 3) == {**told, "last": told["own"]}
 
 
 def test_isolated_runs_fit_and_score_a_router(make_run: Callable[..., Run], tmp_path: Path) -> None:

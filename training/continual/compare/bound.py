@@ -6,6 +6,7 @@ from typing import Any
 
 from hub.facts import Facts
 from training.base_weights import matrices
+from training.continual import answer_nats
 from training.continual.factors import read_factors, write_factors
 from training.continual.intruders import count
 from training.continual.metrics import drift
@@ -46,6 +47,7 @@ def joint_bound(run: Run) -> tuple[dict[str, Any], Facts]:
     scores = [next(iter(one.values())) for one in found]
     base, row = scores[: len(exams)], scores[len(exams) :]
     nats = run.scorer.text_nats([None, served]) if plan.text is not None else [None, None]
+    answers = answer_nats.measure(run.scorer, run.data, [served] * len(run.data), None)
     sites = []
     if plan.intruders:
         factors = {"joint": read_factors(served)}
@@ -61,6 +63,7 @@ def joint_bound(run: Run) -> tuple[dict[str, Any], Facts]:
         "forgetting": None,
         "worst": None,
         "routed": None,
+        "answer_nats": answers,
         "base_text_nats": nats[0],
         "text_drift_nats": drift(nats[0], nats[1]) if nats[0] is not None and nats[1] is not None else None,
         "stages": [

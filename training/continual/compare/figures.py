@@ -71,7 +71,7 @@ class Wanted:
 
 def arms_of(comparison: Comparison, records: Mapping[Case, Record]) -> list[Arm]:
     """The arms that have a finished run, in the comparison's order; differences are to the bounds of the same seed."""
-    joint, single = (_by_seed(comparison.bound(name), records) for name in ("joint", "isolated"))
+    joint, single = (_bounds(comparison.bound(name), records) for name in ("joint", "isolated"))
     found = []
     for name in comparison.arms:
         runs = tuple((case, records[case]) for case in comparison.cases if case.arm == name and case in records)
@@ -79,7 +79,9 @@ def arms_of(comparison: Comparison, records: Mapping[Case, Record]) -> list[Arm]
             continue
         strategy, options = runs[0][0].plan.strategy, runs[0][0].plan.options
         share = float(options.get("share", 0.05)) if "replay" in strategy else 0.0
-        told = [_measured(record, joint.get(case.seed), single.get(case.seed)) for case, record in runs]
+        told = [
+            _measured(record, joint.get(case.seed, _Bound()), single.get(case.seed, _Bound())) for case, record in runs
+        ]
         found.append(Arm(name, strategy not in ("joint", "isolated"), share, runs, _spreads(told)))
     return found
 
@@ -128,7 +130,15 @@ def learned_means(arm: Arm) -> list[float]:
     return [_mean([_mean(matrix[stage][: stage + 1]) for matrix in rows]) for stage in range(len(rows[0]))]
 
 
-def _measured(record: Record, joint: float | None, single: float | None) -> dict[str, float | None]:
+@dataclass(frozen=True)
+class _Bound:
+    """What a bound came to with one seed."""
+
+    acc: float | None = None
+    nats: float | None = None
+
+
+def _measured(record: Record, joint: _Bound, single: _Bound) -> dict[str, float | None]:
     told = record["summary"]
     stages, routed = told["stages"], told["routed"]
     last, strategy = stages[-1], told["plan"]["strategy"]["name"]
@@ -137,15 +147,22 @@ def _measured(record: Record, joint: float | None, single: float | None) -> dict
     acc, base = told["acc"], told["base_text_nats"]
     drifts = [stage["text_nats"] - base for stage in (stages if own else [last])] if base is not None else []
     routed_acc = _mean(routed["scores"]) if routed else None
+    nats = told.get("answer_nats")  # not in results from before it was measured
+    steps = [after - before for before, after in zip(nats["own"], nats["last"], strict=True)] if nats else []
+    mean_nats = _mean(nats["last"]) if nats else None
     return {
         "acc": acc,
-        "below_joint": acc - joint if joint is not None else None,
-        "below_single": acc - single if single is not None else None,
+        "below_joint": _minus(acc, joint.acc),
+        "below_single": _minus(acc, single.acc),
         "bwt": told["bwt"],
         "fwt": told["fwt"],
         "forgetting": told["forgetting"],
         "worst": told["worst"]["change"] if told["worst"] else None,
         "drift": max(drifts) if drifts else None,
+        "answer_nats": mean_nats,
+        "answer_nats_below_joint": _minus(mean_nats, joint.nats),
+        "answer_nats_below_single": _minus(mean_nats, single.nats),
+        "answer_nats_lost": _mean(steps[:-1]) if len(steps) > 1 and strategy != "joint" else None,
         "intruders": found.get("intruders"),
         "random": found.get("random"),
         "relative_norm": found.get("relative_norm"),
@@ -155,14 +172,23 @@ def _measured(record: Record, joint: float | None, single: float | None) -> dict
         "rank": record["served_rank"],
         "seconds": record["training_cpu_seconds"],
         "routed_acc": routed_acc,
-        "routed_below_joint": routed_acc - joint if routed_acc is not None and joint is not None else None,
-        "routed_below_single": routed_acc - single if routed_acc is not None and single is not None else None,
+        "routed_below_joint": _minus(routed_acc, joint.acc),
+        "routed_below_single": _minus(routed_acc, single.acc),
         "routed_minus_oracle": routed_acc - _mean(routed["oracle"]) if routed_acc is not None else None,
     }
 
 
-def _by_seed(arm: str | None, records: Mapping[Case, Record]) -> dict[int, float]:
-    return {case.seed: record["summary"]["acc"] for case, record in records.items() if case.arm == arm}
+def _bounds(arm: str | None, records: Mapping[Case, Record]) -> dict[int, _Bound]:
+    found = {}
+    for case, record in records.items():
+        if case.arm == arm:
+            nats = record["summary"].get("answer_nats")
+            found[case.seed] = _Bound(record["summary"]["acc"], _mean(nats["last"]) if nats else None)
+    return found
+
+
+def _minus(value: float | None, bound: float | None) -> float | None:
+    return None if value is None or bound is None else value - bound
 
 
 def _spreads(told: Sequence[Mapping[str, float | None]]) -> dict[str, Spread]:

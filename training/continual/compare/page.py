@@ -14,6 +14,7 @@ from training.continual.tasks import TaskData
 
 _POINTS = ("acc", "below_joint", "below_single", "bwt", "fwt", "forgetting", "worst")
 _SCORES = ("", "runs", "ACC", "− joint", "− single", "BWT", "FWT", "forgetting", "worst task", "text drift, nats")
+_NATS = ("", "runs", "answer nats", "− joint", "− single", "lost")
 _COSTS = ("", "intruders (random)", "‖ΔW‖/‖W‖", "replay MB", "kept MB", "adapter MB", "rank", "training CPU s")
 
 
@@ -34,6 +35,7 @@ def write_page(
     lines += ["", *_data(data)]
     if arms:
         lines += ["", *_arms(comparison, arms), "", *_table(arms), "", *_figures(wanted(arms))]
+        lines += _answers(arms)
         lines += _router(arms)
         shown = comparison.shown if comparison.shown is not None else _chosen(arms)
         matrices = {arm.name: found for arm in arms if arm.name in shown and (found := mean_matrix(arm)) is not None}
@@ -159,6 +161,28 @@ def _figures(found: Sequence[Wanted]) -> list[str]:
             values = (f"{_CALLED[name]} {_said(name, one.best.mean(name))}" for name in one.measures)
             best = f"{one.best.name}: {', '.join(values)}"
         lines.append(_row([one.text, said, by, best]))
+    return lines
+
+
+def _answers(arms: Sequence[Arm]) -> list[str]:
+    known = [arm for arm in arms if "answer_nats" in arm.measures]
+    if not known:
+        return []
+    lines = [
+        "",
+        "## By the questions' own answers",
+        "",
+        "Cross-entropy of the reference answers after the last stage, nats a token, the mean over tasks of the mean",
+        "over questions: lower is better, and finer than scores, which one question changes by a point or two. Lost:",
+        "what it rose since a task's own stage, the mean over all tasks but the last. Not measured of every run.",
+        "",
+        *_head(_NATS),
+    ]
+    for arm in known:
+        told = [arm.measures.get(f"answer_nats{what}") for what in ("", "_below_joint", "_below_single", "_lost")]
+        first, *others = told
+        runs = str(len(first.values) if first is not None else 0)
+        lines.append(_row([arm.name, runs, _nats(first).removeprefix("+"), *map(_nats, others)]))
     return lines
 
 

@@ -24,6 +24,7 @@ from hub.facts import FACTS_FILE, Facts
 from hub.hub import Hub
 from server.config import ModelConfig
 from training.cells import Cells, key_of
+from training.continual import answer_nats
 from training.continual.compare.bound import joint_bound
 from training.continual.compare.plan import Case
 from training.continual.compare.shared import sharing
@@ -129,7 +130,8 @@ def _run(case: Case, directory: Path, data: tuple[TaskData, ...], make: Make) ->
             trained, last = [facts], directory / "joint" / "served"
         else:
             record = run()
-            told = summary(record, read_intruders(directory), {}, read_routed(directory))
+            nats = answer_nats.read(directory, len(record.stages))
+            told = summary(record, read_intruders(directory), {}, read_routed(directory), nats)
             stages = [run.stage_directory(index) for index in range(len(record.stages))]
             trained = [Facts.parse((stage / "outcome" / FACTS_FILE).read_bytes()) for stage in stages]
             last = stages[-1] / "adapter"

@@ -1,0 +1,42 @@
+"""How well a run's adapters know their tasks' own answers: finer than scores, which change by whole questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.continual.scoring import Scorer
+from training.continual.stage import replace_file
+from training.continual.tasks import TaskData
+
+ANSWER_NATS = "answer_nats.json"
+
+
+def measure(scorer: Scorer, data: Sequence[TaskData], own: Sequence[Path], last: Path | None) -> dict[str, list[float]]:
+    """{"own", "last"}, a number a task: the mean over its questions of the reference answer's nats a token.
+
+    "own" is with the adapter of the task's own stage (`own`, directories), "last" with `last`, or the same again where
+    it is None: then every task keeps its own adapter.
+    """
+    told: dict[str, list[float]] = {"own": [], "last": []}
+    for task, adapter in zip(data, own, strict=True):
+        asked = [adapter] if last is None or last == adapter else [adapter, last]
+        found = [sum(losses) / len(losses) for losses in scorer.losses(asked, task.evaluation.examples)]
+        told["own"].append(found[0])
+        told["last"].append(found[-1])
+    return told
+
+
+def write(directory: Path, told: dict[str, list[float]], stages: int) -> None:
+    """Keep it beside the run's state; `stages` is how many there were."""
+    replace_file(directory / ANSWER_NATS, json.dumps({"stages": stages, **told}).encode())
+
+
+def read(directory: Path, stages: int) -> dict[str, list[float]] | None:
+    """What was measured after so many stages of the run in `directory`, or None."""
+    place = directory / ANSWER_NATS
+    if not place.is_file():
+        return None
+    told = json.loads(place.read_text("utf-8"))
+    return {name: told[name] for name in ("own", "last")} if told["stages"] == stages else None
