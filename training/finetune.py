@@ -184,7 +184,9 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
 def _begin_with_qera(plan: Plan, trainable: Trainable, examples: Sequence[Encoded], console: Console) -> None:
     error = give_back(trainable.model, plan.base_directory, examples, plan.recipe.seed)
     console.print(
-        f"init qera: of what NF4 changed in the outputs of the adapted matrices, {error:.0%} is left", highlight=False
+        f"init qera: of what NF4 changed in the outputs of the adapted matrices, {error:.0%} is left",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
