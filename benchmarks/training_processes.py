@@ -6,7 +6,7 @@ and, in float32, a share of the logits (`training.left_behind`). `--fit` finds t
 names have all the given words, by least squares of the relative error, for runs with and without an NF4 base apart;
 the other cells check them.
 
-    python -m benchmarks.training_processes training/experiments/1-methods.yaml --fit sentiment \\
+    python -m benchmarks.training_processes training/experiments/[15]-*.yaml --fit seed --leave-out aws-summary \\
         --page training_processes
     python -m benchmarks.training_processes training/experiments/[1-5]-*.yaml --fit 1-methods "seed 0" \\
         --results docs/results/float32 --page training_processes_float32
@@ -139,26 +139,33 @@ loaded (interpreter and libraries).
 """
 
 
-def page(cells: list[Process], words: list[str], command: str) -> str:
-    """The result file; `words`: in the names of the cells on which the numbers are fitted; none: the planner's own."""
-    fitted = [cell for cell in cells if words and all(word in cell.name for word in words) and not cell.checkpointing]
+def page(cells: list[Process], words: list[str], command: str, left_out: str = "") -> str:
+    """The result file.
+
+    Fitted on the cells with all `words` in their names and not `left_out`, if any; no words: the planner's own numbers.
+    """
+    fitted = [
+        cell for cell in cells
+        if words and all(word in cell.name for word in words) and not cell.checkpointing
+        and not (left_out and left_out in cell.name)
+    ]  # fmt: skip
     predicted = {cell: float(cell.planned) for cell in cells}
     told = []
     if fitted:
         cells = [cell for cell in cells if cell.precision == fitted[0].precision]
-        apart = (False, True) if fitted[0].precision == "float32" else (None,)
-        for nf4 in apart:
-            numbers = fit([cell for cell in fitted if nf4 in (None, cell.nf4)])
+        for nf4 in (False, True):
+            numbers = fit([cell for cell in fitted if cell.nf4 == nf4])
             for cell in cells:
-                if nf4 in (None, cell.nf4) and not (cell.checkpointing and cell.precision == "float32"):
+                if cell.nf4 == nf4 and not (cell.checkpointing and cell.precision == "float32"):
                     predicted[cell] = cell.tensors + float(np.dot(numbers, cell.features()))
-            of = {None: "All methods", False: "Base in float32", True: "Base in NF4"}[nf4]
+            of = "Base in NF4" if nf4 else f"Base in {fitted[0].precision}"
             shares = [f"{x:.3f} × {what}" for x, what in zip(numbers[1:], ("activations", "logits"), strict=False)]
             told.append(f"{of}: tensors + {' + '.join([f'{numbers[0] / 1e6:.0f} MB', *shares])}.")
     errors = {cell: predicted[cell] / cell.measured - 1 for cell in cells}
     checks = [abs(error) for cell, error in errors.items() if cell not in fitted]
     if fitted:
-        told.insert(0, f"Fitted on the {len(fitted)} cells of {', '.join(words)}:")
+        but = f" but those of {left_out}" if left_out else ""
+        told.insert(0, f"Fitted on the {len(fitted)} cells of {', '.join(words)}{but}:")
         told.append(
             f"On the {len(checks)} other cells, which had no part in it, the worst error is "
             f"{max(checks, default=0):.1%}, the mean {sum(checks) / max(1, len(checks)):.1%}."
@@ -195,6 +202,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--size", default="small")
     parser.add_argument("--fit", nargs="+", default=[], help="words; without: the planner's own numbers are checked")
+    parser.add_argument("--leave-out", default="", metavar="WORD", help="of these cells none is fitted")
     parser.add_argument("--page", help="write the tables to benchmarks/results under this name")
     given = parser.parse_args()
     found: dict[str, Process] = {}
@@ -203,11 +211,11 @@ def main() -> None:
         found |= {key: cell for key, cell in shared.items() if key not in found}
     cells = list(found.values())
     command = shlex.join(["python", "-m", "benchmarks.training_processes", *sys.argv[1:]])
-    print(page(cells, given.fit, command))
+    print(page(cells, given.fit, command, given.leave_out))
     if given.page:
         told = json.dumps([asdict(cell) for cell in cells], indent=1) + "\n"
         (RESULTS / f"{given.page}.json").write_text(told, "utf-8")
-        (RESULTS / f"{given.page}.md").write_text(page(cells, given.fit, command), "utf-8")
+        (RESULTS / f"{given.page}.md").write_text(page(cells, given.fit, command, given.leave_out), "utf-8")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def test_a_constant_and_shares_of_activations_and_logits() -> None:
         ("full", False, torch.float32, FLOAT32[False, False]),
         ("lora", True, torch.float32, FLOAT32[False, True]),
         ("qlora", False, torch.float32, FLOAT32[True, False]),
-        ("qlora", True, torch.bfloat16, BFLOAT16),
+        ("qlora", True, torch.bfloat16, BFLOAT16[True]),
+        ("full", False, torch.bfloat16, BFLOAT16[False]),
     ],
 )
 def test_each_way_to_train_has_its_own(method: str, checkpointing: bool, dtype: torch.dtype, found: object) -> None:
