@@ -68,6 +68,11 @@ class Facts:
         return path
 
 
+def corrects_nf4(recipe: Mapping[str, Any]) -> bool:
+    """Whether an adapter trained so undoes part of what NF4 does to its base, and is wrong where that is not in NF4."""
+    return recipe.get("init") == "qera"
+
+
 def _parse_base(value: Any) -> BaseIdentity | None:
     if value is None:
         return None

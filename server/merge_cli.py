@@ -166,12 +166,13 @@ def located_base(versions: list[Version], named: str | None) -> LocatedBase:
 def fingerprint_of(located: LocatedBase, versions: list[Version]) -> str:
     """The base's fingerprint; raises BaseMismatch where an adapter records another one, or needs the base in NF4."""
     from hub.base import fingerprint_directory
+    from hub.facts import corrects_nf4
     from server.errors import BaseMismatch
 
     found = fingerprint_directory(located.directory).fingerprint
     for version in versions:
         recorded = version.manifest.base
-        if version.manifest.recipe.get("init") == "qera":
+        if corrects_nf4(version.manifest.recipe):
             raise BaseMismatch(
                 f"{version.text} was trained with init qera: part of it undoes what NF4 did to the base, and would be "
                 "wrong on the base in full precision; hub serve --quantize nf4 serves it"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hub.errors import HubError
 from hub.facade import HubFacade
-from hub.facts import FACTS_FILE, Facts
+from hub.facts import FACTS_FILE, Facts, corrects_nf4
 from hub.kinds import check_adapter
 from hub.refs import AdapterRef
 from server.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
@@ -61,6 +61,7 @@ def find_adapters(names: Sequence[str], hub: HubFacade | None) -> Adapters:
                 weights=hub.read_file(version, WEIGHTS_FILE),
                 base_name=base.name,
                 base_fingerprint=base.fingerprint,
+                corrects_nf4=corrects_nf4(version.manifest.recipe),
             )
             uses[name] = AdapterUse(version.digest, version.text)
         files[found.digest] = found
@@ -108,11 +109,13 @@ def _from_directory(directory: Path) -> AdapterFiles:
     config = (directory / CONFIG_FILE).read_bytes()
     weights = (directory / WEIGHTS_FILE).read_bytes()
     told = directory / FACTS_FILE
-    base = Facts.parse(told.read_bytes()).base if told.is_file() else None
+    facts = Facts.parse(told.read_bytes()) if told.is_file() else Facts()
+    base = facts.base
     return AdapterFiles(
         digest="sha256:" + hashlib.sha256(config + weights).hexdigest(),
         config=config,
         weights=weights,
         base_name=base.name if base else None,
         base_fingerprint=base.fingerprint if base else None,
+        corrects_nf4=corrects_nf4(facts.recipe),
     )

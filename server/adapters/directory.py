@@ -270,6 +270,7 @@ class AdapterDirectory:
 
 def hub_fetch(hub: HubFacade, fetched: Callable[[str, str], None] = lambda full_name, digest: None) -> AdapterFetch:
     """The engine's way to an adapter's files; raises the hub's errors. `fetched` is told name and digest of each."""
+    from hub.facts import corrects_nf4
     from server.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 
     def fetch(digest: str) -> AdapterFiles:
@@ -283,6 +284,7 @@ def hub_fetch(hub: HubFacade, fetched: Callable[[str, str], None] = lambda full_
             weights=hub.read_file(version, WEIGHTS_FILE),
             base_name=base.name,
             base_fingerprint=base.fingerprint,
+            corrects_nf4=corrects_nf4(version.manifest.recipe),
         )
 
     return fetch

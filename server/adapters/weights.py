@@ -48,6 +48,7 @@ class AdapterFiles:
     weights: bytes
     base_name: str | None
     base_fingerprint: str | None  # None: unverified, only names and shapes are checked
+    corrects_nf4: bool = False  # see `hub.facts.corrects_nf4`
 
 
 AdapterFetch = Callable[[str], AdapterFiles]
@@ -90,6 +91,12 @@ def parse_adapter(
         raise BaseMismatch(
             f"the adapter was trained on {files.base_name or 'another base'} (fingerprint "
             f"{files.base_fingerprint[:19]}…), this server holds {base.name} ({base.fingerprint[:19]}…)"
+        )
+    if files.corrects_nf4 and base.quantization != "nf4":
+        held = "full precision" if base.quantization in (None, "none") else base.quantization
+        raise BaseMismatch(
+            "the adapter was trained with init qera: part of it undoes what NF4 did to the base, which is held in "
+            f"{held} here; serve it with --quantize nf4"
         )
     layout = None if layouts is None else layouts.find(files.config, files.weights)
     if layout is not None:

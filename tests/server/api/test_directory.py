@@ -123,6 +123,7 @@ def test_the_cache_is_bounded(fake_hub: FakeHub) -> None:
 
 def test_following_a_real_hub(tmp_path: Path, pushed: Callable[..., None]) -> None:
     """The same through hub.hub on disk: push, tag, and the files of a version."""
+    from hub.facts import Facts
     from hub.hub import Hub
     from server.adapters.directory import hub_fetch
 
@@ -135,7 +136,11 @@ def test_following_a_real_hub(tmp_path: Path, pushed: Callable[..., None]) -> No
             assert eventually(lambda: directory.resolve(ref("team/x")).version == "team/x@2")
             assert directory.resolve(ref(f"team/x@{first.digest}")).version == "team/x@1"
             files = hub_fetch(hub)(first.digest)
+            assert not files.corrects_nf4
             assert files.digest == first.digest and files.config.startswith(b"{") and len(files.weights) > 100
+            Facts(recipe={"init": "qera"}).write(tmp_path / "team-x-2")
+            third = hub.push(tmp_path / "team-x-2", "team/x").version
+            assert hub_fetch(hub)(third.digest).corrects_nf4
             with pytest.raises(AdapterNotFound):
                 directory.resolve(ref("team/nobody"))
         finally:

@@ -1,6 +1,7 @@
 """The engine's life beyond tokens: cancelling, queues, leases, drains, failures."""
 
 import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.config import EngineLimits, ModelConfig
+from server.config import EngineLimits, ModelConfig, Quantization
 from server.engine.engine import Engine
 from server.engine.outbox import BlockingOutbox
 from server.engine.request import AdapterUse, Delta, FinishReason, Request, Sampling, Stopping
@@ -51,10 +52,12 @@ def engine(tiny_base: Path, adapters: dict[str, Path], directory_fetch: Callable
     assert engine.snapshot().running == 0 or not engine._scheduler.running
 
 
-def build(base: Path, fetch: Any, **limits: int) -> Engine:
+def build(base: Path, fetch: Any, quantization: Quantization = "none", **limits: int) -> Engine:
     settings = {"adapter_memory_bytes": 4 << 20, "kv_memory_bytes": 2 << 20, "max_sequences": 16, **limits}
     return Engine.build(
-        ModelConfig(base=str(base), quantization="none", dtype="float32", threads=1), EngineLimits(**settings), fetch
+        ModelConfig(base=str(base), quantization=quantization, dtype="float32", threads=1),
+        EngineLimits(**settings),
+        fetch,
     )
 
 
@@ -177,6 +180,29 @@ def test_a_tensor_that_binds_to_nothing_is_named(
             got = error_of(engine, name)
             assert isinstance(got, error), name
             assert named in str(got)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(("quantization", "held"), [("none", "full precision"), ("int8", "int8"), ("nf4", "")])
+def test_what_corrects_nf4_needs_the_base_in_nf4(
+    quantization: Quantization, held: str, tiny_base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """As `hub eval` reads it from a directory; how the server reads it from a hub: test_directory.py."""
+    from hub.facts import Facts
+    from training.engine_generator import find_adapters
+
+    shutil.copytree(adapters["a0"], tmp_path / "a")
+    Facts(recipe={"method": "qlora", "init": "qera"}).write(tmp_path / "a")
+    found = find_adapters([str(tmp_path / "a")], None)
+    digest = found.uses[str(tmp_path / "a")].digest
+    engine = build(tiny_base, found.fetch, quantization)
+    try:
+        got = error_of(engine, digest)
+        if quantization == "nf4":
+            assert got is None
+        else:
+            assert isinstance(got, BaseMismatch) and f"held in {held} here" in str(got)
     finally:
         engine.close()
 
