@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from training import trainable
 from training.data import Example, write_jsonl
 
 
@@ -38,3 +39,9 @@ def chat_file(tmp_path: Path, conversations: tuple[Example, ...]) -> Path:
     path = tmp_path / "chat.jsonl"
     write_jsonl(path, conversations)
     return path
+
+
+@pytest.fixture
+def single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact comparisons need float32, also where bfloat16 is faster."""
+    monkeypatch.setattr(trainable, "bfloat16_is_fast", lambda device: False)

@@ -28,13 +28,10 @@ TINY = Recipe(
 )  # fmt: skip
 
 # The optimizer state is pickled by transformers and read back with weights_only.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exact comparisons need float32, also where bfloat16 is faster."""
-    monkeypatch.setattr(trainable, "bfloat16_is_fast", lambda device: False)
+pytestmark = [
+    pytest.mark.usefixtures("single_precision"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture

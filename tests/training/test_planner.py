@@ -13,7 +13,6 @@ from click.testing import CliRunner
 
 from hub.cli import group
 from training import rehearsal as rehearsing
-from training import trainable
 from training.advice import advise
 from training.data import Example, write_jsonl
 from training.encode import Encoded, EncodedSet
@@ -24,14 +23,12 @@ from training.recipe import Recipe
 from training.rehearsal import Shape, rehearse, rehearse_all_layers
 from training.trainable import float32_adapters, make_trainable
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("single_precision"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 SHAPE = Shape(4, 96, 60)
 RECIPE = named_recipe("demo").but(rank=8, max_length=200)
-
-
-@pytest.fixture(autouse=True)
-def single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainable, "bfloat16_is_fast", lambda device: False)
 
 
 def really(base: Path, method: Any, recipe: Recipe) -> tuple[int, int]:

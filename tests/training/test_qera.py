@@ -27,12 +27,10 @@ QERA = Recipe(
     max_length=200, hold_out=0.2, dropout=0.0, seed=1, init="qera",
 )  # fmt: skip
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainable, "bfloat16_is_fast", lambda device: False)
+pytestmark = [
+    pytest.mark.usefixtures("single_precision"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from hub.base import BaseIdentity
-from training import trainable
 from training.checkpoints import Checkpoints
 from training.data import Example, hold_out, read_jsonl, write_jsonl
 from training.errors import DataTooSmall, LogUnavailable, ResumeMismatch
@@ -29,14 +28,10 @@ TINY = Recipe(
 )  # fmt: skip
 
 pytestmark = [
+    pytest.mark.usefixtures("single_precision"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
     pytest.mark.timeout(180),
 ]
-
-
-@pytest.fixture(autouse=True)
-def single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainable, "bfloat16_is_fast", lambda device: False)
 
 
 @pytest.fixture

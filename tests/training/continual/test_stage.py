@@ -14,7 +14,6 @@ from rich.console import Console
 from hub.adapter_dir import parse_adapter
 from hub.base import BaseIdentity
 from tests.training.continual.conftest import WORDS
-from training import trainable
 from training.base_weights import matrices
 from training.continual.factors import Factors, Pair, read_factors, relative_difference, write_factors
 from training.continual.inputs import input_moments
@@ -32,12 +31,10 @@ TINY = Recipe(
 )  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {"replay": {"share": 0.2}, "on-policy-replay": {"share": 0.2}}
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainable, "bfloat16_is_fast", lambda device: False)
+pytestmark = [
+    pytest.mark.usefixtures("single_precision"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture
