@@ -338,12 +338,12 @@ class Catalog:
         """What does not fit together within the database, in words; see `hub.catalog_check`."""
         return self._read(catalog_check.check)
 
-    def replace(self, fill: Callable[[sa.Connection], None]) -> None:
+    def replace(self, fill: Callable[[Writer], None]) -> None:
         """Empty every table and let `fill` enter the rows anew, in one transaction."""
         with self._writing() as writer:
             for table in reversed(tables.metadata.sorted_tables):
                 writer.connection.execute(sa.delete(table))
-            fill(writer.connection)
+            fill(writer)
 
     def _settle(self, batch: int | None) -> None:
         """Write the journal's records up to `batch`, oldest first: a record is there only when all before it are."""

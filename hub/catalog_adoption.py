@@ -44,9 +44,10 @@ Entered = tuple[Record, Outcome, int]  # the version here, what became of it, ho
 def adopt(
     writer: Writer, adoptions: Sequence[Adoption], aliases: Sequence[AliasArrival], *, renumber: bool
 ) -> list[Entered]:
-    """Enter what is not there, in the order of names and numbers; then the aliases.
+    """Enter what is not there, in the order of names and numbers; then the aliases but ":latest".
 
-    ":latest" follows where the newest version is among what arrived. Raises VersionClash, BundleRefused.
+    That follows where the newest version here is among what arrived, and never goes back to an older one. Raises
+    VersionClash, BundleRefused.
     """
     entered: dict[tuple[str, int], Entered] = {}
     for adoption in sorted(adoptions, key=lambda each: (each.full_name, each.number)):
@@ -56,9 +57,9 @@ def adopt(
     for name in sorted({adoption.full_name for adoption in adoptions}):
         _follow(writer, name, [found for (whose, _), found in entered.items() if whose == name])
     for alias in aliases:
-        _point(
-            writer, alias, {number: found[0] for (whose, number), found in entered.items() if whose == alias.full_name}
-        )
+        if alias.alias != LATEST:
+            here = {number: found[0] for (whose, number), found in entered.items() if whose == alias.full_name}
+            _point(writer, alias, here)
     return [entered[adoption.full_name, adoption.number] for adoption in adoptions]
 
 
@@ -78,6 +79,13 @@ def _entered(writer: Writer, adoption: Adoption, *, renumber: bool) -> tuple[Rec
     following = 1 if row is None else int(row.next_number)
     number = adoption.number
     if _was_given(connection, adoption.full_name, number):
+        p = tables.purged.c
+        mine = (p.full_name == adoption.full_name, p.number == number, p.digest == adoption.digest)
+        if not renumber and (gone := connection.execute(sa.select(p.time).where(*mine)).scalar()):
+            raise VersionClash(
+                f"{adoption.text} was here and was swept at {gone}; numbers are given once: import with --renumber to "
+                f"give it the next one, {adoption.full_name}@{following} (its digest stays)"
+            )
         if not renumber:
             raise VersionClash(
                 f"{adoption.text} is other content here than in the bundle: import with --renumber to give it the next "

@@ -15,6 +15,7 @@ from hub.cli_output import print_json, print_table, printable, progress_bar, ver
 from hub.cli_trust import trust_options
 from hub.hugging_face.address import is_address
 from hub.opening import open_hub
+from hub.refs import LATEST
 
 
 @click.command(
@@ -95,7 +96,8 @@ def _from_bundle(
         ],
     )
     for alias in aliases:
-        click.echo(f"{alias.full_name}:{alias.alias} moved as in the bundle")
+        if alias.alias != LATEST:
+            click.echo(f"{alias.full_name}:{alias.alias} moved as in the bundle")
 
 
 def _from_hugging_face(

@@ -94,8 +94,9 @@ def fsck(ctx: click.Context, rebuild: bool, hub_url: str | None, as_json: bool) 
     """Check that catalog, journal and blobs tell the same story; reads no adapter's bytes (`hub verify` does).
 
     With --rebuild the catalog - versions, their numbers, lineage, aliases, history, pins - is made anew from what lies
-    beside it, and then checked. A damaged database file is kept under another name. Exits 1 where something is wrong
-    or lost.
+    beside it and from the old catalog as far as that is sound, and then checked. Damaged records of the journal are
+    written again where the catalog has them. The old database file is kept under another name. Exits 1 where something
+    is wrong or lost; what was lost is told once, and leaves the hub sound.
     """
     lost: list[Problem] = []
     if rebuild:
@@ -107,8 +108,8 @@ def fsck(ctx: click.Context, rebuild: bool, hub_url: str | None, as_json: bool) 
             click.echo(
                 f"rebuilt {made.versions} versions and {made.aliases} aliases from {made.events} events", err=True
             )
-            if made.moved_aside:
-                click.echo(f"the damaged catalog is kept as {made.moved_aside}", err=True)
+            if made.kept_as:
+                click.echo(f"the old catalog is kept as {made.kept_as}", err=True)
     with open_existing(hub_url) as hub, progress_bar() as progress:
         problems = lost + hub.fsck(progress)
     if as_json:

@@ -23,7 +23,7 @@ def check(blobs: BlobStore, catalog: Catalog, progress: Progress | None) -> list
     if catalog.behind_journal():
         problems.append(_catalog("the journal has writes that the catalog lacks: `hub fsck --rebuild` takes them over"))
     try:
-        events, records, signatures = _all_events(catalog), catalog.records(), catalog.all_signatures()
+        events, records, signatures = all_events(catalog), catalog.records(), catalog.all_signatures()
     except HubUnavailable:
         if problems:
             return problems  # told of already: a row that cannot be read
@@ -44,7 +44,8 @@ def check(blobs: BlobStore, catalog: Catalog, progress: Progress | None) -> list
     return problems
 
 
-def _all_events(catalog: Catalog) -> list[Event]:
+def all_events(catalog: Catalog) -> list[Event]:
+    """Every event of the catalog, in order."""
     events: list[Event] = []
     while batch := catalog.events(events[-1].seq if events else 0, 10_000):
         events += batch

@@ -15,6 +15,8 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -96,7 +98,8 @@ class Gate:
             if test.name not in have:
                 failed.append(f"{test.name} is not recorded")
                 continue
-            said = f"{test.name} {have[test.name]:g} {test.compare} {test.bound:g}"
+            value, bound = _told(have[test.name], test.bound)
+            said = f"{test.name} {value} {test.compare} {bound}"
             (passed if test.met_by(have[test.name]) else failed).append(said)
         for slacks, sign, compare in ((self.no_lower, 1, ">="), (self.no_higher, -1, "<=")):
             for name, slack in slacks.items():
@@ -105,14 +108,26 @@ class Gate:
                 elif name not in had:
                     passed.append(f"{name} {have[name]:g}, nothing to compare with")
                 else:
-                    bound = had[name] - sign * slack
-                    met = have[name] >= bound if sign > 0 else have[name] <= bound
+                    limit = _decimal(had[name]) - sign * _decimal(slack)
+                    met = isfinite(have[name]) and (_decimal(have[name]) - limit) * sign >= 0
                     assert current is not None
-                    said = f"{name} {have[name]:g} {compare} {bound:g} ({current.text} has {had[name]:g})"
+                    value, bound = _told(have[name], float(limit))
+                    said = f"{name} {value} {compare} {bound} ({current.text} has {had[name]:g})"
                     (passed if met else failed).append(said)
         if failed:
             raise GateRefused(f"{version.text} does not pass: {'; '.join(failed)}")
         return tuple(passed)
+
+
+def _decimal(value: float) -> Decimal:
+    """The number as people write it: in binary, 0.8 - 0.1 lies above 0.7."""
+    return Decimal(repr(float(value)))
+
+
+def _told(value: float, bound: float) -> tuple[str, str]:
+    """Both numbers, short unless they would look equal and are not."""
+    short = f"{value:g}", f"{bound:g}"
+    return (repr(value), repr(bound)) if short[0] == short[1] and value != bound else short
 
 
 def _list(value: Any) -> list[Any]:

@@ -1,27 +1,40 @@
-"""Makes a catalog anew from what lies beside it: the journal and the manifests among the blobs."""
+"""Makes a catalog anew from what lies beside it: the journal and the manifests among the blobs.
+
+A catalog that still works helps: what the journal and the blobs lack of its events and manifests is taken from there
+first. What is lost all the same leaves as a purge does, with events that say so, so that the hub made anew is sound.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Final
 
 import sqlalchemy as sa
 
-from hub import catalog_signatures, location, tables
+from hub import catalog_signatures, location, sqlite, tables
 from hub.blobs import BlobStore
 from hub.catalog import Catalog
 from hub.catalog_rows import Record
-from hub.catalog_writer import insert_version
+from hub.catalog_writer import Writer, insert_version
 from hub.errors import BlobCorrupt, BlobNotFound, HubError, HubNotFound, HubUnavailable
-from hub.journal import read_events
+from hub.fsck import all_events
+from hub.journal import Journal, decode, encode, read_events
 from hub.location import Place
 from hub.manifest import MAX_MANIFEST_BYTES, Manifest
-from hub.replay import State, replay
+from hub.refs import Digest
+from hub.replay import Key, State, replay
 from hub.verify import copy_checked
-from hub.versions import Event, Problem
+from hub.versions import Event, Held, Problem
+
+LOST: Final = "lost"  # the note of events about what a rebuild could not bring back
 
 
 @dataclass(frozen=True)
@@ -32,41 +45,72 @@ class Rebuilt:
     aliases: int
     events: int
     lost: tuple[Problem, ...]  # versions whose manifest is damaged or missing; their numbers stay given
-    moved_aside: str | None  # the damaged database's new name
+    kept_as: str | None  # the file beside it that the old database is in; "" where it was lost, None in PostgreSQL
 
 
 def rebuild(url: str | None) -> Rebuilt:
     """Make the catalog of the hub at `url` anew; nothing else may be writing to it.
 
-    Raises HubNotFound, HubUnavailable, BlobCorrupt where the journal itself is damaged or lacks a record.
+    Raises HubNotFound, HubUnavailable, HubReadOnly, BlobCorrupt where the journal is damaged or lacks a record and no
+    sound catalog has its events.
     """
     place = Place.parse(url)
     blobs, journal = location.storage(place)
     if next(journal.read(), None) is None and not (place.catalog is not None and place.catalog.exists()):
         raise HubNotFound(f"there is no hub at {place.shown}, or it has no journal to rebuild from")
-    with suppress(HubError):  # a catalog that still works may know of a last write that the journal lacks
-        _, catalog = location.make(place)
-        try:
-            if not catalog.behind_journal():
-                catalog.settle()
-        finally:
-            catalog.close()
+    copies = _rescued(place, journal)
     events = list(read_events(journal))
     if not events:
         raise HubUnavailable("the hub has no journal to rebuild from; nothing was changed")
     state = replay(events)
-    manifests, lost = _manifests(blobs, state)
-    moved = _empty_catalog(place)
+    manifests, lost = _manifests(blobs, state, copies)
+    kept_as = _old_kept(place)
     _, catalog = location.make_anew(place)
     try:
         aliases = _fill(catalog, state, events, manifests)
     finally:
         catalog.close()
-    return Rebuilt(len(manifests), aliases, len(events), tuple(lost), moved)
+    return Rebuilt(len(manifests), aliases, len(events), tuple(lost), kept_as)
 
 
-def _manifests(blobs: BlobStore, state: State) -> tuple[dict[tuple[str, int], bytes], list[Problem]]:
-    found: dict[tuple[str, int], bytes] = {}
+def _rescued(place: Place, journal: Journal) -> dict[Digest, bytes]:
+    """Every sound manifest in the catalog, where that still works; its last events are in the journal then, too.
+
+    Where all of the catalog is sound, its events also stand in for the journal's damaged and missing records.
+    """
+    copies: dict[Digest, bytes] = {}
+    with suppress(HubError):
+        _, catalog = location.make(place)
+        try:
+            for record in catalog.records():
+                if hashlib.sha256(record.manifest).hexdigest() == record.digest.hex:
+                    copies[record.digest] = record.manifest
+            if not catalog.behind_journal():
+                catalog.settle()
+                if not catalog.check():
+                    _mend(journal, catalog)
+        finally:
+            catalog.close()
+    return copies
+
+
+def _mend(journal: Journal, catalog: Catalog) -> None:
+    """Write the journal's damaged and missing records again; raises HubUnavailable where it tells another story."""
+    sound = set()
+    for batch, data in journal.read():
+        with suppress(BlobCorrupt):
+            decode(batch, data)
+            sound.add(batch)
+    for batch, events in groupby(all_events(catalog), key=lambda event: event.batch):
+        if batch not in sound:
+            journal.put(batch, encode(list(events)))
+
+
+def _manifests(
+    blobs: BlobStore, state: State, copies: Mapping[Digest, bytes]
+) -> tuple[dict[Key, bytes], list[Problem]]:
+    """The manifest of every version; where a blob is damaged or gone it is stored again from `copies`."""
+    found: dict[Key, bytes] = {}
     lost: list[Problem] = []
     for key, digest in state.versions.items():
         text = f"{key[0]}@{key[1]}"
@@ -79,41 +123,48 @@ def _manifests(blobs: BlobStore, state: State) -> tuple[dict[tuple[str, int], by
             if Manifest.parse(bytes(data)).name != key[0]:
                 raise BlobCorrupt(f"the manifest of {text} names another adapter")
         except (BlobCorrupt, BlobNotFound) as error:
-            lost.append(Problem(text, "manifest", "BLOB_CORRUPT", str(error)))
-            continue
+            if digest not in copies:
+                lost.append(Problem(text, "manifest", "BLOB_CORRUPT", str(error)))
+                continue
+            data = bytearray(copies[digest])
+            blobs.put(io.BytesIO(data))
         found[key] = bytes(data)
     return found, lost
 
 
-def _empty_catalog(place: Place) -> str | None:
-    """Move a SQLite file that no longer works, or is not there, out of the way; its new name, "" where it was lost."""
+def _old_kept(place: Place) -> str | None:
+    """See `Rebuilt.kept_as`. A file that works is copied, for readers have it open; any other is moved away."""
     if place.catalog is None:
         return None
     if not place.catalog.exists():
         return ""
+    when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     with suppress(HubError):
         _, catalog = location.make(place)
         try:
             if not [problem for problem in catalog.check() if problem.startswith("SQLite says")]:
-                return None
+                name = f"{place.catalog.name}.before-{when}"
+                sqlite.copy(place.catalog, place.catalog.with_name(name))
+                return name
         finally:
             catalog.close()
-    name = f"{place.catalog.name}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    name = f"{place.catalog.name}.damaged-{when}"
     for suffix in ("", "-wal", "-shm"):
         with suppress(FileNotFoundError):
-            place.catalog.with_name(place.catalog.name + suffix).rename(place.catalog.with_name(name + suffix))
+            _beside(place.catalog, suffix).rename(place.catalog.with_name(name + suffix))
     return name
 
 
-def _fill(catalog: Catalog, state: State, events: Sequence[Event], manifests: dict[tuple[str, int], bytes]) -> int:
-    """Enter everything; the number of aliases."""
-    kept = {
-        name: (tuple(item for item in held if (name[0], item[0]) in manifests), generation)
-        for name, (held, generation) in state.aliases.items()
-    }
-    kept = {name: (held, generation) for name, (held, generation) in kept.items() if held}
+def _beside(file: Path, suffix: str) -> Path:
+    return file.with_name(file.name + suffix)
 
-    def fill(connection: sa.Connection) -> None:
+
+def _fill(catalog: Catalog, state: State, events: Sequence[Event], manifests: Mapping[Key, bytes]) -> int:
+    """Enter everything, and then what became of versions without a manifest; the number of aliases."""
+    lost = {key: digest for key, digest in state.versions.items() if key not in manifests}
+
+    def fill(writer: Writer) -> None:
+        connection = writer.connection
         for full_name, number in state.next_number.items():
             connection.execute(sa.insert(tables.adapters).values(full_name=full_name, next_number=number))
         for (full_name, number), data in manifests.items():
@@ -121,13 +172,7 @@ def _fill(catalog: Catalog, state: State, events: Sequence[Event], manifests: di
             record = Record(full_name, number, digest, data, state.removed.get((full_name, number)))
             insert_version(connection, record)
         for (full_name, number), (digest, when) in state.purged.items():
-            row = {"full_name": full_name, "number": number, "digest": digest, "time": when}
-            connection.execute(sa.insert(tables.purged).values(row))
-        for (full_name, alias), (held, generation) in kept.items():
-            key = {"full_name": full_name, "alias": alias}
-            connection.execute(sa.insert(tables.aliases).values(**key, generation=generation))
-            for number, weight in held:
-                connection.execute(sa.insert(tables.targets).values(**key, number=number, weight=weight))
+            _purged(connection, full_name, number, digest, when)
         for full_name, number, holder in state.pins:
             if (full_name, number) in manifests:
                 row = {"full_name": full_name, "number": number, "holder": holder, "expires": None}
@@ -135,11 +180,37 @@ def _fill(catalog: Catalog, state: State, events: Sequence[Event], manifests: di
         for full_name, number, signature in state.signatures:
             if (full_name, number) in manifests:
                 catalog_signatures.insert(connection, full_name, number, signature)
-        if events:
-            connection.execute(sa.insert(tables.events), [_row(event) for event in events])
+        connection.execute(sa.insert(tables.events), [_row(event) for event in events])
+        for (full_name, alias), (held, generation) in state.aliases.items():
+            _alias(writer, full_name, alias, held, generation, state)
+        for (full_name, number), digest in lost.items():
+            _purged(connection, full_name, number, digest, writer.time)
+            writer.append("purge", Record(full_name, number, digest, b""), note=LOST)
+
+    def _alias(writer: Writer, full_name: str, alias: str, held: Held, generation: int, state: State) -> None:
+        left = tuple((number, weight) for number, weight in held if (full_name, number) in manifests)
+        number = max(left or held, key=lambda item: (item[1], -item[0]))[0]
+        record = Record(full_name, number, state.versions[full_name, number], b"")
+        if not left:
+            writer.append("untag", record, alias, before=held, note=LOST)
+            return
+        if left != held:
+            generation = writer.append("tag", record, alias, before=held, after=left, note=LOST)
+        key = {"full_name": full_name, "alias": alias}
+        writer.connection.execute(sa.insert(tables.aliases).values(**key, generation=generation))
+        for number, weight in left:
+            writer.connection.execute(sa.insert(tables.targets).values(**key, number=number, weight=weight))
 
     catalog.replace(fill)
-    return len(kept)
+    return sum(
+        any((full_name, number) in manifests for number, _ in held)
+        for (full_name, _), (held, _) in state.aliases.items()
+    )
+
+
+def _purged(connection: sa.Connection, full_name: str, number: int, digest: Digest, when: str) -> None:
+    row = {"full_name": full_name, "number": number, "digest": digest, "time": when}
+    connection.execute(sa.insert(tables.purged).values(row))
 
 
 def _row(event: Event) -> dict[str, object]:

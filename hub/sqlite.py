@@ -47,6 +47,16 @@ def open_for_reading(path: Path) -> sa.Engine:
         return _migrated_copy(driver)
 
 
+def copy(path: Path, target: Path) -> None:
+    """Write what the database `path` holds now, also of its log, into the new file `target`; raises HubUnavailable."""
+    try:
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as made:
+            source.backup(made)
+    except sqlite3.Error as error:
+        target.unlink(missing_ok=True)
+        raise HubUnavailable(f"the old catalog cannot be kept aside, so nothing was changed: {cause(error)}") from error
+
+
 def cause(error: Exception) -> str:
     """A driver's own words, which name no path, except when it cannot open the file; one line.
 

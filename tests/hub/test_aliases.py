@@ -188,6 +188,28 @@ def test_promotion_reads_the_recorded_metrics(hub: Hub, tmp_path: Path) -> None:
     assert hub.promote("x@2", "new", gate).before is None
 
 
+@pytest.mark.parametrize(
+    ("had", "have", "gate", "passes"),
+    [
+        (0.8, 0.7, "no_lower = {f1 = 0.1}", True),  # 0.8 - 0.1 is 0.7000000000000001
+        (0.8, 0.6999999999999, "no_lower = {f1 = 0.1}", False),
+        (0.1, 0.3, "no_higher = {f1 = 0.2}", True),
+        (0.2, 0.3, "no_higher = {f1 = 0.1}", True),
+        (0.2, 0.30000000000000004, "no_higher = {f1 = 0.1}", False),
+    ],
+)
+def test_a_fall_of_exactly_the_slack_passes(
+    local_hub: Hub, tmp_path: Path, had: float, have: float, gate: str, passes: bool
+) -> None:
+    local_hub.push(adapter(tmp_path, 1, f1=had), "x:prod")
+    local_hub.push(adapter(tmp_path, 2, f1=have), "x")
+    if passes:
+        local_hub.promote("x@2", "prod", Gate.parse(gate.encode()))
+        return
+    with pytest.raises(GateRefused, match=f"f1 {have!r} [<>]= 0.[37] "):
+        local_hub.promote("x@2", "prod", Gate.parse(gate.encode()))
+
+
 def test_a_promotion_that_compared_with_an_outdated_alias_is_refused(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

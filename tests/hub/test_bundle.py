@@ -111,6 +111,30 @@ def test_numbers_that_are_taken(tmp_path: Path) -> None:
         assert hub.fsck() == []
 
 
+def test_a_version_that_was_swept_here_is_told_as_that(hub: HubFacade, tmp_path: Path) -> None:
+    with Hub.open(str(tmp_path / "laptop")) as laptop:
+        laptop.push(adapter(tmp_path, 1), "x")
+        export_bundle(laptop, ["x@1"], tmp_path / "b")
+    taken_in(hub, tmp_path / "b")
+    hub.push(adapter(tmp_path, 2), "x")
+    hub.remove("x@1")
+    hub.sweep(retention_seconds=0, grace_seconds=0)
+    with pytest.raises(VersionClash, match=r"x@1 was here and was swept at .*next one, x@3"):
+        taken_in(hub, tmp_path / "b")
+
+
+def test_latest_never_goes_back_with_a_bundles_aliases(hub: HubFacade, tmp_path: Path) -> None:
+    with Hub.open(str(tmp_path / "laptop")) as laptop:
+        for seed in (1, 2):
+            laptop.push(adapter(tmp_path, seed), "x")
+        laptop.tag("x@2", "prod")
+        export_bundle(laptop, ["x@1", "x@2"], tmp_path / "b")
+    taken_in(hub, tmp_path / "b")
+    hub.push(adapter(tmp_path, 3), "x")
+    taken_in(hub, tmp_path / "b", aliases=True)
+    assert (hub.resolve("x").number, hub.resolve("x:prod").number) == (3, 2)
+
+
 def test_numbers_come_in_any_order_and_are_never_given_twice(tmp_path: Path) -> None:
     with Hub.open(str(tmp_path / "laptop")) as laptop:
         for seed in range(1, 6):
@@ -129,7 +153,7 @@ def test_numbers_come_in_any_order_and_are_never_given_twice(tmp_path: Path) -> 
         hub.tag("x@2", "latest")
         hub.remove("x@5")
         hub.sweep(retention_seconds=0, grace_seconds=0)
-        with pytest.raises(VersionClash, match="--renumber"):
+        with pytest.raises(VersionClash, match=r"other content here.*--renumber"):
             taken_in(hub, tmp_path / "b5")
         assert taken_in(hub, tmp_path / "b5", renumber=True) == [("x@6", "imported")]
         before = [(v.text, v.digest) for v in hub.versions()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import time
 from pathlib import Path
@@ -12,15 +11,12 @@ import pytest
 
 from hub import sweep as sweeping
 from hub.errors import (
-    BlobCorrupt,
-    HubNotFound,
     HubUnavailable,
     NotRestorable,
     RefInvalid,
     VersionHeld,
     VersionNotFound,
 )
-from hub.facts import Facts
 from hub.hub import Hub
 from hub.rebuild import rebuild
 from hub.replay import State
@@ -203,115 +199,6 @@ def _forget_after(hub: Hub, seq: int) -> None:
         connection.execute(sa.text("UPDATE adapters SET next_number = 2"))
         connection.execute(sa.text(f"INSERT INTO aliases VALUES ('x', 'latest', {seq})"))
         connection.execute(sa.text("INSERT INTO targets VALUES ('x', 'latest', 1, 1)"))
-
-
-def everything(hub: Hub) -> tuple[object, ...]:
-    return (
-        [(version.text, version.digest, version.manifest) for version in hub.versions()],
-        {name: hub.aliases(name) for name in ("team/a", "b")},
-        hub.events(),
-        hub.leases(),
-        hub.fsck(),
-    )
-
-
-def test_the_catalog_is_made_anew_from_the_journal_and_the_manifests(make_url: MakeUrl, tmp_path: Path) -> None:
-    with Hub.open(make_url()) as hub:
-        ada = hub.acting_as("ada")
-        Facts(metrics={"f1": 0.9}).write(adapter(tmp_path, 1))
-        ada.push(tmp_path / "adapter-1", "team/a:prod", creator="ada")
-        ada.push(adapter(tmp_path, 2), "team/a", parents=["team/a@1"])
-        ada.push(adapter(tmp_path, 3), "team/a")
-        ada.push(adapter(tmp_path, 4), "team/a")
-        ada.push(adapter(tmp_path, 1), "b")
-        ada.split([("team/a@1", 90), ("team/a@4", 10)], "prod")
-        ada.tag("team/a@2", "gone")
-        ada.untag("team/a", "gone")
-        ada.remove("team/a@2")
-        sweep(hub)
-        ada.remove("team/a@3")
-        ada.lease("b@1", "audit")
-        before = everything(hub)
-        hub.sweep(grace_seconds=0)
-    with Hub.open(make_url()) as hub:
-        hub._catalog.replace(lambda connection: None)  # an empty catalog
-    if "://" not in make_url():
-        for path in (tmp_path / "hub").glob("catalog.sqlite*"):
-            path.unlink()
-    made = rebuild(make_url())
-    assert (made.versions, made.aliases, made.lost) == (4, 3, ())
-    with Hub.open(make_url()) as hub:
-        assert everything(hub) == before
-        assert hub.fsck() == hub.verify() == []
-        assert hub.restore("team/a@3").number == 3
-        assert hub.search(Query(base="tiny-base")).versions[0].text == "b@1"
-        assert hub.push(adapter(tmp_path, 5), "team/a").version.number == 5
-        assert hub.lineage("team/a@5").ancestors == ()
-        assert hub.fsck() == []
-
-
-def test_a_damaged_database_file_is_kept_and_replaced(tmp_path: Path) -> None:
-    with Hub.open(str(tmp_path / "hub")) as hub:
-        three(hub, tmp_path)
-        before = hub.events()
-    (tmp_path / "hub" / "catalog.sqlite").write_bytes(b"garbage" * 1000)
-    made = rebuild(str(tmp_path / "hub"))
-    assert made.moved_aside is not None
-    assert (tmp_path / "hub" / made.moved_aside).read_bytes().startswith(b"garbage")
-    with Hub.open(str(tmp_path / "hub")) as hub:
-        assert hub.events() == before
-        assert hub.fsck() == []
-
-
-def test_a_rebuild_tells_what_is_lost_and_keeps_its_number(local_hub: Hub, make_url: MakeUrl, tmp_path: Path) -> None:
-    three(local_hub, tmp_path)
-    local_hub._blobs.delete(local_hub.resolve("x@3").digest)
-    assert {problem.version for problem in local_hub.fsck()} == {"x@3"}
-    made = rebuild(make_url())
-    assert [problem.version for problem in made.lost] == ["x@3"]
-    assert [version.number for version in local_hub.versions()] == [1, 2]
-    assert local_hub.push(adapter(tmp_path, 3), "x").version.number == 4
-
-
-@pytest.mark.files_of_the_hub
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
-def test_a_damaged_journal_is_told_and_never_rebuilt_from(
-    hub: Hub, make_url: MakeUrl, tmp_path: Path, damage: str
-) -> None:
-    three(hub, tmp_path)
-    record = sorted((tmp_path / "hub" / "journal").rglob("*.json"))[1]
-    data = record.read_bytes()
-    record.chmod(0o644)
-    if damage == "gone":
-        record.unlink()
-    else:
-        record.write_bytes(data[:-1] if damage == "cut" else data.replace(b'"number":2', b'"number":3', 1))
-    assert [problem.reason for problem in hub.fsck()] == ["JOURNAL_DAMAGED"]
-    with pytest.raises(BlobCorrupt):
-        rebuild(make_url())
-    assert hub.resolve("x").number == 3  # the catalog is as it was
-
-
-def test_no_file_of_an_adapter_can_pass_for_a_version_in_a_rebuild(make_url: MakeUrl, tmp_path: Path) -> None:
-    """A card that is a perfect manifest of somebody else's adapter is still only a card."""
-    with Hub.open(make_url()) as hub:
-        version = hub.push(adapter(tmp_path, 1), "prod/model").version
-        forged = json.loads(version.manifest.canonical()) | {"creator": "mallory"}
-        card = json.dumps(forged, separators=(",", ":"), sort_keys=True)
-        hub.push(adapter(tmp_path, 2, card=card), "mallory/x")
-    rebuild(make_url())
-    with Hub.open(make_url()) as hub:
-        assert [found.text for found in hub.versions()] == ["mallory/x@1", "prod/model@1"]
-        assert hub.resolve("prod/model") == version
-
-
-def test_rebuilding_nothing_changes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(HubNotFound):
-        rebuild(str(tmp_path / "nowhere"))
-    assert not (tmp_path / "nowhere").exists()
-    Hub.open(str(tmp_path / "hub")).close()
-    with pytest.raises(HubUnavailable, match="no journal"):
-        rebuild(str(tmp_path / "hub"))
 
 
 @pytest.mark.files_of_the_hub
