@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import sqlalchemy as sa
 
@@ -37,8 +38,10 @@ from hub.sqlite import cause
 from hub.transactions import Question, T, asked, read, writing
 from hub.versions import AliasState, Event, Lease
 
-__all__ = ["Catalog", "Publication", "Record", "Step", "now"]
+__all__ = ["Catalog", "Publication", "Published", "Record", "Step", "now"]
 _MAX_SEQ = 2**63 - 1
+
+Published = Literal["created", "known", "restored"]  # "restored": this content was removed, and is back
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class Catalog:
 
     def publish(
         self, publication: Publication, aliases: Sequence[str], missing: Callable[[], bool] = lambda: False
-    ) -> tuple[Record, bool]:
-        """Enter a version and point `aliases` at it; the version's record, and whether it is new.
+    ) -> tuple[Record, Published]:
+        """Enter a version and point `aliases` at it; the version's record, and what became of it.
 
         A new version also takes the alias "latest". Content that is there under this name already stays the version it
         is: only `aliases` move; where it was removed it is restored, and takes "latest" too. `missing` is asked with
@@ -107,17 +110,16 @@ class Catalog:
             record = catalog_rows.select_record(
                 writer.connection, tables.versions.c.full_name == name, tables.versions.c.content == publication.content
             )
-            created = record is None
             if missing():
                 raise BlobsSwept("a sweep took bytes of this push before it was published: push again")
-            newest = created
+            outcome: Published = "known"
             if record is None:
-                record = writer.new_version(name, publication.digest, publication.manifest)
+                record, outcome = writer.new_version(name, publication.digest, publication.manifest), "created"
             elif record.removed is not None:
-                record, newest = catalog_removal.bring_back(writer, record), True
-            for alias in dict.fromkeys([LATEST, *aliases] if newest else aliases):
+                record, outcome = catalog_removal.bring_back(writer, record), "restored"
+            for alias in dict.fromkeys(aliases if outcome == "known" else [LATEST, *aliases]):
                 writer.point(name, alias, catalog_rows.alias_state(writer.connection, name, alias), [(record, 1)])
-        return record, created
+        return record, outcome
 
     def adopt(
         self, adoptions: Sequence[catalog_adoption.Adoption], aliases: Sequence[AliasArrival],

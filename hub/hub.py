@@ -154,8 +154,11 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         )  # fmt: skip
         publishing.check_manifest(manifest)
         publishing.check_profile(self.profile_file, manifest)
-        record, created = publishing.publish(self._blobs, self._catalog, adapter, manifest, wanted, progress, stored)
-        return PushResult(self._version(record), created, warnings_of(adapter, identity))
+        record, outcome = publishing.publish(self._blobs, self._catalog, adapter, manifest, wanted, progress, stored)
+        warnings = warnings_of(adapter, identity)
+        if outcome == "restored":
+            warnings = (f"{record.text} was removed; it is restored, and :latest is {record.text} now", *warnings)
+        return PushResult(self._version(record), outcome == "created", warnings)
 
     def resolve(self, ref: AdapterRef | str, key: str | None = None) -> Version:
         """The version `ref` names now; raises AdapterNotFound, VersionNotFound or AliasNotFound.

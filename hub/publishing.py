@@ -10,7 +10,7 @@ from typing import Final
 
 from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
-from hub.catalog import Catalog, Publication, Record
+from hub.catalog import Catalog, Publication, Published, Record
 from hub.errors import AdapterChanged, BaseMismatch, BlobsSwept, FactsMalformed, RefInvalid
 from hub.manifest import MAX_MANIFEST_BYTES, Manifest
 from hub.parsing import Parsed
@@ -38,7 +38,7 @@ def kept(blobs: BlobStore, path: Path, digest: Digest) -> Digest:
 def publish(
     blobs: BlobStore, entries: Catalog, adapter: Parsed, manifest: Manifest, aliases: Sequence[str],
     progress: Progress | None, stored: Stored = copied,
-) -> tuple[Record, bool]:  # fmt: skip
+) -> tuple[Record, Published]:  # fmt: skip
     """Store the bytes and enter the version; once more where a sweep took some of them in between."""
     for attempt in range(_ATTEMPTS):
         try:

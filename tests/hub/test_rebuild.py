@@ -87,7 +87,7 @@ def test_a_sound_database_is_kept_too(tmp_path: Path) -> None:
         assert everything(hub) == before
 
 
-@pytest.mark.parametrize("damage", ["gone", "flip"])
+@pytest.mark.parametrize("damage", ["gone", pytest.param("flip", marks=pytest.mark.files_of_the_hub)])
 def test_a_manifest_that_the_catalog_still_has_is_not_lost(
     local_hub: Hub, make_url: MakeUrl, tmp_path: Path, damage: str
 ) -> None:

@@ -99,6 +99,7 @@ def test_pushing_a_removed_version_again_brings_it_back(hub: Hub, tmp_path: Path
     hub.remove("x@1")
     result = hub.push(adapter(tmp_path, 1), "x")
     assert (result.version.number, result.created) == (1, False)
+    assert "x@1 was removed; it is restored, and :latest is x@1 now" in result.warnings
     assert hub.resolve("x").number == 1
     assert [(event.kind, event.alias) for event in hub.events()][-2:] == [("restore", None), ("tag", "latest")]
 
