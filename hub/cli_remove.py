@@ -91,7 +91,7 @@ def gc(dry_run: bool, retention: float, grace: float, hub_url: str | None, as_js
         click.echo(f"{text} {verb} for good")
     click.echo(
         f"{swept.blobs} files and {swept.leftovers} leftovers of dead pushes {verb}: {size_text(swept.bytes)}"
-        if swept.blobs or swept.leftovers
+        if swept.bytes
         else "no bytes to give back"
     )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import uuid
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -109,8 +110,16 @@ def _create(path: Path) -> None:
         with writing(engine) as connection:
             schema.bring_up(connection)
         engine.dispose()
-        with suppress(FileExistsError):  # somebody else may be first
+        try:
             os.link(temporary, path)
+        except FileExistsError:
+            pass  # somebody else was first
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+            # No hard links on this file system. Whoever opens the file fills it, under SQLite's own lock.
+            with closing(sqlite3.connect(path)) as driver:
+                driver.execute("PRAGMA journal_mode=WAL")
         sync_directory(path.parent)
     except (OSError, sqlite3.Error, sa.exc.DBAPIError) as error:
         what = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "the database cannot be made"

@@ -86,17 +86,18 @@ def check_versions(blobs: BlobStore, records: Sequence[Record], progress: Progre
             continue
         files.append((text, "manifest", FileEntry(record.digest, len(record.manifest))))
         files += [(text, name, entry) for name, entry in manifest.files.items()]
-    outcomes: dict[Digest, HubError | None] = {}
+    outcomes: dict[Digest, tuple[str, HubError | None]] = {}  # with what the error calls the bytes
     total, done = sum({entry.sha256: entry.bytes for _, _, entry in files}.values()), 0
     for text, name, entry in files:
+        what = f"{name} of {text}"
         if entry.sha256 not in outcomes:
-            outcomes[entry.sha256] = _outcome(blobs, entry, f"{name} of {text}")
+            outcomes[entry.sha256] = what, _outcome(blobs, entry, what)
             done += entry.bytes
             if progress is not None:
                 progress("verifying", done, total)
-        outcome = outcomes[entry.sha256]
+        first, outcome = outcomes[entry.sha256]
         if outcome is not None:
-            problems.append(Problem(text, name, outcome.reason, str(outcome)))
+            problems.append(Problem(text, name, outcome.reason, str(outcome).replace(first, what, 1)))
     return problems
 
 

@@ -204,6 +204,17 @@ def test_concurrent_first_openings_make_one_hub(make_url: MakeUrl, tmp_path: Pat
         hub.close()
 
 
+def test_a_hub_on_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    for _ in range(2):
+        with Hub.open(str(tmp_path / "hub")) as hub:
+            assert hub.push(write_adapter(tmp_path / "a"), "x").version.number == 1
+            assert hub.fsck() == hub.verify() == []
+
+
 @pytest.mark.files_of_the_hub
 def test_a_catalog_beside_an_older_journal_is_not_made_anew_unasked(make_url: MakeUrl, tmp_path: Path) -> None:
     """Else a hub opened by the wrong URL, or whose catalog is lost, would start again at @1."""

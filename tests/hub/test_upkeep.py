@@ -241,6 +241,15 @@ def test_a_write_that_lasts_longer_than_a_second_tells_one_time(
     assert hub.fsck() == []
 
 
+def test_a_damaged_file_that_two_versions_share_is_told_of_each(local_hub: Hub, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        local_hub.push(adapter(tmp_path, seed, card="shared"), f"team/{'ab'[seed - 1]}")
+    local_hub._blobs.delete(local_hub.resolve("team/a").manifest.files["README.md"].sha256)
+    assert [(problem.version, problem.message) for problem in local_hub.verify()] == [
+        (f"{name}@1", f"README.md of {name}@1 is missing from the hub's storage") for name in ("team/a", "team/b")
+    ]
+
+
 def test_defaults_are_those_the_guide_names() -> None:
     assert (sweeping.RETENTION_SECONDS, sweeping.GRACE_SECONDS) == (7 * 86400, 3600)
     assert State().last_seq == 0
