@@ -86,7 +86,7 @@ def test_command_lines_are_ones_that_verbs_take(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [*MADE_BY_HAND, ROOT / "docs" / "cli.md"], ids=named)
 def test_commands_in_sentences_are_ones_that_verbs_take(page: Path) -> None:
-    """A verb may be named alone or with a flag (`hub eval --record`); with one argument it is given with all of them."""
+    """A verb may be named alone or with a flag (`hub eval --record`); with one argument all of them are given."""
     for words in inline_hub_calls(page.read_text(encoding="utf-8")):
         try:
             call = Call.parse(words)
@@ -155,3 +155,15 @@ def test_every_alert_is_explained() -> None:
     )
 
     assert set(explained) == alerts
+
+
+def test_figures_beside_other_engines_are_those_of_the_results() -> None:
+    results = (ROOT / "benchmarks" / "results" / "mix16.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (transformers|vLLM|Loraplex, bf16)[^|]*\|((?: [\d%]+ \|){6})$", results, flags=re.MULTILINE)
+    rows = rows[:6]  # its first two tables: earlier runs follow
+    assert [name for name, _ in rows] == 2 * ["transformers", "vLLM", "Loraplex, bf16"]
+    assert [name for name, cells in rows if cells not in guide] == []
+    mix16 = [cells.split("|")[3].strip() for _, cells in rows]
+    for peft, vllm, ours in (mix16[:3], mix16[3:]):
+        assert f"Loraplex {ours}, vLLM {vllm}, PEFT {peft}" in " ".join(README.split())
