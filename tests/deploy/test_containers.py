@@ -65,6 +65,10 @@ def test_images_have_the_compiler_that_native_steps_need_where_they_run(name: st
     assert {"gcc", "libc6-dev", "libgomp1"} <= set(packages.split())
 
 
+def test_the_image_for_a_gpu_has_what_its_kernels_need() -> None:
+    assert "pip install -c constraints.txt '.[gpu]'" in (DEPLOY / "Dockerfile.cuda").read_text(encoding="utf-8")
+
+
 def test_compose_files_it_mounts_exist_and_its_flags_are_real(compose: dict[str, Any]) -> None:
     server, prometheus = compose["services"]["server"], compose["services"]["prometheus"]
 

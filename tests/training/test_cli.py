@@ -167,9 +167,8 @@ def test_a_built_file_knows_its_task(tiny_base: Path, tmp_path: Path) -> None:
 def test_recipes_are_compared_and_shown_whole() -> None:
     table = run("recipes").stdout
     assert all(name in table for name in RECIPES)
-    assert ARTICLES in table and "## The articles\n" in (Path(__file__).parents[2] / "docs" / "planner.md").read_text(
-        encoding="utf-8"
-    )
+    planner = Path(__file__).parents[2] / "docs" / "planner.md"
+    assert ARTICLES in table and "## The articles\n" in planner.read_text(encoding="utf-8")
     shown = run("recipes", "show", "article-001").stdout
     assert "attention; rate" in shown and "--learning-rate" in shown and "q k v o" in shown
     told = json.loads(run("recipes", "show", "low-data", "--json").stdout)
