@@ -48,24 +48,46 @@ def cli_page() -> str:
 
 
 def metrics_page() -> str:
-    """Every series of a server that has served something, with its type, labels and meaning."""
-    lines = [
+    """Every series of a server that has served something and of a shared hub: its type, labels and meaning."""
+    parts = [
         MADE,
         "# Metrics",
+        "",
+        "## A server's",
         "",
         "On `http://HOST:9400/metrics` (`hub serve --metrics-port`). The label `adapter` holds the most used adapters' "
         'names without versions, "base" for none and "other" for the rest, so its values are bounded. Histograms have '
         "the usual `_bucket`, `_sum` and `_count`. Alerts: [deploy/rules/loraplex.yml](../deploy/rules/loraplex.yml).",
         "",
-        "| metric | type | labels | meaning |",
-        "|---|---|---|---|",
+        *_metrics_table(_used_metrics()),
+        "",
+        "## A shared hub's",
+        "",
+        "On `http://HOST:9401/metrics` with `hub registry --metrics-port 9401`.",
+        "",
+        *_metrics_table(_used_registry_metrics()),
     ]
-    for family in sorted(_used_metrics().collect(), key=lambda family: family.name):
+    return "\n".join(parts) + "\n"
+
+
+def _metrics_table(registry) -> Iterator[str]:  # type: ignore[no-untyped-def]
+    yield "| metric | type | labels | meaning |"
+    yield "|---|---|---|---|"
+    for family in sorted(registry.collect(), key=lambda family: family.name):
         labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
         name = family.name + ("_total" if family.type == "counter" else "")
         shown = ", ".join(f"`{label}`" for label in labels)
-        lines.append(f"| `{name}` | {family.type} | {shown} | {family.documentation} |")
-    return "\n".join(lines) + "\n"
+        yield f"| `{name}` | {family.type} | {shown} | {family.documentation} |"
+
+
+def _used_registry_metrics():  # type: ignore[no-untyped-def]
+    """The shared hub's registry after one call."""
+    from hub.registry.metrics import RegistryMetrics
+
+    metrics = RegistryMetrics()
+    metrics.done("Resolve", "OK", 0.1)
+    metrics.moved("in", 1)
+    return metrics.registry
 
 
 def _used_metrics():  # type: ignore[no-untyped-def]

@@ -95,6 +95,7 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line; exits 0 when done, 1 when refused, 2 on wrong usage."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core would add lines of C++ to what we say of a connection
     try:
         status = group.main(standalone_mode=False)
     except click.ClickException as error:

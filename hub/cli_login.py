@@ -51,9 +51,10 @@ def login(url: str, forget: bool, as_json: bool) -> None:
         return
     credentials.check_private(address)
     token = click.prompt("token", hide_input=True) if sys.stdin.isatty() else sys.stdin.readline()
-    with RemoteHub(Connection(address, token.strip()), Cache.of(address)) as hub:
+    token = credentials.sendable(token, "what was given")
+    with RemoteHub(Connection(address, token), Cache.of(address)) as hub:
         who = hub.who_am_i()
-    credentials.remember(address, token.strip())
+    credentials.remember(address, token)
     if as_json:
         print_json({"hub": str(address), "subject": who.subject})
         return
@@ -184,17 +185,16 @@ def _shared(url: str | None) -> RemoteHub:
 
 
 def _administration(url: str | None) -> Any:
-    from hub.opening import named
+    from hub.opening import named, open_own
     from hub.remote.address import is_remote
 
     if is_remote(named(url)):
         from hub.remote.token_admin import RemoteTokens
 
         return RemoteTokens(_shared(url))
-    from hub.hub import Hub
     from hub.registry.local_tokens import LocalTokens
 
-    return LocalTokens(Hub.open(url))
+    return LocalTokens(open_own(url, lambda text: click.echo(text, err=True)))
 
 
 def _token_json(token: Token) -> dict[str, Any]:

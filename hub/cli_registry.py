@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 import signal
 import threading
 from pathlib import Path
@@ -12,6 +13,8 @@ import click
 import platformdirs
 
 from hub.cli_options import examples, hub_option
+from hub.listen_address import ListenAddress
+from hub.place import Place
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -27,7 +30,14 @@ hub registry --without-tokens                             # on this machine, for
     )
 )
 @hub_option
-@click.option("--listen", default="127.0.0.1:50052", show_default=True, metavar="HOST:PORT", help="Port 0: any free.")
+@click.option(
+    "--listen",
+    type=ListenAddress(),
+    default="127.0.0.1:50052",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Port 0: any free.",
+)
 @click.option("--tls-cert", type=_FILE, help="PEM certificate chain; read anew when it is replaced.")
 @click.option("--tls-key", type=_FILE, help="PEM private key.")
 @click.option("--without-tokens", is_flag=True, help="Everybody may do everything; only on a loopback address.")
@@ -74,8 +84,7 @@ def registry(
     with the addresses, when it serves; SIGTERM and Ctrl-C drain it.
     """
     from hub.errors import CredentialsUnsafe, HubUnavailable
-    from hub.hub import Hub
-    from hub.opening import named
+    from hub.opening import named, open_own
     from hub.profile import Profile
     from hub.registry.server import RegistryConfig, RegistryServer
     from hub.registry.tokens import TokenStore
@@ -95,15 +104,15 @@ def registry(
         drain_seconds=drain_seconds,
     )  # fmt: skip
     ending = threading.Event()
-    with Hub.open(hub_url) as hub:
+    with open_own(hub_url, _say) as hub:
         hub.profile_file = profile or hub.profile_file
         if hub.profile_file is not None:
             Profile.read(hub.profile_file)  # one that cannot be read is said now, not at the first push
         tokens = None if without_tokens else TokenStore(hub.database)
         if tokens is not None and not any(token.revoked is None for token in tokens.list()):
-            click.echo("there is no token yet: `hub token create admin --grant '*:admin'` makes the first", err=True)
+            _say(f"there is no token yet: `hub token create admin --grant '*:admin'{_same(hub_url)}` makes the first")
         if scheme == "grpc" and not Address.parse(f"grpc://{listen}").private:
-            click.echo("warning: without --tls-cert and --tls-key, tokens and adapters pass unencrypted", err=True)
+            _say("warning: without --tls-cert and --tls-key, tokens and adapters pass unencrypted")
         server = RegistryServer(hub, tokens, config).start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ending.set())
@@ -114,6 +123,18 @@ def registry(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         server.stop()
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _same(hub_url: str | None) -> str:
+    """What makes another verb go to this hub; never a password."""
+    if hub_url is None:
+        return ""
+    database = Place.parse(hub_url).database
+    return " --hub URL" if database is not None and database.password else f" --hub {shlex.quote(hub_url)}"
 
 
 def _uploads(url: str) -> Path:

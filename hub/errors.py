@@ -109,9 +109,9 @@ class HubUnavailable(HubError):
     reason = "HUB_UNAVAILABLE"
 
     def __init__(self, message: str = "", detail: str | None = None) -> None:
-        """`detail` is what a database said: its words may name hosts and users, so a shared server keeps them."""
+        """`detail` is what a database or gRPC said: its words may name hosts and users, so a server keeps them."""
         super().__init__(message if detail is None else f"{message}: {detail}")
-        self.public = message
+        self.public, self.detail = message, detail
 
 
 class HubNotFound(HubUnavailable):

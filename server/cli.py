@@ -17,6 +17,7 @@ from hub.cli_trust import trust_options
 from hub.duration import Duration
 from hub.duration import as_option as as_duration
 from hub.errors import RefInvalid
+from hub.listen_address import ListenAddress
 from hub.refs import Alias
 from server.config import EngineLimits, FeedbackConfig, ModelConfig, Quantization, ServerConfig
 from server.errors import BaseUnavailable
@@ -34,19 +35,6 @@ _POSITIVE = click.IntRange(min=1)
 
 def _size(default: int) -> dict[str, Any]:
     return {"type": ByteSize(), "default": as_option(default), "show_default": True, "metavar": "SIZE"}
-
-
-class ListenAddress(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic only in new releases
-    """host:port; port 0 is any free one."""
-
-    name = "address"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The address as it is; fails with wrong usage."""
-        host, colon, port = str(value).rpartition(":")
-        if not (colon and host and port.isdecimal() and int(port) <= 65535):
-            self.fail(f"{value!r} is no address: write host:port, such as 127.0.0.1:50051", param, ctx)
-        return str(value)
 
 
 class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -287,8 +275,6 @@ def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> in
         trusted_keys=trusted_keys,
     )
     bound_openmp(config.model.threads)
-    # gRPC's core would add its own lines of C++ to what we say about a taken port.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("server").setLevel(logging.INFO)
     return _serve(config)

@@ -1,7 +1,7 @@
 """The server's error tree: one class a cause, each with a stable `reason` that clients may match on.
 
 Messages are for callers: they name what the caller sent and the limit it broke, never a path of this machine.
-`server/api/interceptors.py` holds the one table from these classes (and the hub's) to gRPC statuses.
+`server/api/interceptors.py` holds the one table from these classes to gRPC statuses.
 """
 
 from __future__ import annotations

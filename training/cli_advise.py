@@ -13,7 +13,7 @@ import click
 from hub.cli_options import examples, json_option
 from hub.cli_output import print_json, print_table
 from server.cli import bound_openmp
-from training.presets import RECIPES, named_recipe
+from training.presets import ARTICLES, RECIPES, named_recipe
 from training.quiet import quiet_libraries
 from training.recipe import PRECISIONS
 
@@ -144,6 +144,8 @@ def _show(base: str, recipe: Recipe, sizes: Data, machine: Machine, options: lis
     for reason in verdict.reasons:
         towards = f"  → {reason.speaks_for}" if reason.speaks_for else ""
         click.echo(f"  · {reason.text} ({reason.source}){towards}")
+    if any("article" in reason.source for reason in verdict.reasons):
+        click.echo(f"\n{ARTICLES}")
 
 
 def _gigabytes(size: int) -> str:

@@ -8,7 +8,7 @@ import click
 
 from hub.cli_options import examples, json_option
 from hub.cli_output import print_json, print_pairs, print_table
-from training.presets import RECIPES, named_recipe
+from training.presets import ARTICLES, RECIPES, named_recipe
 from training.recipe import Recipe
 
 _WORDS = ("name", "source", "when")
@@ -48,6 +48,7 @@ def recipes(context: click.Context, as_json: bool) -> None:
         for recipe in RECIPES.values()
     ]
     print_table(("recipe", "method", "r/α", "targets", "rate", "epochs", "batch", "tokens", "when to use"), rows)
+    click.echo(f"\n{ARTICLES}")
 
 
 @recipes.command()

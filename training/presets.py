@@ -9,6 +9,8 @@ from __future__ import annotations
 from training.errors import UnknownRecipe
 from training.recipe import Recipe
 
+ARTICLES = 'Articles 000 to 004: see "The articles" in docs/planner.md.'
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SEVEN_PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 

@@ -95,9 +95,6 @@ class Access(registry_pb2_grpc.RegistryServicer):
             raise unknown
         return version
 
-    def _transferring(self) -> one_of:
-        return one_of(self._transfers, "transfers")
-
     def _asked_name(self, request: Any) -> str | None:
         return AdapterRef.parse(request.full_name).full_name if request.HasField("full_name") else None
 

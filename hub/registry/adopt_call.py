@@ -7,51 +7,43 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-
-import grpc
+from typing import Final
 
 from hub.arrivals import AliasArrival, Arrival
-from hub.errors import BlobCorrupt, BundleRefused, RefInvalid, UploadLost
-from hub.hub import Hub
+from hub.errors import BlobCorrupt, BundleRefused, RefInvalid
 from hub.manifest import Manifest
 from hub.refs import AdapterRef
+from hub.registry.access import Context, one_of
 from hub.registry.grants import Caller
-from hub.registry.uploads import Uploads, check_file
+from hub.registry.laying_out import LayingOut, owner_of
+from hub.registry.uploads import check_file
 from hub.remote import messages
-from hub.verify import copy_checked
 from protos.loraplex.v1 import registry_pb2 as pb
-
-if TYPE_CHECKING:
-    from hub.registry.service import RegistryService
 
 MAX_VERSIONS: Final = 1000  # of one call
 MAX_BYTES: Final = 64 * 1024 * 1024  # of their manifests and signatures
 
 
-class AdoptCall:
-    """The part of `hub.registry.service.RegistryService` that is about versions of other hubs."""
+class AdoptCall(LayingOut):
+    """Adopt."""
 
-    _hub: Hub
-    _uploads: Uploads
-
-    def Adopt(self: Any, parts: Iterator[pb.AdoptRequest], context: grpc.ServicerContext) -> pb.AdoptResponse:
+    def Adopt(self, parts: Iterator[pb.AdoptRequest], context: Context) -> pb.AdoptResponse:
         """See `Hub.adopt`; for who may push versions of every adapter that comes, and promote where aliases move."""
-        caller: Caller = self._caller(context)
+        caller = self._caller(context)
         begin, arrivals = _read(self._patience.sent(parts, context))
         for arrival in arrivals:
             caller.require("push", AdapterRef.parse(arrival.manifest.name).full_name)
         aliases = [_alias(each) for each in begin.aliases]
         for alias in aliases:
             caller.require("promote", AdapterRef.parse(alias.full_name).full_name)
-        hub: Hub = self._acting(caller, context)
-        with self._transferring():
-            adopted = hub.adopt(
-                arrivals, lambda arrival: _laid_out(self, caller, arrival), aliases=aliases, renumber=begin.renumber
+        with one_of(self._transfers, "transfers"):
+            adopted = self._acting(caller, context).adopt(
+                arrivals, lambda arrival: self._laid_out(caller, arrival), aliases=aliases, renumber=begin.renumber
             )
         for arrival in arrivals:
+            owner = owner_of(caller, AdapterRef.parse(arrival.manifest.name))
             for entry in arrival.manifest.files.values():
-                self._uploads.drop(_owner(caller, arrival), entry.sha256)
+                self._uploads.drop(owner, entry.sha256)
         return pb.AdoptResponse(
             adopted=[
                 pb.AdoptResponse.Adopted(
@@ -61,6 +53,15 @@ class AdoptCall:
                 for each in adopted
             ]
         )  # fmt: skip
+
+    @contextmanager
+    def _laid_out(self, caller: Caller, arrival: Arrival) -> Iterator[Path]:
+        ref = AdapterRef.parse(arrival.manifest.name)
+        with self._uploads.directory() as directory:
+            for name, entry in arrival.manifest.files.items():
+                check_file(name, entry.bytes)
+                self._lay_out(owner_of(caller, ref), ref, name, entry.sha256, entry.bytes, directory)
+            yield directory
 
 
 def _read(parts: Iterator[pb.AdoptRequest]) -> tuple[pb.AdoptRequest.Begin, list[Arrival]]:
@@ -86,21 +87,3 @@ def _read(parts: Iterator[pb.AdoptRequest]) -> tuple[pb.AdoptRequest.Begin, list
 
 def _alias(told: pb.AdoptRequest.Alias) -> AliasArrival:
     return AliasArrival(told.full_name, told.alias, tuple((each.version, each.weight) for each in told.targets))
-
-
-@contextmanager
-def _laid_out(service: RegistryService, caller: Caller, arrival: Arrival) -> Iterator[Path]:
-    uploads, hub = service._uploads, service._hub
-    with uploads.directory() as directory:
-        for name, entry in arrival.manifest.files.items():
-            check_file(name, entry.bytes)
-            if not uploads.place(_owner(caller, arrival), entry.sha256, directory / name):
-                if not hub.holds_file(arrival.manifest.name, entry.sha256):
-                    raise UploadLost(f"{name} of {arrival.text} is not here any more: it has to be uploaded again")
-                with (directory / name).open("xb") as file:
-                    copy_checked(hub.storage, entry.sha256, entry.bytes, name, file.write)
-        yield directory
-
-
-def _owner(caller: Caller, arrival: Arrival) -> str:
-    return f"{caller.subject}\n{AdapterRef.parse(arrival.manifest.name).full_name}"  # as for a push

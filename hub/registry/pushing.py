@@ -9,29 +9,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from hub.errors import BlobCorrupt, HubError, RefInvalid, UploadLost
+from hub.errors import HubError, RefInvalid, UploadLost
 from hub.parsing import MAX_FILES, parse_directory
 from hub.publishing import kept
 from hub.refs import LATEST, AdapterRef, Alias, Digest
-from hub.registry.access import Access, Context, one_of
-from hub.registry.grants import Caller
+from hub.registry.access import Context, one_of
+from hub.registry.laying_out import LayingOut, owner_of
 from hub.registry.uploads import check_file
 from hub.remote import messages
-from hub.verify import copy_checked
 from protos.loraplex.v1 import registry_pb2 as pb
 
 MAX_NAMED: Final = 100  # aliases or parents of one push
 T = TypeVar("T")
 
 
-class PushingCalls(Access):
+class PushingCalls(LayingOut):
     """BeginPush, Upload, Publish."""
 
     def BeginPush(self, request: pb.BeginPushRequest, context: Context) -> pb.BeginPushResponse:
         """What is missing; bytes that this adapter's versions have already need not come again."""
         caller, ref = self._caller(context), AdapterRef.parse(request.ref)
         caller.require("push", ref.full_name)
-        owner = _owner(caller, ref)
+        owner = owner_of(caller, ref)
         missing = []
         for name, digest, size in _files(request.files):
             stored = self._hub.holds_file(ref.full_name, digest) and not self._uploads.asked_anew(owner, digest)
@@ -51,7 +50,7 @@ class PushingCalls(Access):
         [(name, digest, size)] = _files([first.begin.file])
         with one_of(self._transfers, "transfers"):
             have = self._uploads.receive(
-                _owner(caller, ref), name, digest, size, first.begin.offset, self._counted(parts)
+                owner_of(caller, ref), name, digest, size, first.begin.offset, self._counted(parts)
             )
         return pb.UploadResponse(bytes=have)
 
@@ -70,7 +69,7 @@ class PushingCalls(Access):
             parent = AdapterRef.parse(text)
             caller.require("read", parent.full_name)
             parents.append(self._hub.resolve(parent).digest)
-        owner, files = _owner(caller, ref), _files(request.files)
+        owner, files = owner_of(caller, ref), _files(request.files)
         with (
             one_of(self._transfers, "transfers"),
             self._uploads.directory() as directory,
@@ -101,19 +100,6 @@ class PushingCalls(Access):
         for path in paths:
             self._hub.storage.flush_file(path)
 
-    def _lay_out(self, owner: str, ref: AdapterRef, name: str, digest: Digest, size: int, directory: Path) -> None:
-        """One file of a push at its place: as it was uploaded, or as another version of this adapter has it."""
-        if self._uploads.place(owner, digest, directory / name):
-            return
-        if not self._hub.holds_file(ref.full_name, digest):
-            raise UploadLost(f"{name} is not here any more: it has to be uploaded again")
-        try:
-            with self._uploads.new_file(directory / name, size) as write:
-                copy_checked(self._hub.storage, digest, size, name, write)
-        except BlobCorrupt as error:
-            self._uploads.ask_anew(owner, digest)
-            raise UploadLost(f"{name} is damaged in the hub's storage: uploading it again mends that") from error
-
     def _counted(self, parts: Iterator[pb.UploadRequest]) -> Iterator[bytes]:
         for part in parts:
             if part.WhichOneof("part") != "data":
@@ -131,10 +117,6 @@ def _files(sent: Iterable[pb.PushedFile]) -> list[tuple[str, Digest, int]]:
     if len({name for name, _, _ in files}) < len(files) or len(files) > MAX_FILES:
         raise RefInvalid("a file is named twice")
     return files
-
-
-def _owner(caller: Caller, ref: AdapterRef) -> str:
-    return f"{caller.subject}\n{ref.full_name}"
 
 
 def _without_paths(read: Callable[..., T], directory: Any) -> T:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version as installed_version
-from typing import Any, Final
+from typing import Any
 
 from hub.errors import QueryInvalid
 from hub.refs import AdapterRef, Digest
@@ -20,8 +20,6 @@ from hub.search import Query
 from hub.verify import manifest_bytes
 from hub.versions import Version
 from protos.loraplex.v1 import registry_pb2 as pb
-
-MAX_PAGE: Final = 1000
 
 
 class ReadingCalls(Access):
@@ -57,7 +55,7 @@ class ReadingCalls(Access):
     def ListVersions(self, request: pb.ListVersionsRequest, context: Context) -> Iterator[pb.VersionsPart]:
         """See `Hub.versions`; read and sent a page at a time, however many they are."""
         caller = self._caller(context)
-        query, more = Query(request.pattern if request.HasField("pattern") else None, limit=MAX_PAGE), True
+        query, more = Query(request.pattern if request.HasField("pattern") else None, limit=messages.MAX_PAGE), True
         while more:
             check_wanted(context)
             page = self._hub.search(query)
@@ -72,14 +70,14 @@ class ReadingCalls(Access):
     def Search(self, request: pb.SearchRequest, context: Context) -> Iterator[pb.VersionsPart]:
         """See `Hub.search`: pages are as full for callers who may read little."""
         caller, query = self._caller(context), messages.query_of(request)
-        if not 0 < query.limit <= MAX_PAGE:
-            raise QueryInvalid(f"a page has 1 to {MAX_PAGE} versions")
+        if not 0 < query.limit <= messages.MAX_PAGE:
+            raise QueryInvalid(f"a page has 1 to {messages.MAX_PAGE} versions")
         left, more = query.limit, True
         sees_all = caller.may_everywhere("read")
         while left and more:
             check_wanted(context)
             # Who may read few of many still costs few queries.
-            page = self._hub.search(replace(query, limit=left if sees_all else MAX_PAGE))
+            page = self._hub.search(replace(query, limit=left if sees_all else messages.MAX_PAGE))
             allowed = [version for version in page.versions if caller.may("read", version.full_name)]
             more = page.more or len(allowed) > left
             del allowed[left:]

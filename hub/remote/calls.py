@@ -50,11 +50,13 @@ class RemoteCalls:
     def _recalled(self, name: str, error: ServerAway, *, moves: bool) -> Version:
         found = self._cache.recall(name)
         if found is None:
-            raise HubUnavailable(f"{error}; {name} is not in the cache") from error
+            raise HubUnavailable(f"{error.public}; {name} is not in the cache", error.detail) from error
         version, known = found
         if moves and known.age_seconds > MAX_STALE_SECONDS:
             raise HubUnavailable(
-                f"{error}; {name} was {version.text} {_age(known)} ago, which is too long to go by: name {version.text}"
+                f"{error.public}; {name} was {version.text} {_age(known)} ago, which is too long to go by: "
+                f"name {version.text}",
+                error.detail,
             ) from error
         log.warning("the hub's server is away; %s is %s, as of %s ago", name, version.text, _age(known))
         return version

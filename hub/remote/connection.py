@@ -147,7 +147,9 @@ class ServerAway(HubUnavailable):
 
 def _raised(error: grpc.RpcError) -> Exception:
     raised = error_of(error)
-    return ServerAway(str(raised)) if is_away(error) else raised
+    if not is_away(error):
+        return raised
+    return ServerAway(raised.public, raised.detail) if isinstance(raised, HubUnavailable) else ServerAway(str(raised))
 
 
 def _credentials(address: Address) -> grpc.ChannelCredentials:

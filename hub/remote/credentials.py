@@ -10,7 +10,7 @@ from typing import Final
 
 import platformdirs
 
-from hub.errors import CredentialsUnsafe, HubUnavailable
+from hub.errors import CredentialsUnsafe, HubUnavailable, Unauthenticated
 from hub.remote.address import Address
 
 ENVIRONMENT: Final = "LORAPLEX_HUB_TOKEN"
@@ -24,11 +24,25 @@ def credentials_file() -> Path:
 def token_for(address: Address) -> str | None:
     """LORAPLEX_HUB_TOKEN, else the token of the last login there, else None.
 
-    Raises CredentialsUnsafe where it would be sent unencrypted to another machine, or others can read the file.
+    Raises CredentialsUnsafe where it would be sent unencrypted to another machine, or others can read the file, and
+    Unauthenticated where no token is written so.
     """
-    token = os.environ.get(ENVIRONMENT) or _read().get(str(address))
-    if token is not None:
-        check_private(address)
+    if said := os.environ.get(ENVIRONMENT, "").strip():
+        token = sendable(said, ENVIRONMENT)
+    elif (kept := _read().get(str(address))) is not None:
+        token = sendable(kept, f"the token kept for {address}")
+    else:
+        return None
+    check_private(address)
+    return token
+
+
+def sendable(text: str, what: str) -> str:
+    """`text` without the white space around it; raises Unauthenticated where gRPC could not send it."""
+    token = text.strip()
+    strange = next((character for character in token if not (character.isascii() and character.isprintable())), None)
+    if strange is not None:
+        raise Unauthenticated(f"{what} has a character that no token has, {strange!a}: was it copied whole, and alone?")
     return token
 
 

@@ -18,6 +18,7 @@ from hub.versions import AliasState, Event, EventKind, Held, Lease, Problem, Tar
 from protos.loraplex.v1 import registry_pb2 as pb
 
 MAX_SOURCE_CHARS: Final = 300
+MAX_PAGE: Final = 1000  # versions that one search of the wire asks for
 
 
 def version_message(version: Version) -> pb.AdapterVersion:

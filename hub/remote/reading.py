@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hub.errors import BlobCorrupt, HubUnavailable, NotFound
 from hub.lineage import Ancestor, Lineage
 from hub.refs import AdapterRef, Alias, Digest
@@ -46,7 +48,18 @@ class RemoteReading(RemoteCalls):
         return [self._version(found.version) for part in parts for found in part.versions]
 
     def search(self, query: Query) -> Page:
-        """See `Hub.search`; among what the caller may read."""
+        """See `Hub.search`; among what the caller may read, in as many calls as it takes."""
+        versions: list[Version] = []
+        aliases: dict[Digest, tuple[str, ...]] = {}
+        while True:
+            page = self._page(replace(query, limit=min(query.limit - len(versions), messages.MAX_PAGE)))
+            versions += page.versions
+            aliases |= page.aliases
+            if not page.versions or not page.more or len(versions) >= query.limit:
+                return Page(tuple(versions), aliases, page.more)
+            query = replace(query, after=(versions[-1].full_name, versions[-1].number))
+
+    def _page(self, query: Query) -> Page:
         versions: list[Version] = []
         aliases: dict[Digest, tuple[str, ...]] = {}
         more = False
@@ -54,8 +67,7 @@ class RemoteReading(RemoteCalls):
             for found in part.versions:
                 version = self._version(found.version)
                 versions.append(version)
-                if found.aliases:
-                    aliases[version.digest] = tuple(found.aliases)
+                aliases[version.digest] = tuple(found.aliases)
             more = part.more
         return Page(tuple(versions), aliases, more)
 

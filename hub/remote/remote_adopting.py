@@ -38,7 +38,9 @@ class RemoteAdopting:
         adopting.check(arrivals, aliases)
         for attempt in range(_ROUNDS):
             for arrival in arrivals:
-                self._send(arrival, lay_out, progress)
+                # That the server lost a file of a version which it knows comes to light when it takes the version in.
+                if attempt or not self._knows(arrival):
+                    self._send(arrival, lay_out, progress)
             try:
                 # Said again after a cut it changes nothing: the versions are known then.
                 answer = self._connection.persist(
@@ -59,12 +61,14 @@ class RemoteAdopting:
             raise BlobCorrupt("the server answered with other versions than it was sent")
         return found
 
-    def _send(self, arrival: Arrival, lay_out: LayOut, progress: Progress | None) -> None:
+    def _knows(self, arrival: Arrival) -> bool:
         try:
             self._connection.call("GetVersion", pb.GetVersionRequest(digest=arrival.digest), self._actor)
-            return
         except AdapterNotFound:
-            pass
+            return False
+        return True
+
+    def _send(self, arrival: Arrival, lay_out: LayOut, progress: Progress | None) -> None:
         files = [AdapterFile(name, entry.bytes, entry.sha256) for name, entry in arrival.manifest.files.items()]
         with lay_out(arrival) as directory:
             upload(self._connection, directory, files, arrival.manifest.name, self._actor, progress)

@@ -34,7 +34,9 @@ class RemoteSignatures:
         except ServerAway as error:
             known = recall(self._cache, wanted)
             if known is None:
-                raise NotCached(f"{error}; the signatures of {wanted} are not in the cache") from error
+                raise NotCached(
+                    f"{error.public}; the signatures of {wanted} are not in the cache", error.detail
+                ) from error
             return known
         found = tuple(answer.signatures)
         remember(self._cache, wanted, found)

@@ -1,4 +1,4 @@
-"""The hub's errors ⇄ gRPC statuses, in one place for both ends.
+"""The hub's errors ⇄ gRPC statuses, in one place for both ends; the inference server adds its own and overrides few.
 
 An answer that is an error carries google.rpc.ErrorInfo {reason, domain "loraplex"} in its status details, and the
 reason once more as the trailing metadata `loraplex-reason`, for clients without these messages.
@@ -54,15 +54,19 @@ STATUSES: Final[Mapping[type[Exception], grpc.StatusCode]] = {
 }
 
 
-def answer_for(error: Exception) -> tuple[grpc.StatusCode, str, str]:
-    """(status, message, reason) that a caller gets for `error`; what is not the hub's own is "internal error"."""
+def answer_for(
+    error: Exception, statuses: Mapping[type[Exception], grpc.StatusCode] = STATUSES
+) -> tuple[grpc.StatusCode, str, str]:
+    """(status, message, reason) that a caller gets for `error`; of what `statuses` has no class: "internal error".
+
+    All classes in `statuses` have a `reason`.
+    """
     for ancestor in type(error).__mro__:
-        status = STATUSES.get(ancestor)
-        if status is not None and isinstance(error, errors.HubError):
+        if (status := statuses.get(ancestor)) is not None:
             message = error.public if isinstance(error, errors.HubUnavailable) else str(error)
             if len(message) > MAX_MESSAGE_CHARS:
                 message = message[: MAX_MESSAGE_CHARS - 1] + "…"
-            return status, message, error.reason
+            return status, message, error.reason  # type: ignore[attr-defined]
     return grpc.StatusCode.INTERNAL, "internal error", INTERNAL_REASON
 
 
@@ -90,7 +94,7 @@ def error_of(error: grpc.RpcError) -> errors.HubError:
     if kind is not None:
         return kind(details)
     if code in _AWAY:
-        return errors.HubUnavailable(f"the hub's server cannot be reached: {_first_line(details)}")
+        return errors.HubUnavailable("the hub's server cannot be reached", _first_line(details))
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return errors.HubUnavailable("there is no hub at this address, or its release is older than this one")
     failed = errors.HubError(f"the hub's server failed: {_first_line(details)}")

@@ -1,8 +1,8 @@
-"""Exceptions → gRPC statuses, in one place.
+"""Exceptions → gRPC statuses: the hub's as `hub.remote.status` has them, and the server's own.
 
 Handlers raise what went wrong; this interceptor answers the call with a status, the error's message, and its stable
 reason in the trailing metadata `loraplex-reason`. What is not an error of ours is answered "internal error" and
-logged: its text may hold paths or values that are nobody's business.
+logged: its text may hold paths or values that are nobody's business. Nor is how this server stands with its hub.
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Final, NoReturn
 
 import grpc
 
 from hub import errors as hub_errors
+from hub.remote import status
+from hub.remote.status import INTERNAL_REASON, REASON_KEY
 from server import errors
 
 log = logging.getLogger(__name__)
 
-REASON_KEY = "loraplex-reason"
-INTERNAL_REASON = "INTERNAL"
 CANCELLED_REASON = "CANCELLED"
-# A status message travels in metadata, which is bounded; a message may quote what the caller sent.
-MAX_MESSAGE_CHARS = 1000
 
 
 class MalformedMessage(errors.InvalidRequest):
@@ -33,14 +31,22 @@ class MalformedMessage(errors.InvalidRequest):
     reason = "MESSAGE_MALFORMED"
 
 
+class HubRefuses(errors.ServerError):
+    """The shared hub does not accept this server's own token, or not for what was asked: no fault of the caller's."""
+
+    reason = "HUB_REFUSES"
+
+
 class Loading(errors.ServerError):
     """The base model is not loaded yet."""
 
     reason = "LOADING"
 
 
-# The closest class of an error's ancestry decides.
-STATUSES: dict[type[Exception], grpc.StatusCode] = {
+# The closest class of an error's ancestry decides. The hub's own are as its shared server answers them.
+STATUSES: Final[Mapping[type[Exception], grpc.StatusCode]] = {
+    **status.STATUSES,
+    HubRefuses: grpc.StatusCode.FAILED_PRECONDITION,
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.AdapterUnservable: grpc.StatusCode.FAILED_PRECONDITION,
     errors.AdapterInUse: grpc.StatusCode.FAILED_PRECONDITION,
@@ -59,42 +65,16 @@ STATUSES: dict[type[Exception], grpc.StatusCode] = {
     errors.Cancelled: grpc.StatusCode.CANCELLED,
     errors.NonFiniteLogits: grpc.StatusCode.INTERNAL,
     errors.ServerError: grpc.StatusCode.INTERNAL,
-    hub_errors.RefInvalid: grpc.StatusCode.INVALID_ARGUMENT,
-    hub_errors.NotFound: grpc.StatusCode.NOT_FOUND,
-    hub_errors.AliasMoved: grpc.StatusCode.ABORTED,
-    hub_errors.QueryInvalid: grpc.StatusCode.INVALID_ARGUMENT,
-    hub_errors.GateMalformed: grpc.StatusCode.INVALID_ARGUMENT,
-    hub_errors.VersionHeld: grpc.StatusCode.FAILED_PRECONDITION,
-    hub_errors.NotRestorable: grpc.StatusCode.FAILED_PRECONDITION,
-    hub_errors.NothingToRollBack: grpc.StatusCode.FAILED_PRECONDITION,
-    hub_errors.GateRefused: grpc.StatusCode.FAILED_PRECONDITION,
-    hub_errors.HubReadOnly: grpc.StatusCode.FAILED_PRECONDITION,
-    hub_errors.BlobsSwept: grpc.StatusCode.ABORTED,
-    hub_errors.BlobCorrupt: grpc.StatusCode.DATA_LOSS,
-    hub_errors.SignatureMissing: grpc.StatusCode.FAILED_PRECONDITION,
-    hub_errors.SignatureUntrusted: grpc.StatusCode.FAILED_PRECONDITION,
-    hub_errors.SignatureInvalid: grpc.StatusCode.FAILED_PRECONDITION,
-    hub_errors.HubUnavailable: grpc.StatusCode.UNAVAILABLE,
+    # Where this server is the hub's client, "busy" is that a server behind it is.
     hub_errors.ServerBusy: grpc.StatusCode.UNAVAILABLE,
-    # This server's own token, not the caller's.
-    hub_errors.Unauthenticated: grpc.StatusCode.FAILED_PRECONDITION,
-    hub_errors.Forbidden: grpc.StatusCode.FAILED_PRECONDITION,
-    hub_errors.BaseError: grpc.StatusCode.FAILED_PRECONDITION,
-    hub_errors.AdapterRejected: grpc.StatusCode.FAILED_PRECONDITION,
-    hub_errors.HubError: grpc.StatusCode.INTERNAL,
 }
 
 
 def answer_for(error: Exception) -> tuple[grpc.StatusCode, str, str]:
     """(status, message, reason) that a caller gets for `error`."""
-    for ancestor in type(error).__mro__:
-        status = STATUSES.get(ancestor)
-        if status is not None and isinstance(error, errors.ServerError | hub_errors.HubError):
-            message = str(error)
-            if len(message) > MAX_MESSAGE_CHARS:
-                message = message[: MAX_MESSAGE_CHARS - 1] + "…"
-            return status, message, error.reason
-    return grpc.StatusCode.INTERNAL, "internal error", INTERNAL_REASON
+    if isinstance(error, hub_errors.Unauthenticated | hub_errors.Forbidden):
+        error = HubRefuses("the hub refuses this server's own token: whoever runs the server has to renew it")
+    return status.answer_for(error, STATUSES)
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no subscript at run time
@@ -170,11 +150,13 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
             raise request
 
     async def _abort(self, context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception) -> NoReturn:
-        status, message, reason = answer_for(error)
+        code, message, reason = answer_for(error)
         if reason == INTERNAL_REASON:
             log.error("%s failed", method, exc_info=error)
+        elif isinstance(error, hub_errors.HubError) and str(error) != message:
+            log.error("%s: %s", method, error)  # in full here, and only here
         self._count_error(reason)
-        await context.abort(status, message, ((REASON_KEY, reason),))
+        await context.abort(code, message, ((REASON_KEY, reason),))
         raise AssertionError("abort returned")
 
 

@@ -55,6 +55,20 @@ def test_dockerfile_copies_what_exists_and_starts_what_the_command_line_has(name
     assert "healthcheck.py" in text
 
 
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cuda"])
+def test_images_have_the_compiler_that_native_steps_need_where_they_run(name: str) -> None:
+    (packages,) = re.findall(
+        r"apt-get install -y --no-install-recommends ([a-z0-9 -]+) &&",
+        (DEPLOY / name).read_text(encoding="utf-8").rpartition("\nFROM ")[2],
+    )
+
+    assert {"gcc", "libc6-dev", "libgomp1"} <= set(packages.split())
+
+
+def test_the_image_for_a_gpu_has_what_its_kernels_need() -> None:
+    assert "pip install -c constraints.txt '.[gpu]'" in (DEPLOY / "Dockerfile.cuda").read_text(encoding="utf-8")
+
+
 def test_compose_files_it_mounts_exist_and_its_flags_are_real(compose: dict[str, Any]) -> None:
     server, prometheus = compose["services"]["server"], compose["services"]["prometheus"]
 
@@ -65,6 +79,9 @@ def test_compose_files_it_mounts_exist_and_its_flags_are_real(compose: dict[str,
         assert source in compose["volumes"] or (DEPLOY / source).exists(), source
     mounts = {mount["target"]: mount.get("read_only", False) for mount in server["volumes"] if isinstance(mount, dict)}
     assert mounts == {"/hub": False, "/hub/blobs": True}
+    # A folder that Docker makes is root's, and the server is not root.
+    made = [mount["bind"]["create_host_path"] for mount in server["volumes"] if isinstance(mount, dict)]
+    assert made == [False, False]
 
 
 def test_prometheus_scrapes_the_port_the_server_exposes(compose: dict[str, Any]) -> None:

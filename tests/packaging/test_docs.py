@@ -6,11 +6,14 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import click
 import pytest
 import yaml
+from click.core import ParameterSource
 from google.protobuf import json_format
 
 from hub.cli import group
@@ -38,20 +41,60 @@ def hub_calls(text: str) -> Iterator[list[str]]:
     for block in fenced(text, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             if line.startswith("hub "):
-                yield shlex.split(line.replace(" &", " "), comments=True)[1:]
+                words = shlex.split(line, comments=True)[1:]
+                yield list(takewhile(lambda word: word not in ("&", "&&", "|", ">", "2>"), words))
 
 
-@pytest.mark.parametrize("page", MADE_BY_HAND, ids=named)
-def test_command_lines_use_verbs_and_flags_that_exist(page: Path) -> None:
-    for words in hub_calls(page.read_text(encoding="utf-8")):
-        command: click.Command = group
-        context = click.Context(group, info_name="hub")
-        while isinstance(command, click.Group):
+def inline_hub_calls(text: str) -> Iterator[list[str]]:
+    """What stands as `hub …` in a page's sentences and tables, as words."""
+    sentences = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for call in re.findall(r"`hub\s([^`]+)`", sentences):
+        words = shlex.split(call.replace("\\|", "|"))
+        if not words[0].isupper():  # `hub VERB --help`
+            yield words
+
+
+@dataclass(frozen=True)
+class Call:
+    """A command line as the verb's own parser takes it apart; values are not looked at."""
+
+    given: frozenset[click.Parameter]
+    lacks: frozenset[click.Parameter]  # what has to be given and is not
+    too_much: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, words: list[str]) -> Call:
+        """Raises click's errors, and AssertionError where there is no such verb."""
+        command, context = group, click.Context(group, info_name="hub")
+        while isinstance(command, click.Group) and words and not words[0].startswith("-"):
             found = command.get_command(context, words[0])
             assert found is not None, f"there is no verb {words[0]!r}"
             command, words = found, words[1:]
-        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        assert {word for word in words if word.startswith("-")} <= known, f"{command.name} {words}"
+            context = click.Context(command, context, info_name=command.name)
+        values, left, _ = command.make_parser(context).parse_args(list(words))
+        told = [each.consume_value(context, values)[1] is ParameterSource.COMMANDLINE for each in command.params]
+        given = frozenset(each for each, is_told in zip(command.params, told, strict=True) if is_told)
+        return cls(given, frozenset(each for each in command.params if each.required) - given, tuple(left))
+
+
+@pytest.mark.parametrize("page", MADE_BY_HAND, ids=named)
+def test_command_lines_are_ones_that_verbs_take(page: Path) -> None:
+    for words in hub_calls(page.read_text(encoding="utf-8")):
+        call = Call.parse(words)
+        assert (call.too_much, call.lacks) == ((), frozenset()), words
+
+
+@pytest.mark.parametrize("page", [*MADE_BY_HAND, ROOT / "docs" / "cli.md"], ids=named)
+def test_commands_in_sentences_are_ones_that_verbs_take(page: Path) -> None:
+    """A verb may be named alone or with a flag (`hub eval --record`); with one argument all of them are given."""
+    for words in inline_hub_calls(page.read_text(encoding="utf-8")):
+        try:
+            call = Call.parse(words)
+        except click.BadOptionUsage:  # the flag is meant, and its value left out
+            call = Call.parse([*words, "VALUE"])
+        assert call.too_much == (), words
+        if any(isinstance(each, click.Argument) for each in call.given):
+            assert not [each for each in call.lacks if isinstance(each, click.Argument)], words
 
 
 @pytest.mark.parametrize("page", MADE_BY_HAND, ids=named)
@@ -112,3 +155,15 @@ def test_every_alert_is_explained() -> None:
     )
 
     assert set(explained) == alerts
+
+
+def test_figures_beside_other_engines_are_those_of_the_results() -> None:
+    results = (ROOT / "benchmarks" / "results" / "mix16.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (transformers|vLLM|Loraplex, bf16)[^|]*\|((?: [\d%]+ \|){6})$", results, flags=re.MULTILINE)
+    rows = rows[:6]  # its first two tables: earlier runs follow
+    assert [name for name, _ in rows] == 2 * ["transformers", "vLLM", "Loraplex, bf16"]
+    assert [name for name, cells in rows if cells not in guide] == []
+    mix16 = [cells.split("|")[3].strip() for _, cells in rows]
+    for peft, vllm, ours in (mix16[:3], mix16[3:]):
+        assert f"Loraplex {ours}, vLLM {vllm}, PEFT {peft}" in " ".join(README.split())

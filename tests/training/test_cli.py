@@ -14,7 +14,7 @@ from hub.cli import group
 from training.commands import COMMANDS
 from training.data import Example, read_jsonl, write_jsonl
 from training.errors import DataTooSmall, OutputExists, RecipeInvalid, UnknownRecipe
-from training.presets import RECIPES
+from training.presets import ARTICLES, RECIPES
 from training.recipe import Recipe
 
 
@@ -167,6 +167,8 @@ def test_a_built_file_knows_its_task(tiny_base: Path, tmp_path: Path) -> None:
 def test_recipes_are_compared_and_shown_whole() -> None:
     table = run("recipes").stdout
     assert all(name in table for name in RECIPES)
+    planner = Path(__file__).parents[2] / "docs" / "planner.md"
+    assert ARTICLES in table and "## The articles\n" in planner.read_text(encoding="utf-8")
     shown = run("recipes", "show", "article-001").stdout
     assert "attention; rate" in shown and "--learning-rate" in shown and "q k v o" in shown
     told = json.loads(run("recipes", "show", "low-data", "--json").stdout)

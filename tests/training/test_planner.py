@@ -18,7 +18,7 @@ from training.data import Example, write_jsonl
 from training.encode import Encoded, EncodedSet
 from training.loss import label_loss
 from training.planner import Data, Machine, Option, flops_of, steps_of, weigh
-from training.presets import named_recipe
+from training.presets import ARTICLES, named_recipe
 from training.recipe import Recipe
 from training.rehearsal import Shape, rehearse, rehearse_all_layers
 from training.trainable import float32_adapters, make_trainable
@@ -144,7 +144,7 @@ def test_the_verb(tiny_base: Path, tmp_path: Path) -> None:
         return CliRunner().invoke(group, common, catch_exceptions=False)
 
     table = run("--gpu-memory", "24GB", "--price-per-hour", "1").stdout
-    for words in ("full", "qlora", "peak", "cost", "→", "Try prompts first", "articles 000, 003"):
+    for words in ("full", "qlora", "peak", "cost", "→", "Try prompts first", "articles 000, 003", ARTICLES):
         assert words in table
     told = json.loads(run("--gpu", "l4", "--json").stdout)
     assert told["machine"]["memory"] == 24 * 10**9 and len(told["options"]) == 6

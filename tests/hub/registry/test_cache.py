@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hub.errors import CredentialsUnsafe, HubUnavailable, VersionNotFound
+from hub.errors import CredentialsUnsafe, HubUnavailable, Unauthenticated, VersionNotFound
 from hub.hub import Hub
 from hub.refs import AdapterRef
 from hub.registry.server import RegistryConfig, RegistryServer
@@ -119,6 +119,20 @@ def test_tokens_are_kept_for_this_user_alone(tmp_path: Path) -> None:
     assert credentials.token_for(Address.parse("grpcs://hub.example.org:1")) is None
     credentials.credentials_file().chmod(0o640)
     with pytest.raises(CredentialsUnsafe, match="chmod 600"):
+        credentials.token_for(there)
+
+
+def test_a_token_comes_without_what_a_copy_brought_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Address.parse("grpcs://hub.example.org")
+    monkeypatch.setenv("LORAPLEX_HUB_TOKEN", "lpt_secret\r\n")
+    assert credentials.token_for(there) == "lpt_secret"
+    for wrong in ("lpt_se\ncret", "lpt_sécret", "lpt_\x07"):
+        monkeypatch.setenv("LORAPLEX_HUB_TOKEN", wrong)
+        with pytest.raises(Unauthenticated, match="LORAPLEX_HUB_TOKEN has a character"):
+            credentials.token_for(there)
+    monkeypatch.delenv("LORAPLEX_HUB_TOKEN")
+    credentials.remember(there, "lpt_sécret")
+    with pytest.raises(Unauthenticated, match=r"kept for grpcs://hub\.example\.org:50052"):
         credentials.token_for(there)
 
 

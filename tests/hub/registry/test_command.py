@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from hub.cli_registry import _same
 from hub.errors import HubUnavailable
 from hub.hub import Hub
 from hub.registry.server import RegistryConfig, RegistryServer
@@ -54,9 +57,13 @@ def certificates(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def registry(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+def registry(*arguments: str, stderr: int | None = None) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
     process = subprocess.Popen(
-        [*HUB, "registry", "--listen", "127.0.0.1:0", *arguments], stdout=subprocess.PIPE, text=True, env=os.environ
+        [*HUB, "registry", "--listen", "127.0.0.1:0", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=os.environ,
     )
     try:
         assert process.stdout is not None
@@ -108,6 +115,38 @@ def test_a_server_without_tokens_stays_on_this_machine(tmp_path: Path) -> None:
     assert "CREDENTIALS_UNSAFE" in refused
     assert "HUB_UNAVAILABLE" in hub("registry", "--hub", "grpc://127.0.0.1:1", expect=1)
     assert "HUB_UNAVAILABLE" in hub("whoami", expect=1)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1", "::1:50052", "localhost:http"])
+def test_an_address_to_listen_on_that_is_none_is_named(address: str) -> None:
+    assert f"'--listen': '{address}' is no address: write host:port" in hub("registry", "--listen", address, expect=2)
+
+
+def test_a_token_that_cannot_be_sent_is_refused_before_it_is() -> None:
+    refused = hub("login", "grpc://127.0.0.1:1", stdin="lpt_wröng\n", expect=1)
+    assert refused == (
+        "error: what was given has a character that no token has, '\\xf6': was it copied whole, and alone? "
+        "(UNAUTHENTICATED)\n"
+    )
+
+
+def test_a_new_hub_is_told_of_and_its_first_token_goes_there(tmp_path: Path) -> None:
+    there = str(tmp_path / "a hub")
+    with registry("--hub", there, stderr=subprocess.PIPE) as (process, _):
+        process.terminate()
+        said = process.communicate(timeout=30)[1]
+    assert f"made a new hub at {there}\n" in said
+    command = re.search(r"`hub (token create .*)`", said)
+    assert command is not None
+    hub(*shlex.split(command[1]))
+    assert "admin" in hub("token", "list", "--hub", there)
+    with registry("--hub", there, stderr=subprocess.PIPE) as (process, _):
+        process.terminate()
+        assert "made" not in process.communicate(timeout=30)[1]
+
+
+def test_a_database_password_is_not_repeated() -> None:
+    assert _same("postgresql://hub:secret@db/hub?blobs=/srv/blobs") == " --hub URL"
 
 
 def test_health_says_when_it_drains_and_watches_end(store: Hub, tmp_path: Path) -> None:

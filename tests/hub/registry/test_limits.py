@@ -317,6 +317,6 @@ def test_lists_and_searches_of_many_that_the_caller_may_not_read_cost_few_querie
     assert ([each.number for each in page.versions], page.more) == ([1, 2, 3, 4], True)
     rest = reader.search(Query(limit=4, after=("team/x", 4)))
     assert ([each.number for each in rest.versions], rest.more) == ([5, 6], False)
-    monkeypatch.setattr("hub.registry.reading.MAX_PAGE", 4)
+    monkeypatch.setattr("hub.remote.messages.MAX_PAGE", 4)
     assert [each.text for each in reader.versions()] == [f"team/x@{number}" for number in range(1, 7)]
     assert len(connect("*:read").versions()) == 18

@@ -10,6 +10,7 @@ import pytest
 
 from hub import errors
 from hub.registry.answers import Draining
+from hub.remote.connection import ServerAway, _raised
 from hub.remote.status import MAX_MESSAGE_CHARS, answer_for, error_of, is_away, trailing
 
 
@@ -52,6 +53,17 @@ def test_every_error_arrives_as_itself(kind: type[errors.HubError]) -> None:
 def test_what_is_not_the_hubs_own_tells_nothing() -> None:
     found = error_of(Answer(ValueError("/srv/secret/path")))
     assert (found.reason, "secret" in str(found)) == ("INTERNAL", False)
+
+
+def test_where_a_server_was_looked_for_is_told_to_its_own_user_alone() -> None:
+    class Away(Answer):
+        def trailing_metadata(self) -> Any:
+            return ()
+
+    away = Away(errors.HubUnavailable("failed to connect to ipv4:10.0.0.7:50052"))
+    assert isinstance(raised := _raised(away), ServerAway)
+    assert raised.public == "the hub's server cannot be reached"
+    assert str(raised) == "the hub's server cannot be reached: failed to connect to ipv4:10.0.0.7:50052"
 
 
 def test_long_messages_are_cut() -> None:

@@ -18,6 +18,7 @@ from hub.signing import keys
 from hub.signing.policy import TrustPolicy
 from hub.signing.pushing import push_signed, sign_version
 from hub.signing.requiring import requiring
+from hub.versions import Version
 from protos.loraplex.v1 import registry_pb2 as pb
 from server.adapters.directory import AdapterDirectory, hub_fetch
 from tests.hub.making import lora_tensors, write_adapter
@@ -70,6 +71,35 @@ def test_a_clash_is_told_over_the_wire(connect: ConnectAs, store: Hub, tmp_path:
             connect("*:push").adopt(bundle.arrivals, bundle.lay_out)
         [adopted] = connect("*:push").adopt(bundle.arrivals, bundle.lay_out, renumber=True)
         assert (adopted.number, adopted.version.text) == (1, "x@2")
+
+
+def test_an_import_brings_back_a_file_that_a_shared_hub_lost(connect: ConnectAs, store: Hub, tmp_path: Path) -> None:
+    version = store.push(adapter(tmp_path, 1), "x").version
+    export_bundle(store, ["x"], tmp_path / "b")
+    stored_weights(tmp_path, version).unlink()
+    with Bundle(tmp_path / "b") as bundle:
+        assert [each.outcome for each in connect("*:push").adopt(bundle.arrivals, bundle.lay_out)] == ["known"]
+    assert store.verify() == []
+
+
+def test_an_import_mends_a_damaged_file_that_its_version_shares(connect: ConnectAs, store: Hub, tmp_path: Path) -> None:
+    version = store.push(adapter(tmp_path, 1), "x").version
+    with Hub.open(str(tmp_path / "laptop")) as laptop:
+        other = write_adapter(tmp_path / "other", config={"lora_alpha": 16}, tensors=lora_tensors(seed=1))
+        laptop.push(other, "x")
+        export_bundle(laptop, ["x"], tmp_path / "b")
+    weights = stored_weights(tmp_path, version)
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with Bundle(tmp_path / "b") as bundle:
+        [adopted] = connect("*:push").adopt(bundle.arrivals, bundle.lay_out, renumber=True)
+    assert adopted.version.text == "x@2"
+    assert store.verify() == []
+
+
+def stored_weights(tmp_path: Path, version: Version) -> Path:
+    hex_digits = version.manifest.files["adapter_model.safetensors"].sha256.hex
+    return tmp_path / "hub" / "blobs" / "sha256" / hex_digits[:2] / hex_digits
 
 
 def test_hostile_calls(connect: ConnectAs, store: Hub) -> None:

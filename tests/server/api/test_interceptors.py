@@ -7,7 +7,8 @@ import pytest
 
 import hub.errors
 import server.errors
-from server.api.interceptors import MAX_MESSAGE_CHARS, STATUSES, answer_for
+from hub.remote.status import MAX_MESSAGE_CHARS
+from server.api.interceptors import STATUSES, answer_for
 
 Code = grpc.StatusCode
 ERRORS = [
@@ -18,7 +19,14 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{error.__module__}.{error.__name__}")
+OWN_TOKEN = (hub.errors.Unauthenticated, hub.errors.Forbidden)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [each for each in ERRORS if each not in OWN_TOKEN],
+    ids=lambda error: f"{error.__module__}.{error.__name__}",
+)
 def test_every_error_of_ours_keeps_its_reason_and_message(error: type[Exception]) -> None:
     _, message, reason = answer_for(error("what is wrong"))
     assert (message, reason) == ("what is wrong", error.reason)  # type: ignore[attr-defined]
@@ -59,6 +67,18 @@ def test_foreign_exceptions_are_not_quoted() -> None:
         reason = "SNEAKY"
 
     assert answer_for(Sneaky("/etc/passwd")) == (Code.INTERNAL, "internal error", "INTERNAL")
+
+
+@pytest.mark.parametrize("error", OWN_TOKEN)
+def test_a_hub_that_refuses_the_servers_token_is_no_fault_of_the_callers(error: type[Exception]) -> None:
+    status, message, reason = answer_for(error("the token caf49 of srv was revoked"))
+    assert (status, reason) == (Code.FAILED_PRECONDITION, "HUB_REFUSES")
+    assert "srv" not in message and "whoever runs the server" in message
+
+
+def test_what_a_database_says_stays_with_the_server() -> None:
+    _, message, _ = answer_for(hub.errors.HubUnavailable("the catalog cannot be used", "no host db.internal"))
+    assert message == "the catalog cannot be used"
 
 
 def test_messages_fit_into_metadata() -> None:

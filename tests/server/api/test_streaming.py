@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from hub.errors import HubUnavailable, Unauthenticated
 from protos.loraplex.v1 import inference_pb2, inference_pb2_grpc
 from server.api.admission import INLINE_CHARS
 from server.client import Client, GenerationError
@@ -157,6 +158,25 @@ def test_an_unknown_exception_says_nothing_of_itself(
         "internal error",
     )
     assert "/secret/path" in caplog.text  # for us
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "reason"),
+    [
+        (Unauthenticated("the token caf49 of srv was revoked"), "FAILED_PRECONDITION", "HUB_REFUSES"),
+        (HubUnavailable("the hub cannot be used", "caf49 is no database of srv"), "UNAVAILABLE", "HUB_UNAVAILABLE"),
+    ],
+    ids=["own token", "database"],
+)
+def test_how_the_server_stands_with_its_hub_is_told_to_its_log_alone(
+    client: Client, engine: FakeEngine, caplog: pytest.LogCaptureFixture, raised: Exception, status: str, reason: str
+) -> None:
+    engine.refuse = raised
+    with pytest.raises(GenerationError) as failed:
+        client.generate("x")
+    assert (failed.value.status, failed.value.reason) == (status, reason)
+    assert "caf49" not in failed.value.message
+    assert f"loraplex.v1.Inference/Generate: {raised}" in caplog.text
 
 
 def test_tokenize_and_model_info(client: Client) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from server.kernels import native, reference
 from server.kernels.native import Native
+from server.kernels.native.build import build
 from server.kernels.native.plans import DecodePlan, PrefillPlan, Sites
 
 # One rounding at the end against torch's rounding after every operation.
@@ -213,3 +214,12 @@ def test_finite_pages(kernels: tuple[Native, torch.dtype]) -> None:
     pages = random.sample(range(10), 10)
     assert k.finite_pages(caches, pages, 4) == [page not in (2, 7, 9) for page in pages]
     assert k.finite_pages(caches, [], 4) == []
+
+
+def test_a_machine_without_a_compiler_is_told_what_that_costs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with caplog.at_level("WARNING"):
+        assert build("native.c", [], []) is None
+    assert "no C compiler (no-such-compiler)" in caplog.text
