@@ -12,6 +12,7 @@ import click
 import platformdirs
 
 from hub.cli_options import examples, hub_option
+from hub.unwinding import end_at_once
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -94,6 +95,7 @@ def registry(
         listen=listen, uploads=uploads, tls_cert=tls_cert, tls_key=tls_key, metrics_port=metrics_port,
         drain_seconds=drain_seconds,
     )  # fmt: skip
+    end_at_once(signal.SIGHUP)
     ending = threading.Event()
     with Hub.open(hub_url) as hub:
         hub.profile_file = profile or hub.profile_file

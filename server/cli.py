@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,6 +19,7 @@ from hub.duration import Duration
 from hub.duration import as_option as as_duration
 from hub.errors import RefInvalid
 from hub.refs import Alias
+from hub.unwinding import end_at_once
 from server.config import EngineLimits, FeedbackConfig, ModelConfig, Quantization, ServerConfig
 from server.errors import BaseUnavailable
 
@@ -291,6 +293,7 @@ def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> in
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("server").setLevel(logging.INFO)
+    end_at_once(signal.SIGHUP)
     return _serve(config)
 
 
