@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -93,6 +94,12 @@ def test_refusals_are_one_line_with_the_reason(tmp_path: Path, run: Run) -> None
         ("push", str(tmp_path / "empty"), "x"): "ADAPTER_FILE_MISSING",
         ("push", adapter(tmp_path, 1), "x", "--base", "nope"): "BASE_NOT_FOUND",
         ("list", "--hub", "s3://bucket"): "HUB_UNAVAILABLE",
+        ("list", "--hub", f"file://{tmp_path}/hub#1"): "HUB_UNAVAILABLE",
+        ("list", "--base", "\udcff"): "QUERY_INVALID",
+        ("pull", "nobody/x", "/"): "TARGET_NOT_EMPTY",
+        ("signatures", "nobody/x", "--out", "/dev/null/sub"): "HUB_UNAVAILABLE",
+        ("export", "nobody/x", "/dev/null/sub.bundle"): "HUB_UNAVAILABLE",
+        ("export", "nobody/x", str(tmp_path / ("n" * 256))): "HUB_UNAVAILABLE",
     }
     for arguments, reason in refusals.items():
         status, out, err = run(*arguments)
@@ -289,3 +296,48 @@ def test_what_a_push_states_can_be_searched_for(tmp_path: Path, run: Run, data: 
     assert "reviews.jsonl" in shown
     status, _, err = run("push", adapter(tmp_path, 3), "team/z", "--metrics", "f1=much")
     assert (status, "the metric f1 is no number: 'much'" in err) == (1, True)
+
+
+def test_a_hub_that_one_may_not_look_into_is_told_without_its_paths(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    exists = Path.exists
+
+    def closed(path: Path, **named: bool) -> bool:
+        if path.name == "FORMAT":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return exists(path, **named)
+
+    monkeypatch.setattr(Path, "exists", closed)
+    for arguments in (["list"], ["fsck"], ["pull", "x", str(tmp_path / "out")]):
+        assert run(*arguments) == (1, "", "error: the hub cannot be opened: Permission denied (HUB_UNAVAILABLE)\n")
+
+
+def test_a_comparison_without_room_for_the_weights_says_so(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    run("push", adapter(tmp_path, 2), "x")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hub.diff.copy_checked", full)
+    status, out, err = run("diff", "x@1", "x@2")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: the weights of x@1 cannot be laid out to compare them: No space left on device")
+
+
+def test_an_export_onto_a_full_disk_names_the_file_that_was_asked_for(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hub.pull._write_files", full)
+    target = tmp_path / "x.bundle"
+    wanted = f"error: {target} cannot be written: No space left on device (HUB_UNAVAILABLE)\n"
+    assert run("export", "x", str(target)) == (1, "", wanted)
