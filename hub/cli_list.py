@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from hub.cli_options import examples, hub_option, json_option
-from hub.cli_output import parameter_count, print_json, print_table, rank_text, version_json
+from hub.cli_output import parameter_count, print_json, print_table, rank_text, time_text, version_json
 from hub.opening import open_existing
 from hub.refs import AdapterRef, Version
 from hub.search import MetricTest, Query, metric_numbers
@@ -110,7 +110,7 @@ def _print_found(query: Query, hub_url: str | None, as_json: bool) -> None:
                     rank_text(version),
                     f"{parameter_count(version):,}",
                     version.manifest.base.name or "unknown",
-                    version.created.replace("T", " ").removesuffix("Z"),
+                    time_text(version.created),
                 ]
             )
         print_table(["version", "aliases", *asked, "rank", "parameters", "base", "created"], rows)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import click
 
 from hub.base_identity import BaseIdentity
 from hub.progress import Progress
-from hub.versions import AliasState, Held, Version
+from hub.versions import AliasState, Held, Lease, Version
 
 
 def print_json(value: Any) -> None:
@@ -120,6 +121,21 @@ def share_text(state: AliasState, number: int) -> str:
     total = sum(target.weight for target in state.targets)
     share = sum(target.weight for target in state.targets if target.version == number) / total
     return "" if share == 1 else f" ({100 * share:.3g} %)"
+
+
+def holder_text(lease: Lease) -> str:
+    """Who keeps a version from being removed: "anna", or for a time "anna until 2026-12-01 09:00:00"."""
+    return lease.holder if lease.expires is None else f"{lease.holder} until {time_text(utc(lease.expires))}"
+
+
+def utc(seconds: float) -> str:
+    """Unix time in RFC 3339."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def time_text(time: str) -> str:
+    """A time in RFC 3339, UTC, for people: "2026-12-01 09:00:00"."""
+    return time.replace("T", " ").removesuffix("Z")
 
 
 def size_text(count: int) -> str:

@@ -19,6 +19,7 @@ from hub.cli_output import (
     printable,
     share_text,
     size_text,
+    time_text,
     version_json,
 )
 from hub.errors import EvaluationsUnsupported
@@ -133,7 +134,7 @@ def _brief(version: Version | None) -> str:
     if version is None:
         return "not in this hub any more"
     by = f" by {version.manifest.creator}" if version.manifest.creator else ""
-    return f"{version.created.replace('T', ' ').removesuffix('Z')}{by}"
+    return f"{time_text(version.created)}{by}"
 
 
 def _lineage_json(family: Lineage) -> dict[str, Any]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -221,7 +222,8 @@ def test_no_verb_but_push_makes_a_hub(tmp_path: Path, run: Run, arguments: list[
 
 @pytest.mark.parametrize(
     "arguments",
-    [["tag", "prod", "x@1=x"], ["tag", "x@1", "a", "b"], ["gc", "--retention", "7"], ["gc", "--grace", "-1s"],
+    [["tag", "prod", "x@1=x"], ["tag", "x@1", "a", "b"], ["tag", "x@1"], ["untag", "x@1", "latest"], ["log", "x@1"],
+     ["watch", "x@1"], ["pin", "x@1", "--for", "0s"], ["gc", "--retention", "7"], ["gc", "--grace", "-1s"],
      ["rollback", "x@1"], ["list", "--after", "x"], ["list", "--limit", "0"], ["watch", "--count", "0"]],
 )  # fmt: skip
 def test_wrong_usage_of_the_upkeep_verbs_exits_2(tmp_path: Path, run: Run, arguments: list[str]) -> None:
@@ -341,3 +343,52 @@ def test_an_export_onto_a_full_disk_names_the_file_that_was_asked_for(
     target = tmp_path / "x.bundle"
     wanted = f"error: {target} cannot be written: No space left on device (HUB_UNAVAILABLE)\n"
     assert run("export", "x", str(target)) == (1, "", wanted)
+
+
+def test_a_usage_error_of_tag_names_what_is_missing(run: Run) -> None:
+    assert "give REF and ALIAS, or ALIAS and one or more REF=WEIGHT" in run("tag", "team/x@1")[2]
+
+
+def test_the_end_of_a_split_alias_tells_all_that_it_held(tmp_path: Path, run: Run) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    run("push", adapter(tmp_path, 2), "x")
+    run("tag", "canary", "x@1=50", "x@2=50")
+    assert run("untag", "x", "canary")[1] == "x:canary is gone; it was x@1 50 %, @2 50 %\n"
+
+
+def test_a_pin_for_a_time_tells_its_end(tmp_path: Path, run: Run) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    assert run("pin", "x", "--holder", "anna")[1] == "x@1 is pinned by anna\n"
+    out = run("pin", "x", "--holder", "anna", "--for", "1d")[1]
+    assert re.fullmatch(r"x@1 is pinned by anna until \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", out)
+
+
+def test_only_damage_is_said_to_be_mended_by_a_push(tmp_path: Path, run: Run) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    assert run("key", "generate", str(tmp_path / "k.pem"))[0] == 0
+    status, out, err = run("verify", "--require-signature", "--trust", str(tmp_path / "k.pem.pub"))
+    assert (status, "SIGNATURE_MISSING" in out, err) == (1, True, "")
+    next((tmp_path / "default-hub" / "blobs").rglob("sha256/??/*")).unlink()
+    assert "again mends" in run("verify")[2]
+
+
+def test_the_log_and_the_watch_of_what_never_was_are_refused(tmp_path: Path, run: Run) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    run("tag", "x", "was")
+    run("untag", "x", "was")
+    assert "x:was was @1" in run("log", "x:was")[1]
+    assert run("log", "x:was", "--since", "99")[:2] == (0, "no events\n")
+    assert run("log", "x:nope") == (1, "", "error: x never had an alias 'nope' (ALIAS_NOT_FOUND)\n")
+    for verb in ("log", "watch"):
+        status, _, err = run(verb, "typo")
+        assert (status, err.endswith("(ADAPTER_NOT_FOUND)\n")) == (1, True)
+
+
+def test_a_key_of_which_one_half_is_there_is_not_made(tmp_path: Path, run: Run) -> None:
+    for there, other in (("k.pem", "k.pem.pub"), ("k.pem.pub", "k.pem")):
+        (tmp_path / there).write_text("mine")
+        status, _, err = run("key", "generate", str(tmp_path / "k.pem"))
+        assert (status, f"{there} is there already" in err) == (1, True)
+        assert not (tmp_path / other).exists()
+        assert (tmp_path / there).read_text() == "mine"
+        (tmp_path / there).unlink()
