@@ -15,6 +15,7 @@ from hub.errors import AliasNotFound
 from hub.facade import HubFacade
 from hub.hub import Event
 from hub.opening import open_existing
+from hub.past import all_events
 from hub.refs import AdapterRef, Alias
 
 
@@ -46,7 +47,7 @@ def log(name: str | None, since: int, follow: bool, hub_url: str | None, as_json
                 if _matches(event, full_name, alias):
                     _print_live(event, as_json)
             return
-        events = [event for event in _all_events(hub, since, full_name) if _matches(event, full_name, alias)]
+        events = [event for event in all_events(hub, since, full_name) if _matches(event, full_name, alias)]
         if full_name is not None and alias is not None and not events:
             _check_was(hub, full_name, alias)
     if as_json:
@@ -102,20 +103,12 @@ def _check_known(hub: HubFacade, full_name: str | None) -> None:
 
 def _check_was(hub: HubFacade, full_name: str, alias: str) -> None:
     """Raise AliasNotFound for an alias that never was."""
-    if not any(event.alias == alias for event in _all_events(hub, 0, full_name)):
+    if not any(event.alias == alias for event in all_events(hub, 0, full_name)):
         raise AliasNotFound(f"{full_name} never had an alias {alias!r}")
 
 
 def _matches(event: Event, full_name: str | None, alias: str | None) -> bool:
     return full_name in (None, event.full_name) and alias in (None, event.alias)
-
-
-def _all_events(hub: HubFacade, since: int, full_name: str | None) -> list[Event]:
-    events: list[Event] = []
-    while batch := hub.events(since, 1000, full_name):
-        events += batch
-        since = batch[-1].seq
-    return events
 
 
 def _row(event: Event) -> list[str]:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -392,3 +393,62 @@ def test_a_key_of_which_one_half_is_there_is_not_made(tmp_path: Path, run: Run) 
         assert not (tmp_path / other).exists()
         assert (tmp_path / there).read_text() == "mine"
         (tmp_path / there).unlink()
+
+
+def test_removed_versions_are_listed_with_how_long_they_last(
+    tmp_path: Path, run: Run, data: Callable[..., Any]
+) -> None:
+    for seed, name in enumerate(("team/x", "team/x", "team/x", "team/x", "b/y", "b/y")):
+        run("push", adapter(tmp_path, seed), name)
+    assert run("list", "--removed")[1] == "no removed version can be restored\n"
+    for ref in ("team/x@1", "team/x@2", "team/x@3", "b/y@1"):
+        assert run("rm", ref)[0] == 0
+    run("restore", "team/x@2")
+    assert run("push", adapter(tmp_path, 2), "team/x")[0] == 0  # @3 again
+    assert [found["version"] for found in data("list", "--removed")] == ["b/y@1", "team/x@1"]
+    (found,) = data("list", "team/*", "--removed")
+    assert datetime.fromisoformat(found["until"]) - datetime.fromisoformat(found["removed"]) == timedelta(days=7)
+    out = run("list", "--removed")[1]
+    assert "spared until" in out
+    assert found["until"].replace("T", " ").removesuffix("Z") in out
+    run("gc", "--retention", "0", "--grace", "0")
+    assert data("list", "--removed") == []
+    assert run("list", "--removed", "--tag", "prod")[0] == 2
+
+
+def test_show_tells_who_holds_a_version(tmp_path: Path, run: Run, data: Callable[..., Any]) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    run("push", adapter(tmp_path, 2), "x")
+    assert "held by" not in run("show", "x@1")[1]
+    run("pin", "x@1", "--holder", "audit")
+    run("pin", "x@1", "--holder", "server", "--for", "1h")
+    assert re.search(r"  held by +audit, server until \d{4}-", run("show", "x@1")[1])
+    assert "held by" not in run("show", "x@2")[1]
+    assert [lease["holder"] for lease in data("show", "x@1")["leases"]] == ["audit", "server"]
+
+
+def test_a_row_of_a_table_is_a_line_where_programs_read_it(tmp_path: Path, run: Run) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    for letter in ("a", "b"):
+        run("pin", "x", "--holder", letter * 200)
+    lines = run("log")[1].splitlines()
+    assert len(lines) == 2 + 4
+    assert [("a" * 200 in line, "b" * 200 in line) for line in lines[-2:]] == [(True, False), (False, True)]
+
+
+def test_a_terminal_folds_cells_and_cuts_none(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    run("push", adapter(tmp_path, 2), "x")
+    whole = run("show", "x")[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "80")
+    folded = run("show", "x")[1]
+    assert "\u2026" not in folded
+    assert max(map(len, folded.rpartition("file")[2].splitlines())) <= 80
+    for digest in re.findall(r"[0-9a-f]{64}", whole.rpartition("file")[2]):
+        assert digest[:24] in folded
+    compared = run("diff", "x@1", "x@2")[1]
+    for part in ("q_proj", "v_proj", "lora_A", "lora_B"):
+        assert part in compared
+    assert "base_model." not in compared
