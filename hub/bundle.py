@@ -16,7 +16,6 @@ import hashlib
 import os
 import tarfile
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from hub.parsing import MAX_FILE_BYTES, file_limit
 from hub.progress import Progress
 from hub.refs import Digest
 from hub.signing.envelope import MAX_SIGNATURE_BYTES
+from hub.staging import beside
 
 SCHEMA: Final = "loraplex.bundle/1"
 INDEX: Final = "loraplex-bundle.json"
@@ -88,11 +88,15 @@ class BundleWriter:
         Raises TargetNotEmpty where the file is there, HubUnavailable where it cannot be written, BlobCorrupt.
         """
         target = target.absolute()
-        if target.exists() or target.is_symlink():
-            raise TargetNotEmpty(f"{target} is there already; give another name")
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists() or target.is_symlink():
+                raise TargetNotEmpty(f"{target} is there already; give another name")
+            self._write_whole(beside(target), target, packed, progress)
+        except OSError as error:
+            raise HubUnavailable(f"{target} cannot be written: {os.strerror(error.errno or 0)}") from error
+
+    def _write_whole(self, temporary: Path, target: Path, packed: Iterator[Packed], progress: Progress | None) -> None:
+        try:
             with temporary.open("xb") as out:
                 self._write(out, packed, progress)
                 out.flush()
@@ -105,8 +109,6 @@ class BundleWriter:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                     raise
                 temporary.rename(target)  # a file system without hard links, as sticks have
-        except OSError as error:
-            raise HubUnavailable(f"{target} cannot be written: {os.strerror(error.errno or 0)}") from error
         finally:
             temporary.unlink(missing_ok=True)
 

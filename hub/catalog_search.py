@@ -98,6 +98,9 @@ def _statement(query: Query, after: tuple[str, int], few: Sequence[MetricTest]) 
 
 def _named(name: Any, pattern: str) -> Iterator[sa.ColumnElement[bool]]:
     """Conditions that every name the shell pattern matches meets, and few others."""
+    if not _like(pattern).isascii():
+        yield sa.false()  # names are ASCII; there may be no next character to end a range with
+        return
     prefix = pattern[: next((i for i, char in enumerate(pattern) if char in _WILD), None)]
     if prefix == pattern:
         yield name == prefix

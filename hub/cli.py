@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from functools import cache, cached_property
@@ -11,8 +12,14 @@ import click
 
 from hub.commands import Command
 from hub.entry_points import entry_points, load
+from hub.unwinding import unwinding
 
 _SECTIONS = ("Versions", "Sharing", "Training", "Serving")
+# What a machine says no with, whoever asks; any other OSError is a fault of ours.
+_REFUSALS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
+     errno.ENAMETOOLONG}
+)  # fmt: skip
 
 
 class VerbGroup(click.Group):
@@ -94,10 +101,16 @@ def group() -> None:
 
 
 def main() -> None:
-    """Run the command line; exits 0 when done, 1 when refused, 2 on wrong usage."""
+    """Run the command line; exits 0 when done, 1 when refused, 2 on wrong usage, 128+n on the signal n."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core would add lines of C++ to what we say of a connection
+    with unwinding():
+        _run()
+
+
+def _run() -> None:
     try:
         status = group.main(standalone_mode=False)
+        print(end="", flush=True)  # what stdout refuses is said here, not at exit
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -105,9 +118,14 @@ def main() -> None:
         click.echo("stopped", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output (`| head`) left; what is still buffered must not raise again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # its reader (`| head`) left
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        _discard_output()
+        click.echo(f"error: this machine refused: {os.strerror(error.errno)} (SYSTEM_REFUSED)", err=True)
+        sys.exit(1)
     except Exception as error:
         reason = getattr(error, "reason", None)
         if not isinstance(reason, str) or not reason.isupper():
@@ -115,3 +133,11 @@ def main() -> None:
         click.echo(f"error: {error} ({reason})", err=True)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _discard_output() -> None:
+    """What stdout does not take must not raise again at exit."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,6 +12,7 @@ import click
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, print_table
 from hub.opening import open_existing
+from hub.tensor_names import PREFIX
 
 _SHOWN_TENSORS = 20
 
@@ -56,7 +57,7 @@ def diff(a: str, b: str, tensors: bool, hub_url: str | None, as_json: bool) -> N
         print_table(
             ["tensor", "|A|", "|B|", "cosine", "|B-A|"],
             [
-                [t.name, _number(t.norm_a), _number(t.norm_b), _number(t.cosine), _number(t.change)]
+                [t.name.removeprefix(PREFIX), *map(_number, (t.norm_a, t.norm_b, t.cosine, t.change))]
                 for t in found.tensors[shown]
             ],
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import click
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, print_pairs, print_table
 from hub.cli_trust import key_option, trust_option
+from hub.errors import HubUnavailable
 from hub.opening import open_existing
 
 
@@ -148,9 +151,7 @@ def signatures(ref: str, trust: tuple[Path, ...], out: Path | None, hub_url: str
         found = hub.signatures(version.digest)
     findings = policy.examine(version, found)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        for number, data in enumerate(found, start=1):
-            (out / f"{number}.sig").write_bytes(data)
+        _write_out(out, found)
     if as_json:
         print_json(
             {
@@ -167,3 +168,12 @@ def signatures(ref: str, trust: tuple[Path, ...], out: Path | None, hub_url: str
         for number, finding in enumerate(findings, start=1)
     ]
     print_table(["#", "state", "key", "file", "problem"], rows)
+
+
+def _write_out(out: Path, found: Sequence[bytes]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for number, data in enumerate(found, start=1):
+            (out / f"{number}.sig").write_bytes(data)
+    except OSError as error:
+        raise HubUnavailable(f"{out} cannot be written: {os.strerror(error.errno or 0)}") from error

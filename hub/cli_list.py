@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
+from fnmatch import fnmatchcase
 from typing import Any
 
 import click
 
 from hub.cli_options import examples, hub_option, json_option
-from hub.cli_output import parameter_count, print_json, print_table, rank_text, version_json
+from hub.cli_output import parameter_count, print_json, print_table, rank_text, time_text, utc, version_json
 from hub.opening import open_existing
+from hub.past import removals
 from hub.refs import AdapterRef, Version
 from hub.search import MetricTest, Query, metric_numbers
+from hub.sweep import RETENTION_SECONDS
+from hub.versions import Event
 
 _NO_LIMIT = 2**31
 
@@ -42,19 +47,30 @@ hub list
 hub list 'team/*' --base smollm2-135m
 hub list team/sentiment --all
 hub list --metric 'f1>0.8' --limit 50
+hub list --removed                   # what `hub restore` can bring back
 """
     ),
 )
 @click.argument("pattern", required=False)
 @click.option("--all", "every", is_flag=True, help="Every version, not only the newest of each adapter.")
+@click.option("--removed", is_flag=True, help="The removed versions that can be restored; takes PATTERN alone.")
 @_filters
 @hub_option
 @json_option
-def list_versions(pattern: str | None, every: bool, hub_url: str | None, as_json: bool, **filters: Any) -> None:
+def list_versions(
+    pattern: str | None, every: bool, removed: bool, hub_url: str | None, as_json: bool, **filters: Any
+) -> None:
     """List adapters, each with its newest version. PATTERN is a shell pattern for names ('team/*').
 
     Conditions are asked of the newest version, with --all of every one; all of them must hold.
+
+    --removed also tells until when `hub gc` spares a version, if it is given no --retention of its own.
     """
+    if removed:
+        if every or any(filters.values()):
+            raise click.UsageError("--removed takes PATTERN and no conditions")
+        _print_removed(pattern, hub_url, as_json)
+        return
     _print_found(_query(pattern, newest=not every, **filters), hub_url, as_json)
 
 
@@ -92,6 +108,32 @@ def _query(
     return replace(query, after=(last.full_name, last.selector.number))
 
 
+def _print_removed(pattern: str | None, hub_url: str | None, as_json: bool) -> None:
+    with open_existing(hub_url) as hub:
+        found = [event for event in removals(hub) if pattern is None or fnmatchcase(event.full_name, pattern)]
+    if as_json:
+        print_json(
+            [
+                {
+                    "version": event.text, "digest": event.digest, "removed": event.time, "by": event.actor,
+                    "until": _spared_until(event),
+                }
+                for event in found
+            ]
+        )  # fmt: skip
+    elif found:
+        rows = [
+            [event.text, time_text(event.time), event.actor or "", time_text(_spared_until(event))] for event in found
+        ]
+        print_table(["version", "removed", "by", "spared until"], rows)
+    else:
+        click.echo("no removed version can be restored")
+
+
+def _spared_until(removal: Event) -> str:
+    return utc(datetime.fromisoformat(removal.time).timestamp() + RETENTION_SECONDS)
+
+
 def _print_found(query: Query, hub_url: str | None, as_json: bool) -> None:
     with open_existing(hub_url) as hub:
         page = hub.search(query)
@@ -110,7 +152,7 @@ def _print_found(query: Query, hub_url: str | None, as_json: bool) -> None:
                     rank_text(version),
                     f"{parameter_count(version):,}",
                     version.manifest.base.name or "unknown",
-                    version.created.replace("T", " ").removesuffix("Z"),
+                    time_text(version.created),
                 ]
             )
         print_table(["version", "aliases", *asked, "rank", "parameters", "base", "created"], rows)

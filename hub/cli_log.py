@@ -9,12 +9,14 @@ from itertools import islice
 
 import click
 
-from hub.cli_options import examples, hub_option, json_option
-from hub.cli_output import held_text, print_json, print_table, printable
+from hub.cli_options import bare_name, examples, hub_option, json_option
+from hub.cli_output import held_text, print_json, print_table, printable, time_text
+from hub.errors import AliasNotFound
 from hub.facade import HubFacade
 from hub.hub import Event
 from hub.opening import open_existing
-from hub.refs import AdapterRef
+from hub.past import all_events
+from hub.refs import AdapterRef, Alias
 
 
 @click.command(
@@ -39,14 +41,15 @@ def log(name: str | None, since: int, follow: bool, hub_url: str | None, as_json
     """
     full_name, alias = _wanted(name)
     with open_existing(hub_url) as hub:
-        if full_name:
-            hub.aliases(full_name)  # refuses an unknown name
+        _check_known(hub, full_name)
         if follow:
             for event in hub.watch(since, threading.Event()):
                 if _matches(event, full_name, alias):
                     _print_live(event, as_json)
             return
-        events = [event for event in _all_events(hub, since, full_name) if _matches(event, full_name, alias)]
+        events = [event for event in all_events(hub, since, full_name) if _matches(event, full_name, alias)]
+        if full_name is not None and alias is not None and not events:
+            _check_was(hub, full_name, alias)
     if as_json:
         print_json([asdict(event) for event in events])
     elif events:
@@ -76,6 +79,7 @@ def watch(name: str | None, since: int | None, count: int | None, hub_url: str |
     """
     full_name, alias = _wanted(name)
     with open_existing(hub_url) as hub:
+        _check_known(hub, full_name)
         begin = hub.last_seq() if since is None else since
         events = (event for event in hub.watch(begin, threading.Event()) if _matches(event, full_name, alias))
         for event in islice(events, count):
@@ -85,19 +89,26 @@ def watch(name: str | None, since: int | None, count: int | None, hub_url: str |
 def _wanted(name: str | None) -> tuple[str | None, str | None]:
     if name is None:
         return None, None
-    return AdapterRef.parse(name).full_name, name.partition(":")[2] or None
+    ref = AdapterRef.parse(name)
+    alias = ref.selector.name if isinstance(ref.selector, Alias) and name != ref.full_name else None
+    if alias is None:
+        bare_name(name)
+    return ref.full_name, alias
+
+
+def _check_known(hub: HubFacade, full_name: str | None) -> None:
+    if full_name is not None:
+        hub.aliases(full_name)  # raises AdapterNotFound
+
+
+def _check_was(hub: HubFacade, full_name: str, alias: str) -> None:
+    """Raise AliasNotFound for an alias that never was."""
+    if not any(event.alias == alias for event in all_events(hub, 0, full_name)):
+        raise AliasNotFound(f"{full_name} never had an alias {alias!r}")
 
 
 def _matches(event: Event, full_name: str | None, alias: str | None) -> bool:
     return full_name in (None, event.full_name) and alias in (None, event.alias)
-
-
-def _all_events(hub: HubFacade, since: int, full_name: str | None) -> list[Event]:
-    events: list[Event] = []
-    while batch := hub.events(since, 1000, full_name):
-        events += batch
-        since = batch[-1].seq
-    return events
 
 
 def _row(event: Event) -> list[str]:
@@ -109,7 +120,7 @@ def _row(event: Event) -> list[str]:
         what = f"{event.full_name}:{event.alias} was {held_text(event.before or ((event.version, 1),))}"
     note = f"  ({event.note})" if event.note else ""
     return [
-        str(event.seq), event.time.replace("T", " ").removesuffix("Z"), event.actor or "", event.kind, f"{what}{note}",
+        str(event.seq), time_text(event.time), event.actor or "", event.kind, f"{what}{note}",
     ]  # fmt: skip
 
 

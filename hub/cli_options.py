@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from hub.refs import AdapterRef
+
 Verb = Callable[..., Any]
 
 
@@ -25,6 +27,14 @@ def hub_option(verb: Verb) -> Verb:
 def json_option(verb: Verb) -> Verb:
     """`--json`, handed to the verb as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(verb)
+
+
+def bare_name(text: str) -> str:
+    """The adapter that `text` names, without a version or an alias; raises RefInvalid, and BadParameter for more."""
+    full_name = AdapterRef.parse(text).full_name
+    if text != full_name:
+        raise click.BadParameter(f"{text} says more than an adapter's name: give {full_name}", param_hint="NAME")
+    return full_name
 
 
 def examples(text: str) -> str:

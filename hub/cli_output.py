@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Final
 
 import click
 
 from hub.base_identity import BaseIdentity
 from hub.progress import Progress
-from hub.versions import AliasState, Held, Version
+from hub.versions import AliasState, Held, Lease, Version
+
+_NO_END: Final = 1_000_000  # columns
 
 
 def print_json(value: Any) -> None:
@@ -20,16 +23,18 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout, as wide as its contents where that is not a terminal."""
+    """A table on stdout: a row a line where that is no terminal, else cells folded, never cut."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(240, console.width))
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    if not console.file.isatty():
+        console = Console(highlight=False, width=_NO_END)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
@@ -120,6 +125,21 @@ def share_text(state: AliasState, number: int) -> str:
     total = sum(target.weight for target in state.targets)
     share = sum(target.weight for target in state.targets if target.version == number) / total
     return "" if share == 1 else f" ({100 * share:.3g} %)"
+
+
+def holder_text(lease: Lease) -> str:
+    """Who keeps a version from being removed: "anna", or for a time "anna until 2026-12-01 09:00:00"."""
+    return lease.holder if lease.expires is None else f"{lease.holder} until {time_text(utc(lease.expires))}"
+
+
+def utc(seconds: float) -> str:
+    """Unix time in RFC 3339."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def time_text(time: str) -> str:
+    """A time in RFC 3339, UTC, for people: "2026-12-01 09:00:00"."""
+    return time.replace("T", " ").removesuffix("Z")
 
 
 def size_text(count: int) -> str:

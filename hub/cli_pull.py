@@ -36,7 +36,8 @@ def pull(
     """Write the version REF names into DIRECTORY, for PEFT's from_pretrained.
 
     DIRECTORY (the adapter's name, if not given) must be absent or empty. Every byte is checked against the manifest,
-    and the directory appears whole or not at all. A download that was cut goes on where it was, also in the next run.
+    and the directory appears whole or not at all; an empty volume mounted there is filled, the config last. A download
+    that was cut goes on where it was, also in the next run.
 
     The directory holds adapter_config.json and adapter_model.safetensors (and README.md, loraplex.json) and no more:
     put side by side, such directories are what vLLM's filesystem resolver and NVIDIA NIM (NIM_PEFT_SOURCE) read.

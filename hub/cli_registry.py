@@ -15,6 +15,7 @@ import platformdirs
 from hub.cli_options import examples, hub_option
 from hub.listen_address import ListenAddress
 from hub.place import Place
+from hub.unwinding import end_at_once
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -103,6 +104,7 @@ def registry(
         listen=listen, uploads=uploads, tls_cert=tls_cert, tls_key=tls_key, metrics_port=metrics_port,
         drain_seconds=drain_seconds,
     )  # fmt: skip
+    end_at_once(signal.SIGHUP)
     ending = threading.Event()
     with open_own(hub_url, _say) as hub:
         hub.profile_file = profile or hub.profile_file

@@ -8,7 +8,7 @@ import click
 
 from hub.actor import current_user
 from hub.cli_options import examples, hub_option, json_option
-from hub.cli_output import print_json, size_text, version_json
+from hub.cli_output import holder_text, print_json, size_text, version_json
 from hub.duration import Duration
 from hub.opening import open_existing
 
@@ -111,12 +111,14 @@ hub pin team/sentiment@2 --holder audit-2026 --for 30d
 @json_option
 def pin(ref: str, holder: str | None, seconds: float | None, hub_url: str | None, as_json: bool) -> None:
     """Keep the version REF names from being removed."""
+    if seconds == 0:
+        raise click.BadParameter("a pin for no time keeps nothing; `hub unpin` takes one back", param_hint="--for")
     with open_existing(hub_url) as hub:
         lease = hub.lease(ref, holder or current_user() or "unknown", seconds)
     if as_json:
         print_json(asdict(lease))
     else:
-        click.echo(f"{lease.full_name}@{lease.version} is pinned by {lease.holder}")
+        click.echo(f"{lease.full_name}@{lease.version} is pinned by {holder_text(lease)}")
 
 
 @click.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from hub.adapter_dir import CONFIG_FILE, README_FILE
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import (
     base_text,
+    holder_text,
     lora_text,
     print_json,
     print_pairs,
@@ -19,6 +21,7 @@ from hub.cli_output import (
     printable,
     share_text,
     size_text,
+    time_text,
     version_json,
 )
 from hub.errors import EvaluationsUnsupported
@@ -46,7 +49,7 @@ hub show team/sentiment@3 --card --config
 @hub_option
 @json_option
 def show(ref: str, card: bool, lineage: bool, config: bool, hub_url: str | None, as_json: bool) -> None:
-    """Everything about the version REF names: weights, base, how it was trained, files, aliases.
+    """Everything about the version REF names: weights, base, how it was trained, files, aliases, pins and leases.
 
     With --card, --lineage or --config only that. Where an alias is split over versions, the heaviest is shown.
     """
@@ -56,6 +59,7 @@ def show(ref: str, card: bool, lineage: bool, config: bool, hub_url: str | None,
         parents = [_known_as(hub, parent) for parent in version.manifest.parents]
         family = hub.lineage(f"{version.full_name}@{version.digest}") if lineage else None
         files = version.manifest.files
+        leases = [lease for lease in hub.leases(version.full_name) if lease.version == version.number]
         text = hub.read_file(version, README_FILE).decode("utf-8", "replace") if card and README_FILE in files else None
         named = CONFIG_FILE if version.manifest.kind == "adapter" else model_dir.CONFIG_FILE
         settings = json.loads(hub.read_file(version, named)) if config else None
@@ -63,7 +67,7 @@ def show(ref: str, card: bool, lineage: bool, config: bool, hub_url: str | None,
     held = {alias: state for alias, state in states.items() if state.holds(version.number)}
     if as_json:
         value = version_json(version, list(held))
-        value |= {"evaluations": [vars(each) for each in scored]}
+        value |= {"evaluations": [vars(each) for each in scored], "leases": [asdict(lease) for lease in leases]}
         value |= {"card": text} if card else {}
         value |= {"lineage": _lineage_json(family)} if family is not None else {}
         value |= {"config": settings} if config else {}
@@ -79,7 +83,7 @@ def show(ref: str, card: bool, lineage: bool, config: bool, hub_url: str | None,
         _print_lineage(family)
     if not (card or config or lineage):
         aliases = " ".join(f":{alias}{share_text(state, version.number)}" for alias, state in held.items())
-        _print_all(version, aliases, parents)
+        _print_all(version, aliases, ", ".join(map(holder_text, leases)), parents)
         for each in scored:
             click.secho(f"evaluation: {each.task}, {each.at}", bold=True)
             print_pairs(_flat(each.metrics))
@@ -92,7 +96,7 @@ def _evaluations(version: Version, hub_url: str | None) -> list[Evaluation]:
         return []
 
 
-def _print_all(version: Version, aliases: str, parents: list[str]) -> None:
+def _print_all(version: Version, aliases: str, holders: str, parents: list[str]) -> None:
     manifest = version.manifest
     click.secho(version.text, bold=True)
     print_pairs(
@@ -100,6 +104,7 @@ def _print_all(version: Version, aliases: str, parents: list[str]) -> None:
             "digest": version.digest,
             "created": f"{version.created}{f' by {manifest.creator}' if manifest.creator else ''}",
             "aliases": aliases,
+            "held by": holders,
             "base": base_text(manifest.base),
             "weights": lora_text(version),
             "note": "its delta is zero everywhere: base output, always" if manifest.lora.changes_nothing else "",
@@ -133,7 +138,7 @@ def _brief(version: Version | None) -> str:
     if version is None:
         return "not in this hub any more"
     by = f" by {version.manifest.creator}" if version.manifest.creator else ""
-    return f"{version.created.replace('T', ' ').removesuffix('Z')}{by}"
+    return f"{time_text(version.created)}{by}"
 
 
 def _lineage_json(family: Lineage) -> dict[str, Any]:

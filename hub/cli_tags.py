@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hub.cli_options import examples, hub_option, json_option
+from hub.cli_options import bare_name, examples, hub_option, json_option
 from hub.cli_output import held_text, print_json, version_json
 from hub.hub import AliasState
 from hub.opening import open_existing
@@ -24,7 +24,7 @@ hub tag prod team/sentiment@3=90 team/sentiment@4=10   # a canary: a tenth of th
     )
 )
 @click.argument("first", metavar="REF ALIAS | ALIAS REF=WEIGHT...")
-@click.argument("others", nargs=-1, required=True, metavar="")
+@click.argument("others", nargs=-1, metavar="")
 @click.option(
     "--expect", type=click.IntRange(0), metavar="N", help="Only if the alias holds version N now; 0: does not exist."
 )
@@ -38,7 +38,7 @@ def tag(first: str, others: tuple[str, ...], expect: int | None, hub_url: str | 
     """
     if not any("=" in other for other in others):
         if len(others) != 1:
-            raise click.UsageError("give REF and ALIAS, or ALIAS and several REF=WEIGHT")
+            raise click.UsageError("give REF and ALIAS, or ALIAS and one or more REF=WEIGHT")
         alias = others[0].removeprefix(":")
         with open_existing(hub_url) as hub:
             version = hub.tag(first, alias, expect)
@@ -70,12 +70,15 @@ hub untag team/sentiment canary --expect 3
 def untag(name: str, alias: str, expect: int | None, hub_url: str | None, as_json: bool) -> None:
     """Remove ALIAS from the adapter NAME. The version it held stays."""
     alias = alias.removeprefix(":")
+    full_name = bare_name(name)
     with open_existing(hub_url) as hub:
-        version = hub.untag(name, alias, expect)
+        state = hub.aliases(full_name).get(alias)
+        version = hub.untag(full_name, alias, expect)
     if as_json:
         print_json({"alias": alias, **version_json(version)})
         return
-    click.echo(f"{version.full_name}:{alias} is gone; it was {version.text}")
+    held = tuple((target.version, target.weight) for target in state.targets) if state else ((version.number, 1),)
+    click.echo(f"{full_name}:{alias} is gone; it was {full_name}{held_text(held)}")
 
 
 @click.command(

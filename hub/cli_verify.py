@@ -11,7 +11,7 @@ import click
 from hub.cli_options import examples, hub_option, json_option
 from hub.cli_output import print_json, print_table, progress_bar
 from hub.cli_trust import trust_options
-from hub.errors import HubError
+from hub.errors import BlobCorrupt, HubError
 from hub.hub import Problem, Version
 from hub.opening import open_existing
 
@@ -57,7 +57,8 @@ def verify(
             ["version", "file", "reason", "problem"],
             [[problem.version, problem.file or "", problem.reason, problem.message] for problem in problems],
         )
-        click.secho("pushing the damaged versions' directories again mends their files", fg="yellow", err=True)
+        if any(problem.reason == BlobCorrupt.reason for problem in problems):
+            click.secho("pushing the damaged versions' directories again mends their files", fg="yellow", err=True)
     else:
         signed = " and signed" if trusted_keys else ""
         click.echo(f"{count} {'version' if count == 1 else 'versions'} checked, all sound{signed}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import numpy as np
 from hub import json_text
 from hub.adapter_dir import CONFIG_FILE, WEIGHTS_FILE
 from hub.blobs import BlobStore
+from hub.errors import HubUnavailable
 from hub.kinds import check_adapter
 from hub.lora_config import MAX_CONFIG_BYTES, LoraConfig
 from hub.safetensors_file import MappedTensors, mapped
@@ -116,12 +118,18 @@ def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 def _weights(blobs: BlobStore, version: Version) -> Iterator[MappedTensors]:
     """The version's weights, checked while they are copied to a temporary file, then mapped."""
     entry = version.manifest.files[WEIGHTS_FILE]
-    with tempfile.TemporaryDirectory(prefix="loraplex-diff-") as directory:
-        path = Path(directory) / WEIGHTS_FILE
-        with path.open("xb") as file:
-            copy_checked(blobs, entry.sha256, entry.bytes, f"{WEIGHTS_FILE} of {version.text}", file.write)
-        with mapped(path) as opened:
-            yield opened
+    try:
+        with tempfile.TemporaryDirectory(prefix="loraplex-diff-") as directory:
+            path = Path(directory) / WEIGHTS_FILE
+            with path.open("xb") as file:
+                copy_checked(blobs, entry.sha256, entry.bytes, f"{WEIGHTS_FILE} of {version.text}", file.write)
+            with mapped(path) as opened:
+                yield opened
+    except OSError as error:
+        raise HubUnavailable(
+            f"the weights of {version.text} cannot be laid out to compare them: {os.strerror(error.errno or 0)}; "
+            "TMPDIR names another place for them"
+        ) from error
 
 
 def _same(a: MappedTensors, b: MappedTensors, name: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hub.arrivals import AliasArrival, Arrival
 from hub.bundle import BundleWriter, Packed
-from hub.errors import AdapterNotFound
+from hub.errors import AdapterNotFound, HubUnavailable
 from hub.facade import HubFacade
 from hub.progress import Progress
 from hub.refs import AdapterRef
@@ -68,5 +68,8 @@ def _unpacked(
     for version, arrival in zip(versions, arrivals, strict=True):
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.absolute().parent) as scratch:
             directory = Path(scratch) / "files"
-            hub.pull(replace(AdapterRef.parse(version.full_name), selector=version.digest), directory)
+            try:
+                hub.pull(replace(AdapterRef.parse(version.full_name), selector=version.digest), directory)
+            except HubUnavailable as error:
+                raise HubUnavailable(str(error).replace(str(directory), str(target.absolute()))) from error
             yield Packed(arrival, directory)

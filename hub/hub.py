@@ -175,8 +175,8 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
     def pull(self, ref: AdapterRef | str, directory: Path | str, progress: Progress | None = None) -> Version:
         """Write the version `ref` names into `directory`, which is absent or empty; PEFT loads it from there.
 
-        Every byte is checked, and the directory appears whole or not at all. Raises TargetNotEmpty, BlobCorrupt and
-        what `resolve` raises.
+        Every byte is checked, and the directory appears whole or not at all, or a volume is filled (see `hub.pull`).
+        Raises TargetNotEmpty, BlobCorrupt and what `resolve` raises.
         """
         version = self.resolve(ref)
         try:

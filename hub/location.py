@@ -29,7 +29,10 @@ def no_step(name: str) -> None:
 
 def open_parts(url: str | None) -> tuple[BlobStore, catalog.Catalog]:
     """The storage and catalog of the hub at `url`, made where there is none; see `Hub.open`."""
-    return make(Place.parse(url))
+    place = Place.parse(url)
+    with _failures():
+        only_read = not place.writable and format_mark.is_hub(place)
+    return open_existing(url) if only_read else make(place)
 
 
 def open_existing(url: str | None) -> tuple[BlobStore, catalog.Catalog]:

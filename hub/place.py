@@ -52,7 +52,7 @@ class Place:
         if scheme.partition("+")[0] in ("postgresql", "postgres"):
             return cls._with_postgres(text)
         directory, bucket = _directory(text)
-        marked = (directory / "FORMAT").exists()  # asked first: whoever makes a hub writes BLOBS before FORMAT
+        marked = _is_there(directory / "FORMAT")  # asked first: whoever makes a hub writes BLOBS before FORMAT
         recorded = _recorded_bucket(directory)
         if bucket is not None and bucket != recorded and (recorded or marked):
             raise HubUnavailable(
@@ -126,6 +126,8 @@ def _directory(url: str) -> tuple[Path, str | None]:
         )
     if parts.netloc not in ("", "localhost"):
         raise HubUnavailable(f"{url}: a file URL has three slashes, file:///directory")
+    if parts.fragment:
+        raise HubUnavailable(f"{url}: a file URL has no part after #; a # in a directory's name is written %23")
     if not parts.path.strip("/"):
         raise HubUnavailable(f"{url} names no directory")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -149,4 +151,15 @@ def _recorded_bucket(directory: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise HubUnavailable(f"the hub cannot be opened: {os.strerror(error.errno or 0)}") from error
+        raise _closed(error) from error
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError as error:
+        raise _closed(error) from error
+
+
+def _closed(error: OSError) -> HubUnavailable:
+    return HubUnavailable(f"the hub cannot be opened: {os.strerror(error.errno or 0)}")

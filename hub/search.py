@@ -56,6 +56,12 @@ class Query:
     after: tuple[str, int] = ("", 0)  # full name and number of the last version of the page before
     limit: int = 1000
 
+    def __post_init__(self) -> None:
+        """Raise QueryInvalid for what is no text: a shell hands on any bytes, databases and wires take UTF-8."""
+        for text in filter(None, (self.pattern, self.base, self.tag)):
+            if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+                raise QueryInvalid(f"{text[:40]!a} is no text in UTF-8")
+
 
 @dataclass(frozen=True)
 class Page:

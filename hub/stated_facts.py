@@ -15,7 +15,7 @@ from typing import Any
 from hub import json_text
 from hub.errors import FactsMalformed, HubError, QueryInvalid
 from hub.facts import FACTS_FILE, MAX_FACTS_BYTES, Facts
-from hub.search import parse_bound
+from hub.search import METRIC_NAME, metric_numbers, parse_bound
 
 
 def dataset_facts(file: Path) -> dict[str, Any]:
@@ -36,11 +36,14 @@ def dataset_facts(file: Path) -> dict[str, Any]:
 
 
 def metric_facts(stated: Sequence[str]) -> dict[str, Any]:
-    """The metrics in "NAME=NUMBER" and in files that hold a JSON object; raises FactsMalformed."""
+    """The metrics in "NAME=NUMBER" and in files that hold a JSON object; raises FactsMalformed.
+
+    What is a file's name is taken for one, whatever is in it.
+    """
     metrics: dict[str, Any] = {}
     for text in stated:
         name, equals, number = text.partition("=")
-        if equals and name:
+        if equals and name and not os.path.isfile(text):  # noqa: PTH113 - a name too long is no file's
             _put(metrics, name, _number(name, number))
             continue
         try:
@@ -65,7 +68,10 @@ def directory_with(directory: Path, datasets: Sequence[Path], metrics: Mapping[s
         yield directory
         return
     recorded = directory / FACTS_FILE
-    facts = Facts.parse(recorded.read_bytes()) if recorded.is_file() else Facts()
+    if recorded.is_symlink() or (recorded.exists() and not recorded.is_file()):
+        yield directory  # refused as what it is by whoever reads it
+        return
+    facts = Facts.parse(recorded.read_bytes()) if recorded.exists() else Facts()
     merged = dict(facts.metrics)
     for name, value in metrics.items():
         _put(merged, name, value)
@@ -83,12 +89,22 @@ def directory_with(directory: Path, datasets: Sequence[Path], metrics: Mapping[s
 
 
 def _put(metrics: dict[str, Any], name: str, value: Any) -> None:
+    """Add a metric; raises FactsMalformed where it is there with another value, as itself or within an object."""
     if name in metrics and metrics[name] != value:
         raise FactsMalformed(f"the metric {name} is {metrics[name]} and {value}; say which")
+    known = dict(metric_numbers(metrics))
+    for each, number in metric_numbers({name: value}):
+        if known.get(each, number) != number:
+            raise FactsMalformed(f"the metric {each} is {known[each]:g} and {number:g}; say which")
     metrics[name] = value
 
 
 def _number(name: str, text: str) -> float:
+    if not METRIC_NAME.fullmatch(name):
+        raise FactsMalformed(
+            f"{name[:80]!a} is no metric's name, as no search or gate could ask for it: write at most 128 of "
+            "A-Z a-z 0-9 _ . : / @ -"
+        )
     try:
         return parse_bound(text)
     except QueryInvalid as error:

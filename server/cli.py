@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,6 +20,7 @@ from hub.duration import as_option as as_duration
 from hub.errors import RefInvalid
 from hub.listen_address import ListenAddress
 from hub.refs import Alias
+from hub.unwinding import end_at_once
 from server.config import EngineLimits, FeedbackConfig, ModelConfig, Quantization, ServerConfig
 from server.errors import BaseUnavailable
 
@@ -277,6 +279,7 @@ def serve(hub: str | None, trusted_keys: tuple[Path, ...], **options: Any) -> in
     bound_openmp(config.model.threads)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("server").setLevel(logging.INFO)
+    end_at_once(signal.SIGHUP)
     return _serve(config)
 
 

@@ -7,12 +7,15 @@ first process alone writes files and speaks.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+
+from hub.unwinding import end_at_once
 
 T = TypeVar("T")
 
@@ -38,6 +41,7 @@ class Processes:
             return cls(device="cuda" if cuda else "cpu")
         from accelerate import PartialState
 
+        end_at_once(signal.SIGTERM, signal.SIGHUP)  # whoever waits for the others waits in C, where nothing is raised
         state = PartialState(cpu=not cuda)
         return cls(state.num_processes, state.process_index, str(state.device) if cuda else "cpu")
 

@@ -101,9 +101,9 @@ class LocalBlobStore(BlobStore):
 
     def digests(self) -> Iterator[Digest]:
         """All blobs, in no particular order."""
-        for path in self._blobs.glob("??/*"):
-            if _HEX.fullmatch(path.name):
-                yield Digest.of_hex(path.name)
+        for folder in _names(self._blobs):
+            if len(folder) == 2:
+                yield from (Digest.of_hex(name) for name in _names(self._blobs / folder) if _HEX.fullmatch(name))
 
     def info(self, digest: Digest) -> BlobInfo:
         """Size and time of a blob; raises BlobNotFound."""
@@ -125,10 +125,14 @@ class LocalBlobStore(BlobStore):
 
     def unfinished(self) -> Iterator[Unfinished]:
         """What puts that died left behind, and what running ones are writing."""
-        for path in self._staging.glob("*"):
-            with suppress(FileNotFoundError):  # a put came to its end
-                found = path.stat()
-                yield Unfinished(path.name, found.st_size, found.st_mtime)
+        for name in _names(self._staging):
+            try:
+                found = (self._staging / name).stat()
+            except FileNotFoundError:
+                continue  # a put came to its end
+            except OSError as error:
+                raise storage_unavailable(error) from error
+            yield Unfinished(name, found.st_size, found.st_mtime)
 
     def discard(self, unfinished: Unfinished) -> None:
         """Remove one of `unfinished`; a put that still writes it fails and leaves nothing."""
@@ -185,6 +189,16 @@ class LocalBlobStore(BlobStore):
         if final.parent not in self._durable:  # nobody removes one
             sync_directory(self._blobs)
             self._durable.add(final.parent)
+
+
+def _names(directory: Path) -> list[str]:
+    """What is in a directory; where it may not be read that is said, as nobody may take its blobs for missing."""
+    try:
+        return [path.name for path in directory.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise storage_unavailable(error) from error
 
 
 def _settle(path: Path) -> int:

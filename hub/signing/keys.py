@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -129,10 +130,13 @@ def generate(path: Path, passphrase: str | None = None) -> SigningKey:
     public_path = path.with_name(path.name + ".pub")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for file, data, mode in ((path, text, 0o600), (public_path, made.public.pem.encode(), 0o644)):
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-            with os.fdopen(descriptor, "wb") as out:
-                out.write(data)
+        with ExitStack() as halves:  # half a pair is no key: both files, or none
+            for file, data, mode in ((path, text, 0o600), (public_path, made.public.pem.encode(), 0o644)):
+                descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+                halves.callback(file.unlink, missing_ok=True)
+                with os.fdopen(descriptor, "wb") as out:
+                    out.write(data)
+            halves.pop_all()
     except FileExistsError as error:
         raise KeyUnusable(f"{error.filename} is there already; a key is never overwritten") from error
     except OSError as error:

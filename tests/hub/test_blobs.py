@@ -9,6 +9,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,19 @@ def test_every_flipped_bit_of_a_record_is_noticed(position: int, bit: int) -> No
 def event(seq: int, actor: str | None = None) -> Event:
     digest = Digest.of_hex("0" * 64)
     return Event(seq, "tag", "x", "prod", 1, digest, "t", actor, ((1, 1),), ((1, 2), (3, 4)), None, seq)
+
+
+@pytest.mark.parametrize("walk", [LocalBlobStore.digests, LocalBlobStore.unfinished])
+def test_blobs_that_may_not_be_listed_are_not_taken_for_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, walk: Callable[[LocalBlobStore], Iterator[object]]
+) -> None:
+    store = LocalBlobStore(tmp_path)
+    assert list(walk(store)) == []  # nothing was put yet
+    store.put(io.BytesIO(b"x"))
+
+    def closed(path: Path) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    with pytest.raises(HubUnavailable, match=r"^the hub's storage cannot be used: Permission denied$"):
+        list(walk(store))

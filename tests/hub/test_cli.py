@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,12 @@ def test_refusals_are_one_line_with_the_reason(tmp_path: Path, run: Run) -> None
         ("push", str(tmp_path / "empty"), "x"): "ADAPTER_FILE_MISSING",
         ("push", adapter(tmp_path, 1), "x", "--base", "nope"): "BASE_NOT_FOUND",
         ("list", "--hub", "s3://bucket"): "HUB_UNAVAILABLE",
+        ("list", "--hub", f"file://{tmp_path}/hub#1"): "HUB_UNAVAILABLE",
+        ("list", "--base", "\udcff"): "QUERY_INVALID",
+        ("pull", "nobody/x", "/"): "TARGET_NOT_EMPTY",
+        ("signatures", "nobody/x", "--out", "/dev/null/sub"): "HUB_UNAVAILABLE",
+        ("export", "nobody/x", "/dev/null/sub.bundle"): "HUB_UNAVAILABLE",
+        ("export", "nobody/x", str(tmp_path / ("n" * 256))): "HUB_UNAVAILABLE",
     }
     for arguments, reason in refusals.items():
         status, out, err = run(*arguments)
@@ -214,7 +223,8 @@ def test_no_verb_but_push_makes_a_hub(tmp_path: Path, run: Run, arguments: list[
 
 @pytest.mark.parametrize(
     "arguments",
-    [["tag", "prod", "x@1=x"], ["tag", "x@1", "a", "b"], ["gc", "--retention", "7"], ["gc", "--grace", "-1s"],
+    [["tag", "prod", "x@1=x"], ["tag", "x@1", "a", "b"], ["tag", "x@1"], ["untag", "x@1", "latest"], ["log", "x@1"],
+     ["watch", "x@1"], ["pin", "x@1", "--for", "0s"], ["gc", "--retention", "7"], ["gc", "--grace", "-1s"],
      ["rollback", "x@1"], ["list", "--after", "x"], ["list", "--limit", "0"], ["watch", "--count", "0"]],
 )  # fmt: skip
 def test_wrong_usage_of_the_upkeep_verbs_exits_2(tmp_path: Path, run: Run, arguments: list[str]) -> None:
@@ -289,3 +299,156 @@ def test_what_a_push_states_can_be_searched_for(tmp_path: Path, run: Run, data: 
     assert "reviews.jsonl" in shown
     status, _, err = run("push", adapter(tmp_path, 3), "team/z", "--metrics", "f1=much")
     assert (status, "the metric f1 is no number: 'much'" in err) == (1, True)
+
+
+def test_a_hub_that_one_may_not_look_into_is_told_without_its_paths(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    exists = Path.exists
+
+    def closed(path: Path, **named: bool) -> bool:
+        if path.name == "FORMAT":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return exists(path, **named)
+
+    monkeypatch.setattr(Path, "exists", closed)
+    for arguments in (["list"], ["fsck"], ["pull", "x", str(tmp_path / "out")]):
+        assert run(*arguments) == (1, "", "error: the hub cannot be opened: Permission denied (HUB_UNAVAILABLE)\n")
+
+
+def test_a_comparison_without_room_for_the_weights_says_so(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    run("push", adapter(tmp_path, 2), "x")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hub.diff.copy_checked", full)
+    status, out, err = run("diff", "x@1", "x@2")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: the weights of x@1 cannot be laid out to compare them: No space left on device")
+
+
+def test_an_export_onto_a_full_disk_names_the_file_that_was_asked_for(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hub.pull._write_files", full)
+    target = tmp_path / "x.bundle"
+    wanted = f"error: {target} cannot be written: No space left on device (HUB_UNAVAILABLE)\n"
+    assert run("export", "x", str(target)) == (1, "", wanted)
+
+
+def test_a_usage_error_of_tag_names_what_is_missing(run: Run) -> None:
+    assert "give REF and ALIAS, or ALIAS and one or more REF=WEIGHT" in run("tag", "team/x@1")[2]
+
+
+def test_the_end_of_a_split_alias_tells_all_that_it_held(tmp_path: Path, run: Run) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    run("push", adapter(tmp_path, 2), "x")
+    run("tag", "canary", "x@1=50", "x@2=50")
+    assert run("untag", "x", "canary")[1] == "x:canary is gone; it was x@1 50 %, @2 50 %\n"
+
+
+def test_a_pin_for_a_time_tells_its_end(tmp_path: Path, run: Run) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    assert run("pin", "x", "--holder", "anna")[1] == "x@1 is pinned by anna\n"
+    out = run("pin", "x", "--holder", "anna", "--for", "1d")[1]
+    assert re.fullmatch(r"x@1 is pinned by anna until \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", out)
+
+
+def test_only_damage_is_said_to_be_mended_by_a_push(tmp_path: Path, run: Run) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    assert run("key", "generate", str(tmp_path / "k.pem"))[0] == 0
+    status, out, err = run("verify", "--require-signature", "--trust", str(tmp_path / "k.pem.pub"))
+    assert (status, "SIGNATURE_MISSING" in out, err) == (1, True, "")
+    next((tmp_path / "default-hub" / "blobs").rglob("sha256/??/*")).unlink()
+    assert "again mends" in run("verify")[2]
+
+
+def test_the_log_and_the_watch_of_what_never_was_are_refused(tmp_path: Path, run: Run) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    run("tag", "x", "was")
+    run("untag", "x", "was")
+    assert "x:was was @1" in run("log", "x:was")[1]
+    assert run("log", "x:was", "--since", "99")[:2] == (0, "no events\n")
+    assert run("log", "x:nope") == (1, "", "error: x never had an alias 'nope' (ALIAS_NOT_FOUND)\n")
+    for verb in ("log", "watch"):
+        status, _, err = run(verb, "typo")
+        assert (status, err.endswith("(ADAPTER_NOT_FOUND)\n")) == (1, True)
+
+
+def test_a_key_of_which_one_half_is_there_is_not_made(tmp_path: Path, run: Run) -> None:
+    for there, other in (("k.pem", "k.pem.pub"), ("k.pem.pub", "k.pem")):
+        (tmp_path / there).write_text("mine")
+        status, _, err = run("key", "generate", str(tmp_path / "k.pem"))
+        assert (status, f"{there} is there already" in err) == (1, True)
+        assert not (tmp_path / other).exists()
+        assert (tmp_path / there).read_text() == "mine"
+        (tmp_path / there).unlink()
+
+
+def test_removed_versions_are_listed_with_how_long_they_last(
+    tmp_path: Path, run: Run, data: Callable[..., Any]
+) -> None:
+    for seed, name in enumerate(("team/x", "team/x", "team/x", "team/x", "b/y", "b/y")):
+        run("push", adapter(tmp_path, seed), name)
+    assert run("list", "--removed")[1] == "no removed version can be restored\n"
+    for ref in ("team/x@1", "team/x@2", "team/x@3", "b/y@1"):
+        assert run("rm", ref)[0] == 0
+    run("restore", "team/x@2")
+    assert run("push", adapter(tmp_path, 2), "team/x")[0] == 0  # @3 again
+    assert [found["version"] for found in data("list", "--removed")] == ["b/y@1", "team/x@1"]
+    (found,) = data("list", "team/*", "--removed")
+    assert datetime.fromisoformat(found["until"]) - datetime.fromisoformat(found["removed"]) == timedelta(days=7)
+    out = run("list", "--removed")[1]
+    assert "spared until" in out
+    assert found["until"].replace("T", " ").removesuffix("Z") in out
+    run("gc", "--retention", "0", "--grace", "0")
+    assert data("list", "--removed") == []
+    assert run("list", "--removed", "--tag", "prod")[0] == 2
+
+
+def test_show_tells_who_holds_a_version(tmp_path: Path, run: Run, data: Callable[..., Any]) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    run("push", adapter(tmp_path, 2), "x")
+    assert "held by" not in run("show", "x@1")[1]
+    run("pin", "x@1", "--holder", "audit")
+    run("pin", "x@1", "--holder", "server", "--for", "1h")
+    assert re.search(r"  held by +audit, server until \d{4}-", run("show", "x@1")[1])
+    assert "held by" not in run("show", "x@2")[1]
+    assert [lease["holder"] for lease in data("show", "x@1")["leases"]] == ["audit", "server"]
+
+
+def test_a_row_of_a_table_is_a_line_where_programs_read_it(tmp_path: Path, run: Run) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    for letter in ("a", "b"):
+        run("pin", "x", "--holder", letter * 200)
+    lines = run("log")[1].splitlines()
+    assert len(lines) == 2 + 4
+    assert [("a" * 200 in line, "b" * 200 in line) for line in lines[-2:]] == [(True, False), (False, True)]
+
+
+def test_a_terminal_folds_cells_and_cuts_none(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("push", adapter(tmp_path, 1), "x")
+    run("push", adapter(tmp_path, 2), "x")
+    whole = run("show", "x")[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "80")
+    folded = run("show", "x")[1]
+    assert "\u2026" not in folded
+    assert max(map(len, folded.rpartition("file")[2].splitlines())) <= 80
+    for digest in re.findall(r"[0-9a-f]{64}", whole.rpartition("file")[2]):
+        assert digest[:24] in folded
+    compared = run("diff", "x@1", "x@2")[1]
+    for part in ("q_proj", "v_proj", "lora_A", "lora_B"):
+        assert part in compared
+    assert "base_model." not in compared

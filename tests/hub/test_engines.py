@@ -135,11 +135,11 @@ def test_reading_a_missing_hub_makes_none(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def unprivileged(root: Path, expression: str) -> str:
+def unprivileged(root: Path, expression: str, opened: str = "open_existing") -> str:
     """What an expression over a hub `h`, opened by a process that cannot write `root`, comes to; or its error."""
     program = (
         "import sys\nfrom hub.errors import HubError\nfrom hub.hub import Hub\n"
-        "try:\n    with Hub.open_existing(sys.argv[1]) as h: print(eval(sys.argv[2]))\n"
+        f"try:\n    with Hub.{opened}(sys.argv[1]) as h: print(eval(sys.argv[2]))\n"
         "except HubError as error: print(error.reason)\n"
     )
     command = [sys.executable, "-c", program, str(root), expression]
@@ -172,7 +172,8 @@ def test_a_directory_that_cannot_be_written_is_open_for_reading(tmp_path: Path) 
     )
     assert unprivileged(root, "h.verify() + h.fsck()") == "[]"
     assert unprivileged(root, "h.tag('x@1', 'prod')") == HubReadOnly.reason
-    assert unprivileged(root, f"h.push({str(tmp_path / 'adapter-1')!r}, 'y')") == HubReadOnly.reason
+    for opened in ("open_existing", "open"):  # `hub push` would make a hub
+        assert unprivileged(root, f"h.push({str(tmp_path / 'adapter-1')!r}, 'y')", opened) == HubReadOnly.reason
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="setpriv is not installed")

@@ -71,7 +71,7 @@ def test_pages_join_to_the_whole_in_the_order_of_code_points(hub: Hub, tmp_path:
         push(hub, tmp_path, dice.choice(names), seed)
     everything = [(version.full_name, version.number) for version in hub.versions()]
     assert everything == sorted(everything)
-    for pattern in (None, "a*", "a?b", "[ab]*", "a", "*/*", "zzz", "a/*", "?", "*"):
+    for pattern in (None, "a*", "a?b", "[ab]*", "a", "*/*", "zzz", "a/*", "?", "*", "[aä]*", "\U0010ffff*", "\ud7ff*"):
         matching = [item for item in everything if pattern is None or fnmatch.fnmatchcase(item[0], pattern)]
         for limit in (1, 4, 18, 100):
             found: list[tuple[str, int]] = []
@@ -182,3 +182,10 @@ def test_changes_are_told_by_path() -> None:
     }  # fmt: skip
     assert changes([{"name": "a"}], []) == {"[a].name": ("a", None)}
     assert json.dumps(changes({"x": None}, {}))
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a\ud800*", "a\0b"])
+def test_what_is_no_text_is_no_question(text: str) -> None:
+    for field in ("pattern", "base", "tag"):
+        with pytest.raises(QueryInvalid, match="is no text in UTF-8"):
+            Query(**{field: text})

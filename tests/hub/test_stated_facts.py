@@ -12,6 +12,7 @@ import pytest
 from hub.errors import FactsMalformed, UnexpectedFile
 from hub.facts import Facts
 from hub.hub import Hub
+from hub.search import metric_numbers
 from hub.stated_facts import dataset_facts, directory_with, metric_facts
 from tests.hub.making import write_adapter
 
@@ -78,6 +79,29 @@ def test_metrics_as_they_are_written(tmp_path: Path) -> None:
         metric_facts([str(file)])
 
 
+def test_a_metric_within_an_object_is_the_one_with_dots(tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "a")
+    Facts(metrics={"test": {"f1": 0.1}}).write(source)
+    with pytest.raises(FactsMalformed, match=r"the metric test\.f1 is 0\.1 and 0\.9; say which"):
+        with directory_with(source, [], {"test.f1": 0.9}):
+            pass
+    with directory_with(source, [], {"test.f1": 0.1}) as copy:
+        assert dict(metric_numbers(Facts.parse((copy / "loraplex.json").read_bytes()).metrics)) == {"test.f1": 0.1}
+
+
+def test_a_name_that_no_search_can_ask_for_is_none() -> None:
+    for text in ("f1 macro=0.5", "é=1", "n" * 129 + "=1"):
+        with pytest.raises(FactsMalformed, match="is no metric's name"):
+            metric_facts([text])
+
+
+def test_a_file_with_an_equals_sign_in_its_name_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1").mkdir()
+    (tmp_path / "lr=0.1" / "m.json").write_text('{"f1": 0.5}')
+    assert metric_facts(["lr=0.1/m.json", "lr=0.1"]) == {"f1": 0.5, "lr": 0.1}
+
+
 def test_what_is_no_adapter_is_refused_by_its_own_name(tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "a")
     with Hub.open(str(tmp_path / "hub")) as hub:
@@ -86,11 +110,12 @@ def test_what_is_no_adapter_is_refused_by_its_own_name(tmp_path: Path) -> None:
             lambda path: os.mkfifo(path),
             lambda path: path.mkdir(),
         ):
-            strange = source / "README.md"
-            make(strange)
-            with pytest.raises(UnexpectedFile, match=r"README\.md is "):
-                push(hub, source, [], {"f1": 0.8})
-            strange.rmdir() if strange.is_dir() and not strange.is_symlink() else strange.unlink()
+            for name in ("README.md", "loraplex.json"):
+                strange = source / name
+                make(strange)
+                with pytest.raises(UnexpectedFile, match=f"{name} is "):
+                    push(hub, source, [], {"f1": 0.8})
+                strange.rmdir() if strange.is_dir() and not strange.is_symlink() else strange.unlink()
         (source / "adapter_model.safetensors").unlink()
         with pytest.raises(Exception, match=str(source)) as refused:
             push(hub, source, [], {"f1": 0.8})

@@ -1,0 +1,27 @@
+"""What a hub's events tell of the past, for a hub here and one behind a server alike."""
+
+from __future__ import annotations
+
+from hub.facade import HubFacade
+from hub.versions import Event
+
+
+def all_events(hub: HubFacade, since: int = 0, full_name: str | None = None) -> list[Event]:
+    """Every event after number `since`, oldest first; of one adapter or (None) of all."""
+    events: list[Event] = []
+    while batch := hub.events(since, 1000, full_name):
+        events += batch
+        since = batch[-1].seq
+    return events
+
+
+def removals(hub: HubFacade) -> list[Event]:
+    """The removals of the versions that are removed and can be restored, by name and number."""
+    removed: dict[tuple[str, int], Event] = {}
+    for event in all_events(hub):
+        version = (event.full_name, event.version)
+        if event.kind == "rm":
+            removed[version] = event
+        elif event.kind in ("restore", "purge"):
+            removed.pop(version, None)
+    return [removed[version] for version in sorted(removed)]
