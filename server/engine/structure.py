@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Set
@@ -173,14 +174,39 @@ class Structures:
     def _llguidance(self) -> LLTokenizer:
         with self._building:
             if self._tokenizer is None:
-                from llguidance.hf import from_tokenizer
+                from llguidance import LLTokenizer
 
-                self._tokenizer = from_tokenizer(
-                    self._hf,
+                self._tokenizer = LLTokenizer(
+                    _unspellable(self._hf.backend_tokenizer.to_str()),
                     n_vocab=max(self._vocabulary, len(self._hf)),
                     eos_token=sorted(self._eos_ids) or None,
                 )
             return self._tokenizer
+
+
+def _unspellable(tokenizer: str) -> str:
+    """A tokenizer in the JSON of `tokenizers`, its special tokens renamed to what no text says; ids stay.
+
+    llguidance tokenizes what must come next, and a text that says "<|im_end|>" has to be written in ordinary tokens:
+    the special one would show no text, and end the answer.
+    """
+    parts = json.loads(tokenizer)
+    parts["padding"] = parts["truncation"] = None
+    model = parts["model"]
+    pieces = model.get("vocab")
+    secret = secrets.token_hex(16)
+    for token in parts["added_tokens"]:
+        if not token["special"]:
+            continue
+        old, token["content"] = token["content"], secret + token["content"]
+        # Where the model lists it too, it must there have the new name, or the new name would get a new id.
+        if isinstance(pieces, dict) and old in pieces:
+            pieces[token["content"]] = pieces.pop(old)
+        elif isinstance(pieces, list) and token["id"] < len(pieces):  # Unigram: [piece, score] by id
+            pieces[token["id"]][0] = token["content"]
+        if model.get("unk_token") == old:
+            model["unk_token"] = token["content"]
+    return json.dumps(parts)
 
 
 def _grammar(structure: Structure) -> str:
