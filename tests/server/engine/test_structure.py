@@ -15,7 +15,7 @@ from server.config import EngineLimits, ModelConfig
 from server.engine.engine import Completion, Engine
 from server.engine.request import AdapterUse, FinishReason, Request, Sampling, Stopping, Structure
 from server.engine.sampler import SamplerState, sample
-from server.engine.structure import MAX_REPEAT, Structures
+from server.engine.structure import _LIMITS, MAX_REPEAT, Structures
 from server.errors import StructureFailed, StructureInvalid
 
 _ids = iter(range(10**9))
@@ -301,6 +301,39 @@ def test_what_cannot_be_kept_is_refused_quickly(structures: Structures, structur
     assert time.process_time() - started < 2
     assert str(refused.value).startswith(structure.kind)
     assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("structure", "said"),
+    [
+        (Structure("regex", "(a"), "regex: invalid regex: unclosed group"),
+        (Structure("regex", r"[^\s\S]"), "regex: no text matches it"),
+        (schema_of({"$ref": "#"}), "json_schema: no text matches it"),
+        (schema_of({"type": "string", "pattern": "(a"}), "json_schema: invalid regex: unclosed group"),
+        (schema_of({"const": "a", "enum": ["b"]}), "json_schema: Unsatisfiable schema: Regex is empty"),
+        (Structure("grammar", "start: foo"), 'grammar: at 1(8): unknown name: "foo"'),
+        (Structure("grammar", "start: <|user|>"), 'grammar: at 1(8): unknown special token: "<|user|>"'),
+        (Structure("grammar", "%%%"), "grammar: 1(2): lexer error"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refusals_are_in_words_for_callers(structures: Structures, structure: Structure, said: str) -> None:
+    with pytest.raises(StructureInvalid) as refused:
+        structures.compile(structure)
+    assert str(refused.value) == said
+
+
+def test_so_are_failures_midway(structures: Structures, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = structures.begin(Structure("regex", "ab"), may_end=True)
+    state.accept(299)
+    assert state.failed == "the structure cannot be followed further"
+    monkeypatch.setitem(_LIMITS, "max_lexer_states", 60)
+    state = structures.begin(Structure("regex", "([ab]*a[ab]{40})"), may_end=True)
+    alphabet = json.loads(structures._hf.backend_tokenizer.to_str())["model"]["vocab"]
+    for char in "abaababb" * 20:
+        if state.failed is None:
+            state.accept(alphabet[char])
+    assert state.failed == "it is too complex"
 
 
 @pytest.mark.parametrize(
