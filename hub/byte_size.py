@@ -26,14 +26,21 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
 
     name = "size"
 
+    def __init__(self, least: int = 0) -> None:
+        """Sizes below `least` are wrong usage."""
+        self._least = least
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Bytes; fails with wrong usage."""
         if isinstance(value, int):
             return value
         try:
-            return parse_size(str(value))
+            size = parse_size(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        if size < self._least:
+            self.fail(f"{value!r} is too small: give at least {as_option(self._least)}", param, ctx)
+        return size
 
 
 def as_option(size: int) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from server.client_cli import server_option
 from server.prompt_file import read_prompts
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ Examples:
   hub bench --adapter base --adapter team/sentiment:prod --concurrency 16 --requests 64
 """
 )
-@click.option("--server", "address", default="127.0.0.1:50051", show_default=True, help="Where `hub serve` listens.")
+@server_option
 @click.option(
     "--adapter",
     "adapters",
@@ -50,7 +51,7 @@ Examples:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, seconds throughout.")
 def bench(
-    address: str,
+    server: str,
     adapters: tuple[str, ...],
     concurrency: int,
     requests: int,
@@ -68,7 +69,7 @@ def bench(
     from server.bench import BASE, Load, lines
 
     load = Load(adapters or (BASE,), prompts, concurrency, requests, new_tokens)
-    measurement = _run(address, load)
+    measurement = _run(server, load)
     by_adapter = lines(measurement, load.adapters)
     if as_json:
         click.echo(json.dumps(_as_data(load, measurement, by_adapter), indent=2))

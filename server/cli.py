@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -17,12 +16,12 @@ from hub.byte_size import ByteSize, as_option
 from hub.cli_trust import trust_options
 from hub.duration import Duration
 from hub.duration import as_option as as_duration
-from hub.errors import RefInvalid
+from hub.errors import HubNotFound
 from hub.listen_address import ListenAddress
-from hub.refs import Alias
 from hub.unwinding import end_at_once
-from server.config import EngineLimits, FeedbackConfig, ModelConfig, Quantization, ServerConfig
+from server.config import MIB, EngineLimits, FeedbackConfig, ModelConfig, Quantization, ServerConfig
 from server.errors import BaseUnavailable
+from server.serve_options import Device, MetadataKey, NamedRouter
 
 if TYPE_CHECKING:
     from hub.facade import HubFacade
@@ -35,52 +34,8 @@ _MODEL, _LIMITS, _SERVER, _FEEDBACK = ModelConfig(), EngineLimits(), ServerConfi
 _POSITIVE = click.IntRange(min=1)
 
 
-def _size(default: int) -> dict[str, Any]:
-    return {"type": ByteSize(), "default": as_option(default), "show_default": True, "metavar": "SIZE"}
-
-
-class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """cpu, cuda or cuda:N."""
-
-    name = "device"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The device as it is; fails with wrong usage."""
-        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", str(value), re.ASCII):
-            self.fail(f"{value!r} is no device: write cpu, cuda or cuda:1", param, ctx)
-        return str(value)
-
-
-class MetadataKey(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """The name of a text entry in gRPC's metadata."""
-
-    name = "key"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The key as it is; fails with wrong usage."""
-        key = str(value)
-        if not re.fullmatch(r"[0-9a-z_.-]{1,64}", key, re.ASCII) or key.endswith("-bin") or key.startswith("grpc-"):
-            self.fail(f"{value!r} is no metadata key: write lower-case letters, digits and _ . -", param, ctx)
-        return key
-
-
-class NamedRouter(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """NAME=DIR."""
-
-    name = "router"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
-        """The name and its directory; fails with wrong usage."""
-        if isinstance(value, tuple):
-            return value
-        name, equals, directory = str(value).partition("=")
-        try:
-            Alias.parse(name)
-        except RefInvalid:
-            equals = ""
-        if not (equals and directory):
-            self.fail(f"{value!r} is no router: write NAME=DIR, the name in lower-case [a-z0-9._-]", param, ctx)
-        return name, Path(directory)
+def _size(default: int, least: int = 0) -> dict[str, Any]:
+    return {"type": ByteSize(least), "default": as_option(default), "show_default": True, "metavar": "SIZE"}
 
 
 @click.command(epilog="Example: hub serve --listen 0.0.0.0:50051 --quantize nf4 --adapter-memory 1GiB")
@@ -152,7 +107,7 @@ class NamedRouter(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     show_default=True,
     help="Tokens in one step, prompts and answers together.",
 )
-@click.option("--kv-memory", **_size(_LIMITS.kv_memory_bytes), help="Memory for attention keys and values.")
+@click.option("--kv-memory", **_size(_LIMITS.kv_memory_bytes, least=MIB), help="Memory for attention keys and values.")
 @click.option(
     "--adapter-memory",
     **_size(_LIMITS.adapter_memory_bytes),
@@ -174,7 +129,7 @@ class NamedRouter(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     default=0,
     metavar="SIZE",
     help="What weights, keys and values, adapters and work space may take together; refused at start where they need "
-    "more. Default: on a GPU what is free there, on a CPU no check.",
+    "more. Default: what the GPU, or for a CPU the machine, has left.",
 )
 @click.option(
     "--deterministic",
@@ -288,12 +243,12 @@ def _serve(config: ServerConfig) -> int:
 
     from hub.base import locate_base
     from hub.model_base import find_base
-    from hub.opening import open_hub
     from hub.signing.requiring import requiring
     from server.adapters.hub_leases import HubLeases
     from server.api.serving import Outcome, Parts
     from server.api.serving import serve as run
     from server.feedback.store import prepare_directory
+    from server.router_files import check_directory
 
     # What a typing error breaks is found out before anything is bound or loaded.
     base = find_base(config.model.base, config.hub, config.trusted_keys)
@@ -301,7 +256,10 @@ def _serve(config: ServerConfig) -> int:
     locate_base(base)
     if config.feedback is not None:
         prepare_directory(config.feedback.directory)
-    with requiring(open_hub(config.hub), config.trusted_keys) as opened:
+    for _, directory in config.routers:
+        check_directory(directory)
+    _check_device(config.model.device)
+    with requiring(_hub(config.hub), config.trusted_keys) as opened:
         leases = HubLeases(opened, config.lease_seconds) if config.lease_seconds else None
         parts = Parts(lambda: _directory(opened), lambda metrics: _engine(config, opened, leases, metrics))
         try:
@@ -331,6 +289,27 @@ def bound_openmp(threads: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def _check_device(device: str) -> None:
+    """Raise `BaseUnavailable` where there is no such GPU; torch, which knows, is imported for one alone."""
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        import torch
+
+        if int(index or 0) >= torch.cuda.device_count():
+            raise BaseUnavailable(f"there is no device {device} here; PyTorch sees {torch.cuda.device_count()} GPUs")
+
+
+def _hub(url: str | None) -> HubFacade:
+    """The hub at `url`; where there is none, an empty one is made, and said."""
+    from hub.opening import open_existing, open_hub
+
+    try:
+        return open_existing(url)
+    except HubNotFound as missing:
+        _progress(f"warning: {missing}")
+        return open_hub(url)
+
+
 def _directory(hub: HubFacade) -> AdapterDirectory:
     from server.adapters.directory import AdapterDirectory
 
@@ -338,14 +317,9 @@ def _directory(hub: HubFacade) -> AdapterDirectory:
 
 
 def _engine(config: ServerConfig, hub: HubFacade, leases: HubLeases | None, metrics: Metrics) -> Engine:
-    import torch
-
     from server.adapters.directory import hub_fetch
     from server.engine.engine import Engine
 
-    device = torch.device(config.model.device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BaseUnavailable(f"there is no device {device} here; PyTorch sees {torch.cuda.device_count()} GPUs")
     try:
         if leases is None:
             return Engine.build(config.model, config.engine, hub_fetch(hub), metrics)

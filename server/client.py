@@ -18,6 +18,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Self, Unpack
 
@@ -27,7 +28,6 @@ from protos.loraplex.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, i
 from server import client_messages as messages
 from server.client_feedback import Rating, feedback_request
 from server.client_messages import (
-    Adapters,
     Answer,
     AnsweringAdapter,
     AnswerSoFar,
@@ -37,11 +37,10 @@ from server.client_messages import (
     HeldAdapter,
     Logprobs,
     ModelInfo,
-    Options,
-    Prompt,
     Timing,
     Token,
 )
+from server.client_request import Adapters, Options, Prompt, generate_request, tokenize_request
 from server.client_routing import Routing
 
 __all__ = [
@@ -90,18 +89,18 @@ class Client:
 
         Raises `GenerationError`, with the reason ADAPTER_NOT_FOUND, CONTEXT_EXCEEDED, QUEUE_FULL, …
         """
-        request = messages.generate_request(prompt, adapters, options)
+        request = generate_request(prompt, adapters, options)
         return messages.answer(self._call(self._inference.Generate, request, options.get("timeout")))
 
     def stream(self, prompt: Prompt, adapters: Adapters = None, **options: Unpack[Options]) -> AnswerStream:
         """The answer as it comes; returns once the server named the versions that answer. Raises as `generate`."""
-        request = messages.generate_request(prompt, adapters, options)
+        request = generate_request(prompt, adapters, options)
         call = self._inference.GenerateStream(request, timeout=options.get("timeout"))
         return AnswerStream(call, self._address, max(request.n, 1))
 
     def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[Token]:
         """The tokens of a text, or of chat messages in the base's template."""
-        response = self._call(self._inference.Tokenize, messages.tokenize_request(prompt))
+        response = self._call(self._inference.Tokenize, tokenize_request(prompt))
         return [Token(*pair) for pair in zip(response.token_ids, response.tokens, strict=True)]
 
     def model_info(self) -> ModelInfo:
@@ -218,12 +217,12 @@ class AsyncClient:
 
     async def generate(self, prompt: Prompt, adapters: Adapters = None, **options: Unpack[Options]) -> Answer:
         """As `Client.generate`."""
-        request = messages.generate_request(prompt, adapters, options)
+        request = generate_request(prompt, adapters, options)
         return messages.answer(await self._call(self._inference.Generate, request, options.get("timeout")))
 
     async def stream(self, prompt: Prompt, adapters: Adapters = None, **options: Unpack[Options]) -> AsyncAnswerStream:
         """As `Client.stream`."""
-        request = messages.generate_request(prompt, adapters, options)
+        request = generate_request(prompt, adapters, options)
         stream = AsyncAnswerStream(
             self._inference.GenerateStream(request, timeout=options.get("timeout")), self._address, max(request.n, 1)
         )
@@ -232,7 +231,7 @@ class AsyncClient:
 
     async def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[Token]:
         """As `Client.tokenize`."""
-        response = await self._call(self._inference.Tokenize, messages.tokenize_request(prompt))
+        response = await self._call(self._inference.Tokenize, tokenize_request(prompt))
         return [Token(*pair) for pair in zip(response.token_ids, response.tokens, strict=True)]
 
     async def model_info(self) -> ModelInfo:
@@ -291,6 +290,7 @@ class AsyncAnswerStream(AsyncIterator[Chunk]):
         self._messages: AsyncIterator[inference_pb2.GenerateChunk] = aiter(call)
         self._address = address
         self._so_far = AnswerSoFar(candidates)
+        self._cancelled = False
 
     async def begin(self) -> None:
         """Wait until the server named the versions that answer; `AsyncClient.stream` has done so."""
@@ -313,6 +313,7 @@ class AsyncAnswerStream(AsyncIterator[Chunk]):
 
     def cancel(self) -> None:
         """End the stream; the server frees what it held."""
+        self._cancelled = True
         self._call.cancel()
 
     async def __anext__(self) -> Chunk:
@@ -329,3 +330,9 @@ class AsyncAnswerStream(AsyncIterator[Chunk]):
             return await anext(self._messages)
         except grpc.RpcError as raised:
             raise messages.error(raised, self._address) from None
+        except asyncio.CancelledError:
+            # By `cancel`, unless it is the waiting task itself that somebody cancelled.
+            task = asyncio.current_task()
+            if not self._cancelled or (task is not None and task.cancelling()):
+                raise
+            raise messages.cancelled() from None

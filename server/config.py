@@ -35,7 +35,7 @@ class EngineLimits:
     adapter_memory_bytes: int = 512 * MIB  # arena rows on the device
     adapter_parts_memory_bytes: int = 256 * MIB  # on the device, for what adapters bring beside LoRA rows
     host_adapter_memory_bytes: int = 2048 * MIB  # parsed adapters in host memory
-    device_memory_bytes: int = 0  # for all of it: weights, pages, adapters, workspace; 0: what is free on a GPU
+    device_memory_bytes: int = 0  # for all of it: weights, pages, adapters, workspace; 0: what is free
     adapter_fetches: int = 8  # adapters fetched from the hub and parsed at once
     max_adapter_rank: int = 256
     max_adapters_per_request: int = 8

@@ -31,9 +31,9 @@ from torch import Tensor
 from hub.refs import AdapterRef
 from server.config import Quantization
 from server.errors import RouterInvalid
+from server.router_files import SETTINGS, TENSORS, check_directory
 
 SCHEMA: Final = "loraplex.router/1"
-_SETTINGS, _TENSORS = "router.json", "router.safetensors"
 _SHAPES: Mapping[str, str] = {"mean": "d", "projection": "dp", "centroids": "np", "thresholds": "n"}
 
 
@@ -76,15 +76,16 @@ class Router:
         """Write the router's two files into `directory`."""
         settings = {"schema": SCHEMA, "names": list(self.names), "layer": self.layer, "base": self.base,
                     "quantization": self.quantization, "miss": self.miss}  # fmt: skip
-        (directory / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
-        save_file({name: getattr(self, name).float().contiguous() for name in _SHAPES}, directory / _TENSORS)
+        (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+        save_file({name: getattr(self, name).float().contiguous() for name in _SHAPES}, directory / TENSORS)
 
     @classmethod
     def read(cls, directory: Path) -> Self:
         """The router in `directory`; raises `RouterInvalid` for anything that is not one."""
+        check_directory(directory)
         try:
-            told = json.loads((directory / _SETTINGS).read_text("utf-8"))
-            tensors = load_file(directory / _TENSORS)
+            told = json.loads((directory / SETTINGS).read_text("utf-8"))
+            tensors = load_file(directory / TENSORS)
             if told.pop("schema") != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
             names = tuple(told.pop("names"))

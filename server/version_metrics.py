@@ -33,6 +33,7 @@ class VersionMetrics:
     def __init__(self, registry: CollectorRegistry, labels: Callable[[Callable[[str], None]], Labels]) -> None:
         """`labels` makes the bounded set of labels, given what is told of one that is in use no more."""
         self._labels = labels(self._forget)
+        self._running: set[str] = set()  # ids of requests that were counted as a use of their version
         self._requests = Counter(
             "loraplex_version_requests",
             'Requests that ended, by the version that answered and outcome: "ok" or the reason of the error.',
@@ -60,6 +61,7 @@ class VersionMetrics:
     def admitted(self, request: Request) -> None:
         """A request had its first step."""
         if request.adapters:
+            self._running.add(request.id)
             self._labels.used(_version(request))
 
     def tokens(self, request: Request, count: int) -> None:
@@ -77,7 +79,9 @@ class VersionMetrics:
         """A request ended."""
         if not request.adapters:
             return
-        label = self._label(request)
+        # One that never ran, because its version cannot be loaded, is a use of it too: a broken canary shows by name.
+        label = self._label(request) if request.id in self._running else self._labels.used(_version(request))
+        self._running.discard(request.id)
         outcome = OUTCOME_OK if error is None else str(getattr(error, "reason", "INTERNAL"))
         self._requests.labels(label, outcome).inc()
         if finish is not None:

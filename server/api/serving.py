@@ -31,6 +31,7 @@ class Outcome(enum.Enum):
 
     DRAINED = "drained"
     CUT_OFF = "cut off"  # calls were still running when time was up
+    FAILED = "failed"  # the engine ended by itself
     ABANDONED = "abandoned"  # stopped while loading; a thread may still be in the model library
 
 
@@ -68,7 +69,7 @@ async def serve(
     announce: Callable[[str], None],
     progress: Callable[[str], None],
 ) -> Outcome:
-    """Serve until a signal.
+    """Serve until a signal, or until the engine fails.
 
     `announce` gets the one line that says the server is ready, `progress` lines for people. Raises
     `AddressUnavailable`, `HubUnavailable`, and what loading the base raises.
@@ -92,13 +93,18 @@ async def serve(
             engine.start()
             await server.serve_engine(engine, directory)
             announce(ready_line(server, engine))
-            await signals.terminate.wait()
-            progress(f"draining, at most {config.drain_seconds:g} s; a second signal stops at once")
+            failed = await _unless(signals.terminate, in_daemon_thread(engine.ended.wait)) is True
+            if failed:
+                progress("the engine has failed: the reason is in the log; stopping")
+            else:
+                progress(f"draining, at most {config.drain_seconds:g} s; a second signal stops at once")
             drained = await _unless(signals.hurry, server.drain()) is True
             # Whatever is still inside ends with DRAINING, a status its caller can act on.
             await in_daemon_thread(engine.close)
             await server.stop(HURRIED_FLUSH_SECONDS if signals.hurry.is_set() else FLUSH_SECONDS)
             progress("stopped" if drained else "stopped; calls still running were cut off")
+            if failed:
+                return Outcome.FAILED
             return Outcome.DRAINED if drained else Outcome.CUT_OFF
         finally:
             await server.stop()

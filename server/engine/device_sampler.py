@@ -123,19 +123,19 @@ class DeviceSampler:
 
     def _draw(self, logits: Tensor, states: Sequence[SamplerState], tokens: Tensor) -> None:
         """Replace the best token by a drawn one in rows with a temperature."""
-        drawn = [(row, state) for row, state in enumerate(states) if state.generator is not None]
+        drawn = [(row, state.sampling, state.draws) for row, state in enumerate(states) if state.draws is not None]
         if not drawn:
             return
         settings = [
             [
                 float(row),
-                state.sampling.temperature,
-                float(state.sampling.top_k or logits.shape[1]),
-                state.sampling.top_p,
-                state.sampling.min_p,
-                float(torch.rand((), generator=state.generator, dtype=torch.float64)),
+                sampling.temperature,
+                float(sampling.top_k or logits.shape[1]),
+                sampling.top_p,
+                sampling.min_p,
+                draws.random(),
             ]
-            for row, state in drawn
+            for row, sampling, draws in drawn
         ]
         table = self._sent(torch.tensor(settings, dtype=torch.float64))
         for part in torch.split(table, _DRAWN_ROWS):

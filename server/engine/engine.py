@@ -197,8 +197,8 @@ class Engine:
     def submit(self, request: Request, outbox: Outbox) -> None:
         """Queue a request; its answer arrives in `outbox`, ending with a delta whose `last` is true.
 
-        Raises `QueueFull`, `RequestTooLarge` (it could never run here), `Draining`, or `StructureInvalid`. A
-        structure is compiled here unless `structures.compile` has done so before.
+        Raises `QueueFull`, `RequestTooLarge` (it could never run here), `Draining`, `EngineFailed`, or
+        `StructureInvalid`. A structure is compiled here unless `structures.compile` has done so before.
         """
         if request.structure is not None:
             self.structures.compile(request.structure)
@@ -239,6 +239,11 @@ class Engine:
 
     def _answering(self) -> bool:
         return self.snapshot().running > 0
+
+    @property
+    def ended(self) -> threading.Event:
+        """Set when the engine's thread has ended: by `close`, or because it failed, and everybody inside with it."""
+        return self._loop.ended
 
     def drain(self, seconds: float) -> bool:
         """Refuse new requests and wait for those inside; False when some are still running after `seconds`."""

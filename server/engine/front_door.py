@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 from server.engine.request import Request
 from server.engine.sequence import Sequence
-from server.errors import Draining, QueueFull
+from server.errors import Draining, EngineFailed, QueueFull
+
+FAILED = "the engine has failed; its server ends"
 
 
 class FrontDoor:
@@ -25,13 +27,16 @@ class FrontDoor:
         self._waiting: Counter[str] = Counter()  # by tenant
         self._draining = False
         self._closed = False
+        self._failed = False
         self._awake = False
 
     # -- for other threads ---------------------------------------------------------------------------------------
 
     def admit(self, request: Request, begin: Callable[[], Sequence]) -> None:
-        """Let a request in, as the sequence that `begin` makes; raises `Draining` or `QueueFull`."""
+        """Let a request in, as the sequence that `begin` makes; raises `Draining`, `EngineFailed` or `QueueFull`."""
         with self._changed:
+            if self._failed:
+                raise EngineFailed(FAILED)
             if self._draining or self._closed:
                 raise Draining("the server is shutting down")
             if self._waiting.total() >= self._max_waiting:
@@ -69,6 +74,12 @@ class FrontDoor:
         """Refuse new requests and have the engine's thread stop."""
         with self._changed:
             self._closed = True
+            self._changed.notify_all()
+
+    def fail(self) -> None:
+        """Refuse new requests for good: the engine's thread has failed."""
+        with self._changed:
+            self._failed = self._closed = True
             self._changed.notify_all()
 
     # -- for the engine's thread ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import nn
 
 from hub.byte_size import as_text
 from server.config import EngineLimits
+from server.engine.machine_memory import available_memory
 from server.errors import BaseUnavailable
 from server.model.base import BaseModel
 
@@ -116,7 +117,7 @@ def widths_of(base: BaseModel) -> Widths:
     linears = [linear.in_features * linear.out_features for linear in base.linears().values()]
     return Widths(
         hidden=int(config.hidden_size),
-        inner=int(config.intermediate_size),
+        inner=int(getattr(config, "intermediate_size", 4 * config.hidden_size)),  # some have another word for it
         heads=int(config.num_attention_heads),
         kv_heads=base.kv_heads,
         head_width=base.head_width,
@@ -130,16 +131,20 @@ def fit(base: BaseModel, limits: EngineLimits, standing: int = 0) -> MemoryPlan 
     """The plan of a loaded base, before pages and adapters are allocated; raises `BaseUnavailable` where all that
     does not fit.
 
-    `standing`: bytes of buffers that stay beside what a step allocates. Without a budget a GPU's is what is free on it;
-    on a CPU there is none, and no plan.
+    `standing`: bytes of buffers that stay beside what a step allocates. The budget is what is free beside the weights
+    on the GPU or, for a CPU, in the machine, or less where the limits say so; no plan where neither is known.
     """
     on_gpu = base.device.startswith("cuda")
-    weights = _weights(base.model)
-    budget = limits.device_memory_bytes
+    free: int | None
     if on_gpu:
         torch.cuda.empty_cache()  # what loading left
         weights = torch.cuda.memory_allocated(base.device)
         free = torch.cuda.mem_get_info(base.device)[0]
+    else:
+        weights = _weights(base.model)
+        free = available_memory()
+    budget = limits.device_memory_bytes
+    if free is not None:
         budget = min(budget, free + weights) if budget else free + weights
     if not budget:
         return None

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class SamplerState:
     forbidden: tuple[int, ...]  # token ids that may not come before min_new_tokens
     min_new_tokens: int
     produced: list[int] = field(default_factory=list)
-    generator: torch.Generator | None = None
+    draws: np.random.Generator | None = None  # one number in [0, 1) a token; None: the best token is taken
     structure: StructureState | None = None
 
     @classmethod
@@ -38,13 +39,10 @@ class SamplerState:
         structure: StructureState | None = None,
     ) -> SamplerState:
         """State before the first token; the random draws come from `sampling.seed` alone."""
-        generator = None
-        if sampling.temperature > 0:
-            generator = torch.Generator()
-            # torch takes 64 bits as signed or unsigned; any one-to-one mapping will do.
-            generator.manual_seed(sampling.seed % 2**63)
+        # All 64 bits are the key of a counter-based generator; torch's own would keep 32 of them.
+        draws = np.random.Generator(np.random.Philox(key=sampling.seed % 2**64)) if sampling.temperature > 0 else None
         forbidden = tuple(sorted(stop_ids))
-        return cls(sampling, logprobs, frozenset(prompt), forbidden, min_new_tokens, [], generator, structure)
+        return cls(sampling, logprobs, frozenset(prompt), forbidden, min_new_tokens, [], draws, structure)
 
     @property
     def adjusts(self) -> bool:
@@ -94,7 +92,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Choice]:
                 choices.append(Choice(None, None, StructureFailed(failed)))
                 continue
             greedy[row] = int(logits[row].argmax())
-        token = greedy[row] if state.generator is None else draw(logits[row], state)
+        token = greedy[row] if state.draws is None else draw(logits[row], state.sampling, state.draws.random())
         state.produced.append(token)
         if state.structure is not None:
             state.structure.accept(token)
@@ -143,10 +141,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return probabilities / probabilities.sum(), ids
 
 
-def draw(logits: Tensor, state: SamplerState) -> int:
-    """One token of one row [vocabulary], by inverting the cumulative distribution at one uniform number."""
-    probabilities, ids = distribution(logits, state.sampling)
-    point = torch.rand((), generator=state.generator, dtype=torch.float64)
+def draw(logits: Tensor, sampling: Sampling, point: float) -> int:
+    """One token of one row [vocabulary], by inverting the cumulative distribution at `point` in [0, 1)."""
+    probabilities, ids = distribution(logits, sampling)
     index = int(torch.searchsorted(probabilities.cumsum(-1), point, right=True))
     return int(ids[min(index, ids.numel() - 1)])
 

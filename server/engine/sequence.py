@@ -120,7 +120,10 @@ class Sequence:
             delta.text = self.detokenizer.push(taken.token)
         if taken.reason is not None:
             if taken.reason is not FinishReason.STOP_STRING:
-                delta.text += self.scanner.push(self.detokenizer.flush())[0] + self.scanner.flush()
+                rest, stopped = self.scanner.push(self.detokenizer.flush())
+                delta.text += rest + self.scanner.flush()
+                if stopped:
+                    taken.reason = FinishReason.STOP_STRING
             delta.finish = self._finish(taken.reason, self.last_token or time.monotonic())
         return delta
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from server.engine.front_door import FrontDoor
+from server.engine.front_door import FAILED, FrontDoor
 from server.engine.interlude import Interludes
 from server.engine.kv_cache import PageTable
 from server.engine.observer import EngineObserver, EngineSnapshot, SchedulerReports
@@ -90,18 +91,38 @@ class StepLoop:
         self._late = late
         self._told: list[tuple[Sequence, Taken]] = []  # chosen, and not yet handed out
         self._noted = True
+        self.ended = threading.Event()  # set when `run` is over, for whatever reason
 
     def run(self) -> None:
-        """The engine's thread: until the door is closed; who is inside then ends with `Draining`."""
+        """The engine's thread: until the door is closed; who is inside then ends with `Draining`. What nobody caught
+        closes the door and ends everybody with `EngineFailed`."""
         # A step takes the interpreter's lock back dozens of times; a loader that parses would keep it 5 ms each time.
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
-        while self._door.wait(self._scheduler.has_work):
-            self.advance()
-            if not self._scheduler.running:
-                self.deliver()  # nobody knows when the next step will
-        self.deliver()
-        for sequence in self._door.inside().values():
-            self._end(sequence, Draining("the server is shutting down"))
+        try:
+            while self._door.wait(self._scheduler.has_work):
+                self.advance()
+                if not self._scheduler.running:
+                    self.deliver()  # nobody knows when the next step will
+            self.deliver()
+            for sequence in self._door.inside().values():
+                self._end(sequence, Draining("the server is shutting down"))
+        except Exception:
+            log.exception("the engine has failed")
+            self._fail()
+        finally:
+            self.ended.set()
+
+    def _fail(self) -> None:
+        """End everybody, by what cannot have broken: neither scheduler nor pages are asked any more."""
+        self._door.fail()
+        # Who got a last token has left, and may not have been told.
+        left = {sequence.request.id: sequence for sequence, taken in self._told if taken.reason is not None}
+        for sequence in (left | self._door.inside()).values():
+            self._door.leave(sequence)
+            error = EngineFailed(FAILED)
+            if not sequence.reads:
+                self.observer.finished(sequence.request, None, error)
+            sequence.outbox.put(Delta(error=error))
 
     def advance(self) -> None:
         """Take in what came, run one step if there is something to run, note the state; never waits."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Set
@@ -41,6 +42,10 @@ _LIMITS = {
 _JSON_STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 _JSON_STRICT = {"lenient": False, "coerce_one_of": False}
 _COUNT = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
+_NOTHING = "no text can follow"
+# How llguidance says that a limit was met, and what it adds for those who write grammars for a tokenizer.
+_TOO_COMPLEX = re.compile(r"(lexer|parser) error: |initial lexer configuration|(Lexer|Parser)TooComplex")
+_INNER = re.compile(r"; following special tokens are available.*|(?<=Regex is empty):.*")
 _REGEX_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
 
 
@@ -165,7 +170,8 @@ class Structures:
         # A grammar that no text matches shows only when the first token is asked for.
         first = StructureState(matcher, self._vocabulary, self._eos_ids, may_end=False)
         if first.failed is not None:
-            raise StructureInvalid(f"{structure.kind}: no text matches it, or it is too complex: {first.failed}")
+            why = "no text matches it" if first.failed == _NOTHING else first.failed
+            raise StructureInvalid(f"{structure.kind}: {why}")
         if first.complete:
             raise StructureInvalid(f"{structure.kind}: only the empty text matches it")
         return first
@@ -173,14 +179,39 @@ class Structures:
     def _llguidance(self) -> LLTokenizer:
         with self._building:
             if self._tokenizer is None:
-                from llguidance.hf import from_tokenizer
+                from llguidance import LLTokenizer
 
-                self._tokenizer = from_tokenizer(
-                    self._hf,
+                self._tokenizer = LLTokenizer(
+                    _unspellable(self._hf.backend_tokenizer.to_str()),
                     n_vocab=max(self._vocabulary, len(self._hf)),
                     eos_token=sorted(self._eos_ids) or None,
                 )
             return self._tokenizer
+
+
+def _unspellable(tokenizer: str) -> str:
+    """A tokenizer in the JSON of `tokenizers`, its special tokens renamed to what no text says; ids stay.
+
+    llguidance tokenizes what must come next, and a text that says "<|im_end|>" has to be written in ordinary tokens:
+    the special one would show no text, and end the answer.
+    """
+    parts = json.loads(tokenizer)
+    parts["padding"] = parts["truncation"] = None
+    model = parts["model"]
+    pieces = model.get("vocab")
+    secret = secrets.token_hex(16)
+    for token in parts["added_tokens"]:
+        if not token["special"]:
+            continue
+        old, token["content"] = token["content"], secret + token["content"]
+        # Where the model lists it too, it must there have the new name, or the new name would get a new id.
+        if isinstance(pieces, dict) and old in pieces:
+            pieces[token["content"]] = pieces.pop(old)
+        elif isinstance(pieces, list) and token["id"] < len(pieces):  # Unigram: [piece, score] by id
+            pieces[token["id"]][0] = token["content"]
+        if model.get("unk_token") == old:
+            model["unk_token"] = token["content"]
+    return json.dumps(parts)
 
 
 def _grammar(structure: Structure) -> str:
@@ -241,6 +272,17 @@ def _check_counts(kind: str, pattern: str) -> None:
 
 
 def _told(error: str, otherwise: str) -> str:
-    """llguidance's message in one line a caller can use."""
-    text = " ".join(error.replace("<non-verbose/>", "").split())
-    return text[:300] or otherwise
+    """llguidance's message in one line a caller can use; `otherwise` where it speaks of its own insides."""
+    text = error.replace("<non-verbose/>", "").strip()
+    if text.startswith("NoExtension"):
+        return _NOTHING
+    if _TOO_COMPLEX.match(text):
+        return "it is too complex"
+    if text.startswith("Parser Error"):
+        return otherwise
+    head, *lines = text.splitlines() or [""]
+    # A regular expression's parser ends with the one line that says why; an excerpt of the grammar follows others.
+    whys = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if whys:
+        return f"invalid regex: {whys[-1]}"[:300]
+    return _INNER.sub("", " ".join(head.split()))[:300] or otherwise

@@ -29,3 +29,9 @@ def test_shown_sizes() -> None:
         "5.0 TiB",
     ]
     assert [as_option(size) for size in (512 << 20, 2 << 30, 1000)] == ["512MiB", "2GiB", "1000"]
+
+
+def test_a_least_size() -> None:
+    assert ByteSize(1024).convert("1KiB", None, None) == 1024
+    with pytest.raises(click.BadParameter, match="'1023' is too small: give at least 1KiB"):
+        ByteSize(1024).convert("1023", None, None)

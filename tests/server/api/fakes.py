@@ -141,6 +141,7 @@ class FakeEngine:
         self.adapters = FakeAdapters()
         self.gate = threading.Event()
         self.gate.set()
+        self.ended = threading.Event()
         self.failures: dict[str, Exception] = {}
         self.refuse: Exception | None = None
         self.submitted: list[Request] = []

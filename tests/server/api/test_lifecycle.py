@@ -1,5 +1,6 @@
 """Ports, health, reflection, the metrics page, loading, draining."""
 
+import asyncio
 import contextlib
 import socket
 import urllib.request
@@ -12,7 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.adapters.directory import AdapterDirectory
 from server.api.lifecycle import SERVICES
+from server.api.serving import Outcome, Parts, serve
 from server.client import Client, GenerationError
 from server.config import ServerConfig
 from server.errors import AddressUnavailable
@@ -75,6 +78,20 @@ def test_what_outlasts_the_drain_ends_with_a_reason(engine: FakeEngine, fake_hub
             with pytest.raises(GenerationError) as cut:
                 list(stream)
             assert (cut.value.status, cut.value.reason) == ("UNAVAILABLE", "DRAINING")
+
+
+def test_a_server_whose_engine_fails_ends(engine: FakeEngine, fake_hub: FakeHub) -> None:
+    """Whoever started it sees that, and starts another."""
+    told: list[str] = []
+
+    def ready(line: str) -> None:
+        told.append(line)
+        engine.ended.set()
+
+    parts = Parts(lambda: AdapterDirectory(fake_hub), lambda metrics: engine)  # type: ignore[arg-type,return-value]
+    config = replace(QUIET, listen="127.0.0.1:0")
+    assert asyncio.run(serve(config, parts, announce=ready, progress=told.append)) is Outcome.FAILED
+    assert told[-2:] == ["the engine has failed: the reason is in the log; stopping", "stopped"]
 
 
 async def _yield() -> None:

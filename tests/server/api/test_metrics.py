@@ -142,6 +142,24 @@ def test_every_version_that_answers_has_numbers_of_its_own() -> None:
     }  # fmt: skip
 
 
+def test_a_version_that_cannot_be_loaded_shows_by_name() -> None:
+    """A broken canary: none of its requests ever runs."""
+    metrics = Metrics()
+    for _ in range(2):
+        metrics.finished(request("team/a@5"), None, RuntimeError())
+    assert samples(metrics)[("loraplex_version_requests_total", "INTERNAL", "team/a@5")] == 2
+
+
+def test_a_request_is_one_use_of_its_version_however_it_ends() -> None:
+    metrics = Metrics(labelled_adapters=1)
+    run(metrics, request("team/a@1"))
+    metrics.finished(request("team/a@2"), None, RuntimeError())  # as often used: no reason to take the label
+    run(metrics, request("team/a@1"))
+    seen = samples(metrics)
+    assert seen[("loraplex_version_requests_total", "ok", "team/a@1")] == 2
+    assert seen[("loraplex_version_requests_total", "INTERNAL", "other")] == 1
+
+
 def test_the_label_version_is_bounded_too() -> None:
     metrics = Metrics(labelled_adapters=2)
     for number in range(1, 6):

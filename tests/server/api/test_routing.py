@@ -336,7 +336,7 @@ class Shared:
         ("layer", RouterMismatch, "after 3 layers, of which tiny has 2"),
         ("negative", RouterMismatch, "after -1 layers"),
         ("name", RouterInvalid, "no adapter reference"),
-        ("nothing", RouterInvalid, "is no router"),
+        ("nothing", RouterInvalid, "there is no router.json in .*router: `hub continual router` writes"),
     ],
 )
 def test_a_router_for_another_base_is_refused_at_start(

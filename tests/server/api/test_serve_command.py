@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hub.opening import open_hub
+
 
 def hub_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from hub.cli import main; main()", "serve", *arguments]
@@ -22,6 +24,12 @@ def base(tmp_path: Path) -> Path:
     return directory
 
 
+def a_hub(tmp_path: Path) -> Path:
+    """An empty hub."""
+    open_hub(str(tmp_path / "hub")).close()
+    return tmp_path / "hub"
+
+
 @pytest.mark.parametrize("option", ["--listen", "--metrics-port"])
 def test_a_taken_port_is_one_line(option: str, tmp_path: Path, base: Path) -> None:
     with socket.socket() as taken:
@@ -31,7 +39,7 @@ def test_a_taken_port_is_one_line(option: str, tmp_path: Path, base: Path) -> No
         ports = {"--listen": "127.0.0.1:0", "--metrics-port": "0"}
         ports[option] = f"127.0.0.1:{port}" if option == "--listen" else str(port)
         arguments = [word for pair in ports.items() for word in pair]
-        result = hub_serve("--base", str(base), "--hub", str(tmp_path / "hub"), *arguments)
+        result = hub_serve("--base", str(base), "--hub", str(a_hub(tmp_path)), *arguments)
     assert (result.returncode, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: cannot ") and line.endswith("(ADDRESS_UNAVAILABLE)") and str(port) in line
@@ -47,7 +55,14 @@ def test_an_unknown_base_and_a_hub_that_cannot_be_opened_are_one_line(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "option", [("--listen", "nowhere"), ("--kv-memory", "much"), ("--quantize", "int3"), ("--feedback-window", "soon")]
+    "option",
+    [
+        ("--listen", "nowhere"),
+        ("--kv-memory", "much"),
+        ("--kv-memory", "512"),
+        ("--quantize", "int3"),
+        ("--feedback-window", "soon"),
+    ],
 )
 def test_wrong_usage_is_2(option: tuple[str, str]) -> None:
     result = hub_serve(*option)
@@ -62,8 +77,29 @@ def test_a_feedback_directory_that_is_none_is_one_line_before_anything_is_loaded
     assert "FEEDBACK_DIRECTORY_UNUSABLE" in result.stderr
 
 
+def test_a_router_that_is_none_is_one_line_before_anything_is_loaded(tmp_path: Path, base: Path) -> None:
+    result = hub_serve("--base", str(base), "--hub", str(tmp_path / "hub"), "--router", f"x={base}")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert f"there is no router.json in {base}: " in result.stderr and "ROUTER_INVALID" in result.stderr
+
+
+def test_a_gpu_that_is_not_there_is_one_line_before_anything_is_bound(tmp_path: Path, base: Path) -> None:
+    result = hub_serve("--base", str(base), "--hub", str(tmp_path / "hub"), "--device", "cuda:99")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert "there is no device cuda:99 here" in result.stderr
+
+
+def test_a_hub_that_is_not_there_is_said(tmp_path: Path, base: Path) -> None:
+    hub = tmp_path / "hub"
+    arguments = ("--base", str(base), "--hub", str(hub), "--listen", "192.0.2.1:1")  # no address of ours: it ends here
+    first, *_ = hub_serve(*arguments).stderr.splitlines()
+    assert first == f"warning: there is no hub at {hub}; `hub push` makes it"
+    assert "warning" not in hub_serve(*arguments).stderr  # it was made
+
+
 def test_torch_is_imported_by_nothing_but_the_engine() -> None:
     """OpenMP reads its environment when torch is loaded, so that has to come after `bound_openmp`."""
     modules = "server.cli, server.client_cli, server.api.serving, server.adapters.directory, hub.hub, hub.base"
+    modules += ", server.router_files"
     check = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], timeout=30).returncode == 0

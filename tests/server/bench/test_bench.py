@@ -101,6 +101,12 @@ def test_the_table_names_every_adapter_and_every_failure(server: tuple[str, Scri
     assert "2 failed with ADAPTER_NOT_FOUND: there is no adapter 'broken'" in result.stderr
 
 
+def test_the_environment_names_a_server_too(server: tuple[str, Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_SERVER", server[0])
+    result = CliRunner().invoke(bench, ["--requests", "1"], standalone_mode=False)
+    assert result.return_value == 0, result.output
+
+
 def test_nothing_answered_is_a_failure() -> None:
     result = CliRunner().invoke(bench, ["--server", "127.0.0.1:1", "--requests", "2"], standalone_mode=False)
 

@@ -141,6 +141,33 @@ def test_values_that_no_message_can_hold_are_pythons_errors(served: RunningServe
     assert engine.submitted == []
 
 
+def test_adapters_come_alone_as_pairs_and_as_a_mapping(served: RunningServer, engine: FakeEngine) -> None:
+    with Client(served.address) as client:
+        for adapters in (("team/a", 0.5), [("team/a", 0.5)], {"team/a": 0.5}, [["team/a", 0.5]]):
+            client.generate("x", adapters, max_new_tokens=1)  # type: ignore[arg-type]
+        client.generate("x", ("team/a", "team/b"), max_new_tokens=1)
+        client.generate("x", {"team/a": 0.25, "team/b": 2}, max_new_tokens=1)
+        for nonsense in (["team/a", None], 3, [("team/a", "much")], [("team/a", 0.5, 1)]):
+            with pytest.raises(TypeError):
+                client.generate("x", nonsense)  # type: ignore[arg-type]
+    asked = [[(use.version, use.weight) for use in request.adapters] for request in engine.submitted]
+    assert asked[:4] == [[("team/a@1", 0.5)]] * 4
+    assert asked[4:] == [[("team/a@1", 1), ("team/b@1", 1)], [("team/a@1", 0.25), ("team/b@1", 2)]]
+
+
+def test_what_could_be_taken_for_something_else_is_refused(served: RunningServer, engine: FakeEngine) -> None:
+    with Client(served.address) as client:
+        with pytest.raises(TypeError, match=r"no option 'temprature'; did you mean 'temperature'\?"):
+            client.generate("x", temprature=1.5)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match="stop takes a list of texts"):
+            client.stream("x", stop="END")
+        for prompt in (b"hi", CHAT[0]):
+            for call in (client.generate, client.tokenize):
+                with pytest.raises(TypeError, match=f"not {type(prompt).__name__}"):
+                    call(prompt)  # type: ignore[operator]
+    assert engine.submitted == []
+
+
 def test_the_async_client_does_the_same(served: RunningServer, engine: FakeEngine) -> None:
     async def story() -> None:
         async with AsyncClient(served.address) as client:
@@ -166,6 +193,33 @@ def test_the_async_client_does_the_same(served: RunningServer, engine: FakeEngin
             held = await client.load("team/a")
             assert await client.adapters() == [held]
             assert await client.unload("team/a") is True
+
+    asyncio.run(story())
+
+
+def test_a_cancelled_stream_says_so_in_both_clients(served: RunningServer, engine: FakeEngine) -> None:
+    engine.gate.clear()
+    with Client(served.address) as client, client.stream("x") as stream:
+        stream.cancel()
+        with pytest.raises(GenerationError, match="the stream was cancelled") as raised:
+            next(stream)
+    assert (raised.value.status, raised.value.reason) == ("CANCELLED", "CANCELLED")
+
+    async def story() -> None:
+        async with AsyncClient(served.address) as client:
+            stream = await client.stream("x")
+            waiting = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0)
+            stream.cancel()
+            with pytest.raises(GenerationError, match="the stream was cancelled"):
+                await waiting
+            # A task that is cancelled itself ends as tasks do, also where it waits for a stream.
+            other = await client.stream("x")
+            waiting = asyncio.create_task(anext(other))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
 
     asyncio.run(story())
 

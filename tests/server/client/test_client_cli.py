@@ -83,6 +83,65 @@ def test_a_weight_that_is_no_number_is_wrong_usage(server: RunningServer) -> Non
     assert "'much' is no weight: write REF=0.5" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--seed", str(2**64)),
+        ("--max-new-tokens", "99999999999"),
+        ("--n", "99999999999"),
+        ("--top-k", "99999999999"),
+        ("--regex", "\udcff"),
+        ("--system", "\udcff"),
+        ("--stop", "\udcff"),
+        ("-a", "\udcff"),
+        ("--logprobs", "1"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_no_message_can_hold_is_wrong_usage(server: RunningServer, arguments: tuple[str, ...]) -> None:
+    assert ask(server, "x", *arguments).exit_code == 2
+
+
+def test_prompts_that_are_no_text_are_wrong_usage(server: RunningServer) -> None:
+    shell = ask(server, "\udcff")
+    assert (shell.exit_code, "not UTF-8 text" in shell.stderr) == (2, True)
+    pipe = CliRunner().invoke(generate, ["-", "--server", server.address], input=b"\xff\xfe")
+    assert (pipe.exit_code, "standard input is not UTF-8 text" in pipe.stderr) == (2, True)
+
+
+def test_standard_input_is_read_for_one_thing(server: RunningServer) -> None:
+    assert ask(server, "x", "--json-schema", "-", "--max-new-tokens", "1", stdin='{"type": "null"}').exit_code == 0
+    assert server.engine.submitted[-1].structure == Structure("json_schema", '{"type": "null"}')
+    both = ask(server, "-", "--json-schema", "-", stdin="{}")
+    assert (both.exit_code, "either PROMPT or the schema" in both.stderr) == (2, True)
+
+
+def test_how_to_draw_reaches_the_engine(server: RunningServer) -> None:
+    ask(server, "x", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "7", "--min-p", "0.1", "--seed", "3",
+        "--stop", "b", "--stop", "END", "--max-new-tokens", "2")  # fmt: skip
+    (request,) = server.engine.submitted
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 7, 0.1)
+    assert (sampling.seed, request.stopping.stop_strings) == (3, ("b", "END"))
+    answer = json.loads(ask(server, "x", "--json", "--logprobs", "2", "--max-new-tokens", "2").stdout)
+    assert server.engine.submitted[-1].logprobs == 2
+    assert "logprobs" in answer
+
+
+def test_an_error_midway_stands_on_a_line_of_its_own(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from server.client import AnswerStream, Chunk, GenerationError
+
+    def breaks_off(stream: AnswerStream) -> Chunk:
+        if stream._so_far._texts[0][-1]:
+            raise GenerationError("INTERNAL", "ENGINE_FAILED", "the step failed")
+        return stream._so_far.add(stream._next_message())
+
+    monkeypatch.setattr(AnswerStream, "__next__", breaks_off)
+    result = ask(server, "x", "--max-new-tokens", "3")
+    assert isinstance(result.exception, GenerationError)
+    assert result.stdout in ("a\n", "ab\n", "abc\n")  # chunks may join
+
+
 def test_adapters(server: RunningServer) -> None:
     empty = CliRunner().invoke(adapters, ["--server", server.address])
     assert empty.stdout == "no adapters yet: the first request that names one loads it\n"
@@ -107,7 +166,8 @@ def test_feedback_takes_the_id_under_the_answer(tmp_path: Path) -> None:
         assert tell(request_id, "--bad", "--comment", "why").output == "kept, in place of an earlier mark\n"
         piped = tell(request_id, "--correction", "-", "--json", stdin="better\n")
         assert json.loads(piped.output) == {"request_id": request_id, "replaced": True}
-        assert tell(request_id).exit_code == 2
+        assert tell(request_id).exit_code == tell(request_id, "--good", "--bad").exit_code == 2
+        assert CliRunner().invoke(feedback, [request_id, "--correction", "-"], input=b"\xff").exit_code == 2
         assert getattr(tell("nosuch", "--good").exception, "reason", None) == "REQUEST_NOT_FOUND"
     finally:
         server.close()

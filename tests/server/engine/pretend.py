@@ -299,7 +299,15 @@ def _base() -> BaseModel:
 
     model = nn.Module()
     model.site = nn.Linear(2, 2, bias=False)
-    config = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=1, rope_parameters=None)
+    config = SimpleNamespace(
+        num_hidden_layers=1,
+        hidden_size=2,
+        intermediate_size=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=1,
+        rope_parameters=None,
+    )
     config.get_text_config = lambda: config
     model.config = config  # type: ignore[assignment]
     model.generation_config = None  # type: ignore[assignment]

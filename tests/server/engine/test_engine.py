@@ -308,6 +308,40 @@ def test_nan_ends_its_own_row_and_leaves_no_trace(
         engine.close()
 
 
+def test_a_stop_string_in_the_last_piece_of_text_is_the_reason(engine: Engine) -> None:
+    """Half a character comes out as U+FFFD at the very end, where it may be, or complete, a stop string."""
+    half = engine.text._tokenizer.convert_tokens_to_ids("\u00c3")  # the byte C3
+    for stop, text, reason in (
+        ("\ufffd", "", FinishReason.STOP_STRING),
+        ("\ufffdz", "\ufffd", FinishReason.LENGTH),
+    ):
+        sampling = Sampling(logit_bias=((half, 1e6),))
+        [answer] = engine.generate([request(new=1, sampling=sampling, stop_strings=(stop,))])
+        assert (answer.text, answer.finish_reason) == (text, reason)
+
+
+def test_a_loop_that_fails_ends_everybody_and_refuses_more(
+    tiny_base: Path, adapters: dict[str, Path], directory_fetch: Callable[..., Any], monkeypatch: Any
+) -> None:
+    engine = build(tiny_base, directory_fetch(adapters))
+
+    def fail() -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(engine._scheduler, "schedule", fail)
+    outboxes = [BlockingOutbox() for _ in range(3)]
+    for outbox in outboxes:
+        engine.submit(request("a0"), outbox)
+    engine.start()
+    for outbox in outboxes:
+        assert isinstance([*outbox][-1].error, EngineFailed)
+    assert engine.ended.wait(10)
+    with pytest.raises(EngineFailed, match="its server ends"):
+        engine.submit(request(), BlockingOutbox())
+    assert engine.drain(0)  # nobody is inside
+    engine.close()
+
+
 def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(engine: Engine, monkeypatch: Any) -> None:
     run = engine._runner.run
     failures = iter([True])

@@ -70,3 +70,11 @@ def test_an_engine_that_does_not_fit_is_refused_with_numbers(tiny_base: Path) ->
     assert engine.memory is not None
     assert engine.memory.spare > 0
     engine.close()
+
+
+def test_on_a_cpu_the_machines_memory_is_the_budget(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More is not given out until it is used, and then the kernel ends the process."""
+    config = ModelConfig(base=str(tiny_base), quantization="none", dtype="float32", threads=1)
+    monkeypatch.setattr("server.engine.memory_plan.available_memory", lambda: 900 * MIB)
+    with pytest.raises(BaseUnavailable, match=r"too small by .* of 900\..*--kv-memory\) 1\.0 GiB"):
+        Engine.build(config, EngineLimits(kv_memory_bytes=1024 * MIB), lambda digest: pytest.fail(digest))

@@ -15,7 +15,7 @@ from server.config import EngineLimits, ModelConfig
 from server.engine.engine import Completion, Engine
 from server.engine.request import AdapterUse, FinishReason, Request, Sampling, Stopping, Structure
 from server.engine.sampler import SamplerState, sample
-from server.engine.structure import MAX_REPEAT, Structures
+from server.engine.structure import _LIMITS, MAX_REPEAT, Structures
 from server.errors import StructureFailed, StructureInvalid
 
 _ids = iter(range(10**9))
@@ -147,6 +147,21 @@ def test_choices_come_out_whole(engine: Engine) -> None:
         check_whole(answer)
     assert {answer.text for answer in answers} <= set(choices)
     assert len({answer.text for answer in answers}) > 1
+
+
+def test_text_that_spells_a_special_token_is_written_as_text(engine: Engine) -> None:
+    """The end-of-sequence token and another one, forced and chosen between; the real tokenizer's are tried below."""
+    asked = [
+        request(Structure("choice", choices=("a </s> b", "a </s> c"))),
+        request(Structure("regex", "end: <\\|user\\|>!")),
+        request(schema_of({"const": "</s>"})),
+        request(Structure("choice", choices=("</s>",))),
+    ]
+    answers = engine.generate(asked)
+    for answer in answers:
+        check_whole(answer)
+    assert answers[0].text in ("a </s> b", "a </s> c")
+    assert [answer.text for answer in answers[1:]] == ["end: <|user|>!", '"</s>"', "</s>"]
 
 
 def test_a_grammar_balances_its_brackets(engine: Engine) -> None:
@@ -289,6 +304,39 @@ def test_what_cannot_be_kept_is_refused_quickly(structures: Structures, structur
 
 
 @pytest.mark.parametrize(
+    ("structure", "said"),
+    [
+        (Structure("regex", "(a"), "regex: invalid regex: unclosed group"),
+        (Structure("regex", r"[^\s\S]"), "regex: no text matches it"),
+        (schema_of({"$ref": "#"}), "json_schema: no text matches it"),
+        (schema_of({"type": "string", "pattern": "(a"}), "json_schema: invalid regex: unclosed group"),
+        (schema_of({"const": "a", "enum": ["b"]}), "json_schema: Unsatisfiable schema: Regex is empty"),
+        (Structure("grammar", "start: foo"), 'grammar: at 1(8): unknown name: "foo"'),
+        (Structure("grammar", "start: <|user|>"), 'grammar: at 1(8): unknown special token: "<|user|>"'),
+        (Structure("grammar", "%%%"), "grammar: 1(2): lexer error"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refusals_are_in_words_for_callers(structures: Structures, structure: Structure, said: str) -> None:
+    with pytest.raises(StructureInvalid) as refused:
+        structures.compile(structure)
+    assert str(refused.value) == said
+
+
+def test_so_are_failures_midway(structures: Structures, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = structures.begin(Structure("regex", "ab"), may_end=True)
+    state.accept(299)
+    assert state.failed == "the structure cannot be followed further"
+    monkeypatch.setitem(_LIMITS, "max_lexer_states", 60)
+    state = structures.begin(Structure("regex", "([ab]*a[ab]{40})"), may_end=True)
+    alphabet = json.loads(structures._hf.backend_tokenizer.to_str())["model"]["vocab"]
+    for char in "abaababb" * 20:
+        if state.failed is None:
+            state.accept(alphabet[char])
+    assert state.failed == "it is too complex"
+
+
+@pytest.mark.parametrize(
     "structure",
     [
         *(
@@ -314,6 +362,87 @@ def test_catastrophic_structures_cost_little(engine: Engine, structure: Structur
     assert time.process_time() - started < 4
     assert hostile.error is None or isinstance(hostile.error, StructureInvalid | StructureFailed)
     assert other.error is None
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer(smollm2: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="module")
+def real_structures(real_tokenizer: Any) -> Structures:
+    return Structures(real_tokenizer, len(real_tokenizer), {real_tokenizer.eos_token_id})
+
+
+def walk(structures: Structures, structure: Structure, rng: random.Random, tokens: int = 40) -> list[list[int]]:
+    """What was taken and, after it, what was allowed at every step of a random walk."""
+    state = structures.begin(structure, may_end=False)
+    taken: list[int] = []
+    allowed = [taken]
+    while not state.complete and len(taken) < tokens:
+        mask = state.allowed()
+        assert mask is not None, state.failed
+        allowed.append(mask.nonzero().flatten().tolist())
+        taken.append(rng.choice(allowed[-1]))
+        state.accept(taken[-1])
+    return allowed
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("structure", "texts"),
+    [
+        (Structure("choice", choices=("<|im_end|>",)), {"<|im_end|>"}),
+        (Structure("choice", choices=("<reponame>", "<|endoftext|>")), {"<reponame>", "<|endoftext|>"}),
+        (
+            Structure("choice", choices=("a <|im_end|> marker", "b <|im_end|> marker")),
+            {"a <|im_end|> marker", "b <|im_end|> marker"},
+        ),
+        (Structure("regex", r"end: <\|im_end\|>!"), {"end: <|im_end|>!"}),
+        (schema_of({"enum": ["<|endoftext|>"]}), {'"<|endoftext|>"'}),
+        (
+            schema_of(
+                {
+                    "type": "object",
+                    "properties": {"token": {"const": "<|im_end|>"}},
+                    "required": ["token"],
+                    "additionalProperties": False,
+                }
+            ),
+            {'{"token": "<|im_end|>"}'},
+        ),
+        (Structure("grammar", 'start: "<|im_start|>" | "<file_sep>"'), {"<|im_start|>", "<file_sep>"}),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Structure) else "",
+)
+def test_real_special_tokens_spelled_are_text(
+    real_structures: Structures, real_tokenizer: Any, structure: Structure, texts: set[str]
+) -> None:
+    rng = random.Random()
+    for _ in range(6):
+        taken, *_ = walk(real_structures, structure, rng)
+        assert real_tokenizer.decode(taken, skip_special_tokens=True) in texts
+
+
+@pytest.mark.real
+def test_ordinary_structures_allow_what_the_plain_tokenizer_allows(
+    real_structures: Structures, real_tokenizer: Any
+) -> None:
+    from llguidance.hf import from_tokenizer
+
+    plain = Structures(real_tokenizer, len(real_tokenizer), {real_tokenizer.eos_token_id})
+    plain._tokenizer = from_tokenizer(real_tokenizer, n_vocab=len(real_tokenizer))
+    ordinary = [
+        schema_of(IAM_POLICY),
+        Structure("regex", r"[0-9]{4}-(0[1-9]|1[0-2])|<[a-z |]{1,20}>|[^a]{1,9}"),
+        Structure("choice", choices=("positive", "né", "日本")),
+    ]
+    for seed in range(4):
+        for structure in ordinary:
+            ours, theirs = (walk(one, structure, random.Random(seed)) for one in (real_structures, plain))
+            assert ours == theirs
 
 
 @pytest.fixture(scope="module")
