@@ -117,7 +117,7 @@ def test_named_source_files_exist(page: Path) -> None:
 def test_the_call_from_python_is_one_the_client_has(monkeypatch: pytest.MonkeyPatch) -> None:
     (snippet,) = fenced(README, "python")
     from server import client
-    from server.client_messages import generate_request
+    from server.client_request import generate_request
 
     asked: list[inference_pb2.GenerateRequest] = []
 
