@@ -57,9 +57,9 @@ def adopt(
     for name in sorted({adoption.full_name for adoption in adoptions}):
         _follow(writer, name, [found for (whose, _), found in entered.items() if whose == name])
     for alias in aliases:
-        if alias.alias != LATEST:
-            here = {number: found[0] for (whose, number), found in entered.items() if whose == alias.full_name}
-            _point(writer, alias, here)
+        _point(
+            writer, alias, {number: found[0] for (whose, number), found in entered.items() if whose == alias.full_name}
+        )
     return [entered[adoption.full_name, adoption.number] for adoption in adoptions]
 
 
@@ -127,6 +127,8 @@ def _point(writer: Writer, alias: AliasArrival, records: dict[int, Record]) -> N
     missing = [number for number, _ in alias.held if number not in records]
     if missing or not alias.held:
         raise BundleRefused(f"the alias {alias.full_name}:{alias.alias} holds versions that do not come with it")
+    if alias.alias == LATEST:
+        return  # it follows what is newest here
     held = catalog_rows.alias_state(writer.connection, alias.full_name, alias.alias)
     wanted = [(records[number], weight) for number, weight in alias.held]
     writer.point(alias.full_name, alias.alias, held, wanted, "import")

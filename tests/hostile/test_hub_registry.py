@@ -90,8 +90,8 @@ def reason_of(hub: RemoteHub, method: str, request: Any) -> str:
 def test_row_10_every_call_refuses_what_is_no_reference(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = world.client("*:admin")
     seq = world.store.last_seq()
-    for door in ("_readable", "_transferring"):
-        monkeypatch.setattr(f"hub.registry.service.RegistryService.{door}", lambda *a, **k: pytest.fail("looked at"))
+    for door in ("service.RegistryService._readable", "pushing.one_of", "adopt_call.one_of"):
+        monkeypatch.setattr(f"hub.registry.{door}", lambda *a, **k: pytest.fail("looked at"))
     for text in SENT:
         for method, request in doors(text).items():
             assert reason_of(hub, method, request) == "REF_INVALID", (method, text)
