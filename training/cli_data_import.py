@@ -11,8 +11,9 @@ from hub.cli_options import examples, json_option
 from hub.cli_output import print_json
 from training.build import CARD
 from training.csv_import import Wording, read_table
-from training.data import hold_out, read_jsonl, write_jsonl
+from training.data import read_jsonl, write_jsonl
 from training.errors import OutputExists
+from training.hold_out import hold_out
 
 
 @click.command(

@@ -18,9 +18,10 @@ from hub.facts import Facts
 from training import output, skills
 from training.checkpoints import Checkpoints
 from training.curves import check_curves, event_log, write_curves
-from training.data import Dataset, hold_out, read_jsonl
+from training.data import Dataset, read_jsonl
 from training.encode import Encoded, EncodedSet, encode_all
 from training.errors import MethodUnsupported
+from training.hold_out import hold_out
 from training.processes import Processes
 from training.progress import ProgressLine
 from training.qera import give_back

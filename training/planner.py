@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from training.data import hold_out, read_jsonl
+from training.data import read_jsonl
 from training.encode import EncodedSet, encode_all
+from training.hold_out import hold_out
 from training.left_behind import left_behind
 from training.recipe import Recipe
 from training.rehearsal import Rehearsal, Shape, rehearse
