@@ -39,7 +39,7 @@ def fields_of(record: Any) -> Counter[Field]:
     while left:
         place, value = left.pop()
         match value:
-            case {} if value:
+            case Mapping() if value:
                 left += [((*place, json.dumps(key)), inner) for key, inner in value.items()]
             case [_, *_]:
                 found.update(((*place, _ELEMENT), _text(inner)) for inner in value)
