@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,8 +152,3 @@ def flops_of(rehearsal: Rehearsal, data: Data, recipe: Recipe) -> float:
     linear = rehearsal.linear_flops * data.tokens / (shape.rows * shape.length)
     attention = rehearsal.attention_flops * data.squared_lengths / (shape.rows * shape.length**2)
     return (linear + attention) * recipe.epochs
-
-
-def steps_of(data: Data, recipe: Recipe) -> int:
-    """Optimizer steps of the whole run."""
-    return math.ceil(math.ceil(data.examples / recipe.batch) / recipe.accumulation * recipe.epochs)
