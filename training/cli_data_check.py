@@ -167,7 +167,7 @@ def _show(report: Report) -> None:
         total = sum(report.labels.values())
         shown = list(report.labels.items())[:_MOST_LABELS]
         click.echo()
-        rows = [(label, str(count), f"{count / total:.1%}", _bar(count / total)) for label, count in shown]
+        rows = [(printable(label), str(count), f"{count / total:.1%}", _bar(count / total)) for label, count in shown]
         print_table(("label", "examples", "share", ""), rows)
         if len(report.labels) > len(shown):
             click.echo(f"and {len(report.labels) - len(shown)} more labels")

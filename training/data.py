@@ -111,9 +111,9 @@ def digest_of(data: bytes) -> str:
 
 
 def decode_lines(data: bytes, path: Path) -> list[str]:
-    """The lines of a file, blank ones too. Raises `DataInvalid` when it is no UTF-8."""
+    """The lines of a file, blank ones too, without a byte order mark. Raises `DataInvalid` when it is no UTF-8."""
     try:
-        return data.decode("utf-8").split("\n")
+        return data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataInvalid(f"{path} is not UTF-8 (byte {error.start})") from error
 
@@ -124,6 +124,12 @@ def parse_line(line: str, where: str) -> Example:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataInvalid(f"{where}: not JSON ({error})") from error
+    if "\\ud" in line.lower():
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise DataInvalid(f"{where}: {half} is half of a character, and stands alone") from error
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         raise DataInvalid(f'{where}: not an object with a list "messages"')
     messages = tuple(_parse_message(message, where) for message in row["messages"])

@@ -7,12 +7,12 @@ examples that the evaluation file has too. Whatever is a fault can be dropped; a
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from training.build import card_beside
 from training.data import Example, decode_lines, digest_of, parse_line
 from training.data_report import Finding, Line, Report, Sample
 from training.errors import DataInvalid
@@ -175,24 +175,25 @@ class _Checks:
         return _without(lines, bad)
 
     def near(self, lines: list[Line], similarity: float, progress: Progress) -> list[Line]:
-        several = len({line.system for line in lines}) > 1
-        texts = [f"{line.system}\n{line.question}" if several else line.question for line in lines]
-        kinds = [(line.system, " ".join(line.example.answer.split()).casefold()) for line in lines]
-        pairs = near_copies(texts, similarity, kinds, lambda done: progress("near duplicates", done, len(texts)))
+        texts = [line.question for line in lines]
+        answers = [" ".join(line.example.answer.split()).casefold() for line in lines]
+        instructions = [line.system for line in lines]
+        pairs = near_copies(
+            texts, similarity, answers, instructions, lambda done: progress("near duplicates", done, len(texts))
+        )
 
         def told(pair: Pair) -> Sample:
             line, other = lines[pair.index], lines[pair.other]
             return Sample(line.number, line.content, f"{pair.similarity:.2f} like line {other.number}: {other.content}")
 
-        same = [pair for pair in pairs if kinds[pair.index] == kinds[pair.other]]
+        same = [pair for pair in pairs if answers[pair.index] == answers[pair.other]]
         message = f"ask what is at least {similarity:g} similar to an earlier one, and have the same answer"
         self._fault("near_duplicates", map(told, same), message)
         # Another answer to nearly the same question is what teaches to tell the two apart, or is a mistake.
         unlike = [
             pair
             for pair in pairs
-            if kinds[pair.index][0] == kinds[pair.other][0]
-            and kinds[pair.index][1] != kinds[pair.other][1]
+            if answers[pair.index] != answers[pair.other]
             and lines[pair.index].example.prompt != lines[pair.other].example.prompt
         ]
         message = f"examples ask what is at least {similarity:g} similar to an earlier one, and have another answer"
@@ -298,13 +299,7 @@ class _Checks:
 
 def known_answers(path: Path) -> str | None:
     """The task that a dataset.json beside the file names for it; None without one."""
-    try:
-        card = json.loads((path.parent / "dataset.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(card, dict) or not isinstance(card.get("files"), dict) or path.name not in card["files"]:
-        return None
-    task = card.get("task")
+    task = card_beside(path).get("task")
     return task if isinstance(task, str) else None
 
 

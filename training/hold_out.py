@@ -31,7 +31,8 @@ def hold_out(
         if len(held) + len(indices) <= wanted:
             held.update(indices)
     if not held:
-        held.update(min(groups, key=lambda indices: len(indices)))
+        smallest = min(groups, key=len)
+        held.update(smallest)
     training = tuple(example for index, example in enumerate(examples) if index not in held)
     return training, tuple(examples[index] for index in sorted(held))
 

@@ -1,14 +1,15 @@
 """Texts that are nearly the same: MinHash proposes pairs, the exact Jaccard similarity of their shingles decides.
 
-What all of many texts begin or end with, an instruction as a rule, is left out before: it tells nothing apart, and
-where it is long it makes any two of them alike.
+What many texts all begin or end with, an instruction as a rule, is left out before: it tells nothing apart, and where
+it is long it makes any two of them alike.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +24,7 @@ _SEED: Final = 1
 # By how much the share of equal entries in two sketches may fall short of the similarity: four deviations, nearly.
 _ESTIMATE_SLACK: Final = 0.1
 _FEWEST_FRAMED: Final = 16  # texts; of fewer, what they share may be what makes them near duplicates
+_OPENING_CHARS: Final = 40  # of an instruction: many texts that share them are worded by one
 _SYMBOLS: Final = frozenset("*/%#@&\\")  # beside what Unicode calls symbols: + < = > $ € ^ | ~ and emoji
 
 Shingles = frozenset[str]
@@ -58,47 +60,72 @@ def _symbols(between: re.Match[str]) -> str:
 
 def similarity(first: Shingles, second: Shingles) -> float:
     """Jaccard: common shingles by all shingles."""
-    union = len(first | second)
-    return len(first & second) / union if union else 1.0
+    common = len(first & second)
+    union = len(first) + len(second) - common
+    return common / union if union else 1.0
 
 
 def near_copies(
-    texts: Sequence[str], threshold: float, kinds: Sequence[Hashable] = (), counted: Counted = lambda done: None
+    texts: Sequence[str],
+    threshold: float,
+    kinds: Sequence[Hashable] = (),
+    apart: Sequence[Hashable] = (),
+    counted: Counted = lambda done: None,
 ) -> list[Pair]:
     """Each text that is at least `threshold` similar to an earlier one that is itself no copy.
 
     With `kinds`, one of each text, only texts of one kind are copies of each other; a text that is similar to none of
-    its kind is paired with the one of another kind that it resembles most.
+    its kind is paired with the one of another kind that it resembles most. Texts with unlike `apart` are not compared.
     """
     kinds = kinds or [None] * len(texts)
-    index = _Index(threshold)
     found = []
-    for position, text in enumerate(unframed(texts)):
-        read = _Read(text)
-        similar = index.similar(read)
-        own = [pair for pair in similar if kinds[pair[1]] == kinds[position]]
-        if similar:
-            found.append(_nearest(position, own or similar))
-        if not own:
-            index.add(position, read)
-        counted(position + 1)
-    return found
+    done = 0
+    for places, bare in _framed(texts, apart):
+        index = _Index(threshold)
+        for position, text in zip(places, bare, strict=True):
+            read = _Read(text)
+            similar = index.similar(read)
+            own = [pair for pair in similar if kinds[pair[1]] == kinds[position]]
+            if similar:
+                found.append(_nearest(position, own or similar))
+            if not own:
+                index.add(position, read)
+            done += 1
+            counted(done)
+    return sorted(found, key=lambda pair: pair.index)
 
 
 def near_matches(
     texts: Sequence[str], others: Sequence[str], threshold: float, counted: Counted = lambda done: None
 ) -> list[Pair]:
     """Each of `texts` that is at least `threshold` similar to one of `others`."""
-    index = _Index(threshold)
-    bare = unframed([*others, *texts])
-    for position, text in enumerate(bare[: len(others)]):
-        index.add(position, _Read(text))
     found = []
-    for position, text in enumerate(bare[len(others) :]):
-        if similar := index.similar(_Read(text)):
-            found.append(_nearest(position, similar))
-        counted(position + 1)
-    return found
+    done = 0
+    for places, bare in _framed([*others, *texts]):  # others come first, here and in each frame
+        index = _Index(threshold)
+        for position, text in zip(places, bare, strict=True):
+            if position < len(others):
+                index.add(position, _Read(text))
+                continue
+            if similar := index.similar(_Read(text)):
+                found.append(_nearest(position - len(others), similar))
+            done += 1
+            counted(done)
+    return sorted(found, key=lambda pair: pair.index)
+
+
+def _framed(texts: Sequence[str], apart: Sequence[Hashable] = ()) -> Iterator[tuple[list[int], list[str]]]:
+    """(places, the texts there without what they share) of each set of texts that are to be compared.
+
+    Many texts that open alike have one instruction, and are compared with each other alone.
+    """
+    keys = [(apart[place] if apart else None, text[:_OPENING_CHARS]) for place, text in enumerate(texts)]
+    often = Counter(keys)
+    sets: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        sets.setdefault(key if often[key] >= _FEWEST_FRAMED else key[0], []).append(place)
+    for places in sets.values():
+        yield places, unframed([texts[place] for place in places])
 
 
 def unframed(texts: Sequence[str]) -> list[str]:

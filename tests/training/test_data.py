@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -46,6 +47,23 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, says: str) -> None:
     path.write_text(f"{good}\n\n{line}\n")
     with pytest.raises(DataInvalid, match=rf"line 3: .*{says}"):
         read_jsonl(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    example = Example.of(user="q", answer="a")
+    (path := tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + example.as_line().encode() + b"\n")
+    assert read_jsonl(path).examples == (example,)
+
+
+def test_half_a_character_is_refused_by_its_line(tmp_path: Path) -> None:
+    path, whole = tmp_path / "half.jsonl", Example.of(user="q 👍", answer="a")
+    lines = [json.dumps(json.loads(whole.as_line()))]
+    path.write_text(lines[0] + "\n")
+    assert "\\ud83d" in lines[0] and read_jsonl(path).examples == (whole,)
+    for wrong in (lines[0].replace("\\udc4d", ""), lines[0][:-1] + ', "gold": {"a": "\\uD83D"}}'):
+        path.write_text(lines[0] + "\n" + wrong + "\n")
+        with pytest.raises(DataInvalid, match=r"line 2: \\ud83d is half of a character"):
+            read_jsonl(path)
 
 
 def test_files_that_are_no_text_or_empty_are_refused(tmp_path: Path) -> None:

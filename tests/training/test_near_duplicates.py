@@ -83,7 +83,7 @@ def test_only_texts_of_one_kind_are_copies_of_each_other() -> None:
 
 
 def test_many_texts_of_one_long_instruction_take_no_longer_than_others() -> None:
-    """Also where one of them lacks it, so that nothing can be left out: sketches, not sets, tell them apart."""
+    """Also where others have another one or none."""
     instruction = "Classify the following support ticket into exactly one of the queues and say nothing else: " * 3
     bare = texts(0) * 3
     plain = [f"{text} {n}" for n, text in enumerate(bare)]
@@ -97,9 +97,23 @@ def test_many_texts_of_one_long_instruction_take_no_longer_than_others() -> None
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(near_duplicates, "similarity", spy)
-        near_copies([instruction + text for text in plain], 0.9, counted=counted.append)
-    assert counted == list(range(1, len(plain) + 1))
-    assert compared < 10 * len(plain)
+        given = [worded + text for worded in (instruction, instruction.upper()) for text in plain[2:]] + plain[:2]
+        near_copies(given, 0.9, counted=counted.append)
+    assert counted == list(range(1, len(given) + 1))
+    assert compared < 10 * len(given)
+
+
+def test_one_question_under_two_instructions_is_no_copy() -> None:
+    rude = "Say whether the text below is rude, with yes or no and nothing else: " * 5
+    bills = "Say whether the text below is about a bill, with yes or no and nothing else: " * 5
+    words = texts(0)[:20]
+    plain = near_copies(words, 0.9)
+    both = near_copies([rude + text for text in words] + [bills + text for text in words], 0.9)
+    assert len(both) == 2 * len(plain)
+    given = ["the same question", "another one", "the same question"]
+    assert near_copies(given, 0.9, apart=["a", "a", "b"]) == []
+    [pair] = near_matches([rude + words[0], bills + "what is the weather like"], [rude + text for text in words], 0.9)
+    assert (pair.index, pair.similarity) == (0, 1.0)
 
 
 def test_matches_between_two_sets() -> None:
