@@ -26,8 +26,8 @@ class Checkpoints:
         """Those of the run that writes `out`."""
         return cls(out.with_name(out.name + ".checkpoints"), identity)
 
-    def open(self, *, resume: bool) -> None:
-        """Make ready to be written, or check that they are this run's.
+    def check(self, *, resume: bool) -> None:
+        """Look whether they are as a run needs them: none there, or, to be resumed, this run's.
 
         Raises `OutputExists` when a run that is not to be resumed would overwrite checkpoints, `ResumeMismatch` when
         there is nothing to resume or it belongs to another run; the message names what differs.
@@ -35,8 +35,6 @@ class Checkpoints:
         if not resume:
             if self.latest() is not None:
                 raise OutputExists(f"{self.directory} holds an interrupted run: give --resume, or remove it")
-            self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / _RUN_FILE).write_text(json.dumps(dict(self.identity), indent=1), "utf-8")
             return
         if self.latest() is None:
             raise ResumeMismatch(f"there is no checkpoint in {self.directory}")
@@ -44,6 +42,11 @@ class Checkpoints:
         changed = sorted(key for key in self.identity if was.get(key) != self.identity[key])
         if changed:
             raise ResumeMismatch(f"the checkpoints in {self.directory} were made with other: {', '.join(changed)}")
+
+    def begin(self) -> None:
+        """Make the directory, with what the run is. Only once nothing can refuse the run any more."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / _RUN_FILE).write_text(json.dumps(dict(self.identity), indent=1), "utf-8")
 
     def latest(self) -> Path | None:
         """The newest checkpoint, if any."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from hub.cli_options import examples, json_option
-from hub.cli_output import print_json, print_table
-from training.build import BuiltFiles, build_task
+from hub.cli_output import print_json, print_table, printable
+from training.build import BuiltFiles, build_task, check_own
 from training.cli_data_check import check
 from training.cli_data_import import import_table
 from training.data import Dataset, read_jsonl
@@ -43,8 +43,10 @@ def build(task: str, out: Path, train_count: int, eval_count: int, seed: int, as
     """Write OUT/train.jsonl, OUT/eval.jsonl and OUT/dataset.json (digests, counts, provenance, licence).
 
     The examples come from what packages ship; equal arguments and package versions give equal files. Training and
-    evaluation share no question, document or service. Some tasks write further evaluation files to be reported apart.
+    evaluation share no question, and nothing that the task groups questions by: a document, an action, an operation.
+    Some tasks write further evaluation files to be reported apart. Files of an earlier build of TASK are replaced.
     """
+    check_own(task, out)
     built = build_task(task, out, train_count, eval_count, seed)
     if as_json:
         print_json(built.card)
@@ -96,4 +98,5 @@ def _show_example(dataset: Dataset, index: int = 0) -> None:
     click.echo()
     for message in dataset.examples[index].messages:
         text = message.content if len(message.content) <= _SHOWN_CHARS else message.content[:_SHOWN_CHARS] + " …"
-        click.echo(click.style(f"  {message.role:>9}  ", fg="cyan") + text.replace("\n", "\n             "))
+        lines = "\n             ".join(printable(line) for line in text.split("\n"))
+        click.echo(click.style(f"  {message.role:>9}  ", fg="cyan") + lines)

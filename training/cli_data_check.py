@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,6 +21,7 @@ from training.tasks import MODULES, Answers, task_named
 from training.token_counter import token_counter
 
 if TYPE_CHECKING:
+    from training.data_check import Progress
     from training.data_report import Finding, Report
 
 _SHOWN_CHARS = 160
@@ -54,7 +56,7 @@ hub data check data/sentiment/train.jsonl --eval data/sentiment/eval.jsonl --jso
     type=click.FloatRange(0.5, 1.0),
     default=0.9,
     show_default=True,
-    help="From where on two texts are near duplicates: shared runs of five characters by all of them.",
+    help="From where on two questions are nearly equal: shared runs of five characters by all of them.",
 )
 @click.option("--base", default="smollm2-135m", show_default=True, metavar="NAME|DIR|ORG/NAME[@REV]", help="Tokenizer.")
 @click.option(
@@ -85,10 +87,10 @@ def check(
 
     Faults: lines that are no conversation, blank messages, exact and near duplicates, JSON answers that do not parse
     (in tasks of JSON answers), answers under 20 tokens (in long-form tasks only: a label is short by nature), one
-    question answered differently (where answers are labels or JSON), and questions that --eval has too.
+    question answered differently (where answers are labels or JSON), and questions, of any turn, that --eval has too.
 
-    Advice, which fails nothing: unbalanced labels, examples too long for the recipe, the size of the hold-out. Make
-    the hold-out before you clean.
+    Advice, which fails nothing: nearly equal questions with different answers, unbalanced labels, examples too long for
+    the recipe, the size of the hold-out. Make the hold-out before you clean.
     """
     from training.data_check import check_file, known_answers
 
@@ -98,15 +100,17 @@ def check(
     told = task or known_answers(file)
     if answers is None and told in MODULES:
         answers = task_named(told).answers
-    report = check_file(
-        file,
-        token_counter(base),
-        answers=answers,
-        evaluation=read_jsonl(evaluation).examples if evaluation is not None else None,
-        similarity=similarity,
-        max_length=max_length,
-        samples=number,
-    )
+    with _bars() as progress:
+        report = check_file(
+            file,
+            token_counter(base),
+            answers=answers,
+            evaluation=read_jsonl(evaluation).examples if evaluation is not None else None,
+            similarity=similarity,
+            max_length=max_length,
+            samples=number,
+            progress=progress,
+        )
     written = _write(fixed, report) if fixed is not None else None
     if as_json:
         fix = {"file": str(fixed), "digest": written, "examples": len(report.kept)} if written is not None else None
@@ -118,6 +122,26 @@ def check(
             click.secho(f"{fixed}: {len(report.kept)} examples, {written}", bold=True)
     if not report.ok and written is None:
         sys.exit(1)
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    """Draws one bar a check on stderr while inside; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(check: str, done: int, total: int) -> None:
+            if check not in tasks:
+                tasks[check] = bars.add_task(check, total=total)
+            bars.update(tasks[check], completed=done)
+
+        yield report
 
 
 def _write(path: Path, report: Report) -> str:
@@ -143,7 +167,7 @@ def _show(report: Report) -> None:
         total = sum(report.labels.values())
         shown = list(report.labels.items())[:_MOST_LABELS]
         click.echo()
-        rows = [(label, str(count), f"{count / total:.1%}", _bar(count / total)) for label, count in shown]
+        rows = [(printable(label), str(count), f"{count / total:.1%}", _bar(count / total)) for label, count in shown]
         print_table(("label", "examples", "share", ""), rows)
         if len(report.labels) > len(shown):
             click.echo(f"and {len(report.labels) - len(shown)} more labels")

@@ -15,11 +15,13 @@ from server.cli import bound_openmp
 from server.config import ModelConfig, Quantization
 from training.comparing import BASE, compare_models
 from training.data import Dataset, digest_of, read_jsonl
+from training.output import check_writable
 from training.quiet import quiet_libraries
 from training.tasks import MODULES, OWN, Task, task_named
 
 if TYPE_CHECKING:
     from training.bootstrap import Interval
+    from training.comparing import Compared
     from training.engine_generator import Adapters
     from training.evaluate import Comparison, Difference, Result
     from training.metrics import Measured
@@ -62,6 +64,11 @@ hub eval team/sentiment:canary --task sentiment --data data/sentiment/eval.jsonl
     show_default=True,
     help="How the base is held; `hub serve` uses nf4 unless told otherwise.",
 )
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Of an answer.  [default: the task's; for own-… tasks room for the longest wanted answer too]",
+)
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads.  [default: all cores]")
 @click.option("--answers", type=click.Path(path_type=Path, dir_okay=False), help="Write every answer here, JSONL.")
 @click.option("--record", is_flag=True, help="Keep the scores beside the versions in the hub; `hub show` shows them.")
@@ -78,6 +85,7 @@ def evaluate(
     text_windows: int,
     base: str,
     quantize: Any,
+    max_new_tokens: int | None,
     threads: int,
     answers: Path | None,
     record: bool,
@@ -104,14 +112,19 @@ def evaluate(
     chosen, dataset = task_named(task), read_jsonl(data)
     if limit is not None:
         dataset = Dataset(dataset.examples[:limit], dataset.digest)
+    # What could not be used is found out now, not after every answer.
+    held_out = _read_text(text) if text is not None else None
+    if answers is not None:
+        check_writable(answers)
     bound_openmp(threads)
     quiet_libraries()
     from hub.model_base import find_base
 
     named, base = base, find_base(base, hub_url)
     config = ModelConfig(base=base, quantization=quantize, threads=threads)
-    comparison, adapters = compare_models(chosen, dataset, models, config, hub_url)
-    texts = _text_losses(base, models, adapters, text, text_windows) if text is not None else {}
+    compared = compare_models(chosen, dataset, models, config, hub_url, max_new_tokens)
+    comparison, adapters = compared.comparison, compared.adapters
+    texts = _text_losses(base, models, adapters, held_out, text_windows) if held_out is not None else {}
     results = {result.model: _told(result, texts, seed) for result in comparison.results}
     differences = _differences(comparison, texts, compare, seed) if compare is not None else {}
     if answers is not None:
@@ -131,6 +144,8 @@ def evaluate(
                 "data": {"file": str(data), "digest": dataset.digest, "examples": len(dataset)},
                 "base": {"name": named, "quantization": quantize},
                 "seconds": round(comparison.seconds, 1),
+                "max_new_tokens": comparison.max_new_tokens,
+                "cut_off": dict(compared.cut_off),
                 "models": {
                     model: {name: value for name, (value, _) in scores.items()} for model, scores in results.items()
                 },
@@ -159,20 +174,27 @@ def evaluate(
         )
     else:
         _show(chosen, data, quantize, comparison, results)
+        _show_cut_off(compared)
         if compare is not None:
             _show_differences(compare, chosen, differences)
 
 
-def _text_losses(base: str, models: Sequence[str], adapters: Adapters, text: Path, windows: int) -> dict[str, Measured]:
+def _read_text(path: Path) -> str:
+    from training.text_loss import read_text
+
+    return read_text(path)
+
+
+def _text_losses(base: str, models: Sequence[str], adapters: Adapters, text: str, windows: int) -> dict[str, Measured]:
     """By model; run when the engine is gone, for one base in memory is enough."""
     from hub.base import locate_base
-    from training.text_loss import read_text, text_losses
+    from training.text_loss import text_losses
 
     files = {
         None if model == BASE else model: adapters.fetch(adapters.uses[model].digest) if model != BASE else None
         for model in models
     }
-    losses = text_losses(locate_base(base).directory, files, read_text(text), windows)
+    losses = text_losses(locate_base(base).directory, files, text, windows)
     return {name or BASE: measured for name, measured in losses.items()}
 
 
@@ -223,6 +245,15 @@ def _show(
     ]
     print_table(("model", *(_heading(name, task) for name in names)), rows)
     click.echo(f"{comparison.examples * len(comparison.results)} answers in {comparison.seconds:.0f} s", err=True)
+
+
+def _show_cut_off(compared: Compared) -> None:
+    """Whose answers might have gone on: their scores say less."""
+    most = compared.comparison.max_new_tokens
+    for model, count in compared.cut_off.items():
+        if count:
+            of = f"{count} of {compared.comparison.examples} answers"
+            click.echo(f"{model}: {of} ended at the limit of {most} tokens; see --max-new-tokens", err=True)
 
 
 def _show_differences(compare: str, task: Task, differences: dict[str, dict[str, Difference]]) -> None:

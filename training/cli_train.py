@@ -151,6 +151,8 @@ def train(
     quiet_libraries()
     from hub.base import base_identity, locate_base
     from hub.model_base import find_base
+    from hub.publishing import pushed_aliases
+    from hub.refs import AdapterRef
     from training import output
     from training.finetune import Plan
     from training.finetune import train as run
@@ -159,6 +161,8 @@ def train(
 
     if extracted is not None:
         output.check_free(extracted)
+    if ref is not None:
+        pushed_aliases(AdapterRef.parse(ref))  # refuses now what the push would refuse after all the work
     base = find_base(base, hub_url)
     located = locate_base(base)
     identity, _ = base_identity(base)

@@ -13,6 +13,7 @@ from training.data import Example
 from training.errors import DataInvalid
 
 MAX_FIELD_CHARS = 1024 * 1024
+UTF8 = "utf-8-sig"  # with a byte order mark or without
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,22 @@ class Wording:
     system: str | None = None  # the same in every conversation
 
 
-def read_table(path: Path, wording: Wording) -> tuple[Example, ...]:
-    """The examples of a table whose first row names the columns; a `.tsv` is split at tabs, anything else at commas.
+def read_table(path: Path, wording: Wording, delimiter: str | None = None, encoding: str = UTF8) -> tuple[Example, ...]:
+    """The examples of a table whose first row names the columns; rows with nothing in any field are left out.
 
-    Raises `DataInvalid`, naming line and column: no UTF-8, a column that is not there, a row with too many or too few
-    fields, an empty question or answer.
+    `delimiter` None splits a `.tsv` at tabs, anything else at commas. Raises `DataInvalid`, naming line and column:
+    another encoding, a column that is not there, a row with too many or too few fields, an empty question or answer.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode(encoding)
     except UnicodeDecodeError as error:
-        raise DataInvalid(f"{path} is not UTF-8 (byte {error.start})") from error
+        name = "UTF-8" if encoding == UTF8 else encoding
+        raise DataInvalid(f"{path} is not {name} (byte {error.start}): say what it is in, --encoding cp1252") from error
+    except LookupError as error:
+        raise DataInvalid(f"no text encoding is called {encoding!r}") from error
     csv.field_size_limit(MAX_FIELD_CHARS)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    split_at = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=split_at, strict=True)
     examples: list[Example] = []
     try:
         columns = next(rows, [])
@@ -43,10 +48,10 @@ def read_table(path: Path, wording: Wording) -> tuple[Example, ...]:
             raise DataInvalid(f"{path}: two columns have one name")
         parts = _parts(wording.question, columns, path)
         if wording.answer not in columns:
-            raise DataInvalid(f"{path} has no column {wording.answer!r}; it has: {', '.join(columns)}")
+            raise _no_column(wording.answer, columns, path)
         for row in rows:
             where = f"{path}, line {rows.line_num}"
-            if not row:
+            if not any(field.strip() for field in row):
                 continue
             if len(row) != len(columns):
                 raise DataInvalid(f"{where}: {len(row)} fields, the first row has {len(columns)}")
@@ -56,6 +61,12 @@ def read_table(path: Path, wording: Wording) -> tuple[Example, ...]:
     if not examples:
         raise DataInvalid(f"{path} holds no rows")
     return tuple(examples)
+
+
+def _no_column(name: str, columns: list[str], path: Path) -> DataInvalid:
+    other = next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
+    hint = f" (fields between {other!r} need --delimiter)" if other is not None else ""
+    return DataInvalid(f"{path} has no column {name!r}; it has: {', '.join(columns)}{hint}")
 
 
 def _parts(question: str, columns: list[str], path: Path) -> list[tuple[str, str | None]]:
@@ -69,7 +80,7 @@ def _parts(question: str, columns: list[str], path: Path) -> list[tuple[str, str
     asked = [name for _, name, _, _ in parsed if name is not None]
     missing = [name for name in asked if name not in columns]
     if missing or not asked:
-        raise DataInvalid(f"{path} has no column {(missing or [question])[0]!r}; it has: {', '.join(columns)}")
+        raise _no_column((missing or [question])[0], columns, path)
     if any(spec or conversion for _, _, spec, conversion in parsed):
         raise DataInvalid(f"the question {question!r} may hold column names in braces and nothing more")
     return [(text, name) for text, name, _, _ in parsed]

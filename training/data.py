@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.errors import DataInvalid, DataTooSmall
+from training.errors import DataInvalid
 
 ROLES = frozenset({"system", "user", "assistant"})
 
@@ -30,17 +30,27 @@ class Message:
         return {"role": self.role, "content": self.content}
 
 
+Messages = tuple[Message, ...]
+
+
 @dataclass(frozen=True)
 class Example:
     """A conversation that ends with the answer wanted."""
 
-    messages: tuple[Message, ...]  # >= 2; the last one the assistant's
+    messages: Messages  # >= 2; the last one the assistant's
     gold: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def prompt(self) -> tuple[Message, ...]:
+    def prompt(self) -> Messages:
         """What the model is shown: everything but the answer."""
         return self.messages[:-1]
+
+    @property
+    def questions(self) -> tuple[Messages, ...]:
+        """What stands in front of each turn of the assistant's that answers, the prompt last: training teaches all."""
+        inner = range(1, len(self.messages) - 1)
+        asked = [at for at in inner if self.messages[at - 1].role == "user" and self.messages[at].role == "assistant"]
+        return (*(self.messages[:at] for at in asked), self.prompt)
 
     @property
     def answer(self) -> str:
@@ -100,36 +110,10 @@ def digest_of(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def hold_out(
-    examples: Sequence[Example], fraction: float, seed: int
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Split into (training, validation) before anything else looks at the examples.
-
-    An example's side depends on the seed and its prompt alone, so the same question never lands on both sides,
-    however often it occurs. `fraction` 0 holds nothing out. Raises `DataTooSmall` when all have one prompt.
-    """
-    if fraction == 0:
-        return tuple(examples), ()
-    groups: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        prompt = json.dumps([message.as_dict() for message in example.prompt])
-        groups.setdefault(hashlib.sha256(f"{seed}:{prompt}".encode()).hexdigest(), []).append(index)
-    wanted = max(1, round(len(examples) * fraction))
-    if len(groups) < 2:
-        raise DataTooSmall(f"{len(examples)} examples with one prompt cannot be split into training and validation")
-    held: set[int] = set()
-    for _, indices in sorted(groups.items())[:-1]:
-        if len(held) >= wanted:
-            break
-        held.update(indices)
-    training = tuple(example for index, example in enumerate(examples) if index not in held)
-    return training, tuple(examples[index] for index in sorted(held))
-
-
 def decode_lines(data: bytes, path: Path) -> list[str]:
-    """The lines of a file, blank ones too. Raises `DataInvalid` when it is no UTF-8."""
+    """The lines of a file, blank ones too, without a byte order mark. Raises `DataInvalid` when it is no UTF-8."""
     try:
-        return data.decode("utf-8").split("\n")
+        return data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataInvalid(f"{path} is not UTF-8 (byte {error.start})") from error
 
@@ -140,6 +124,12 @@ def parse_line(line: str, where: str) -> Example:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataInvalid(f"{where}: not JSON ({error})") from error
+    if "\\ud" in line.lower():
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise DataInvalid(f"{where}: {half} is half of a character, and stands alone") from error
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         raise DataInvalid(f'{where}: not an object with a list "messages"')
     messages = tuple(_parse_message(message, where) for message in row["messages"])

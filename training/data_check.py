@@ -7,19 +7,21 @@ examples that the evaluation file has too. Whatever is a fault can be dropped; a
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from training.build import card_beside
 from training.data import Example, decode_lines, digest_of, parse_line
 from training.data_report import Finding, Line, Report, Sample
 from training.errors import DataInvalid
-from training.near_duplicates import near_copies, near_matches
+from training.near_duplicates import Pair, near_copies, near_matches
 from training.tasks import Answers
 from training.tasks.policy import parse_json
 from training.token_counter import CountTokens
+
+Progress = Callable[[str, int, int], object]  # which check, examples done, of how many
 
 SIMILARITY: Final = 0.9
 LONG_FORM_TOKENS: Final = 20  # shorter answers of a long-form task teach the model to be curt
@@ -55,12 +57,13 @@ def check_file(
     max_length: int,
     samples: int = 3,
     data: bytes | None = None,
+    progress: Progress = lambda check, done, total: None,
 ) -> Report:
     """Run every check on a file of training examples.
 
     `answers` None guesses the kind; `evaluation` are the examples that must not occur in the file; `max_length` is
-    what the recipe trains on, in tokens; `data` is what the file will hold where it is not written yet. Raises
-    `DataInvalid` only when the file cannot be read as text or has no line at all.
+    what the recipe trains on, in tokens; `data` is what the file will hold where it is not written yet; `progress` is
+    told of the long checks. Raises `DataInvalid` only when the file cannot be read as text or has no line at all.
     """
     if data is None:
         try:
@@ -81,9 +84,9 @@ def check_file(
         kept = checks.short(kept, tokens)
     kept = checks.duplicates(kept)
     kept = checks.contradictions(kept, decisive=kind in ("label", "json"))
-    kept = checks.near(kept, similarity)
+    kept = checks.near(kept, similarity, progress)
     if evaluation is not None:
-        kept = checks.leakage(kept, evaluation, similarity)
+        kept = checks.leakage(kept, evaluation, similarity, progress)
     labels = Counter(line.example.answer for line in kept) if kind == "label" else Counter[str]()
     if kind == "label":
         checks.balance(labels)
@@ -171,40 +174,64 @@ class _Checks:
         self._fault("contradictions", found, "have a question that others answer differently", count=len(bad))
         return _without(lines, bad)
 
-    def near(self, lines: list[Line], similarity: float) -> list[Line]:
-        pairs = near_copies([line.content for line in lines], similarity)
-        found = [
-            Sample(
-                lines[pair.index].number,
-                lines[pair.index].content,
-                f"{pair.similarity:.2f} like line {lines[pair.other].number}: {lines[pair.other].content}",
-            )
-            for pair in pairs
-        ]
-        self._fault("near_duplicates", found, f"are at least {similarity:g} similar to an earlier one")
-        return _without(lines, [lines[pair.index] for pair in pairs])
+    def near(self, lines: list[Line], similarity: float, progress: Progress) -> list[Line]:
+        texts = [line.question for line in lines]
+        answers = [" ".join(line.example.answer.split()).casefold() for line in lines]
+        instructions = [line.system for line in lines]
+        pairs = near_copies(
+            texts, similarity, answers, instructions, lambda done: progress("near duplicates", done, len(texts))
+        )
 
-    def leakage(self, lines: list[Line], evaluation: Sequence[Example], similarity: float) -> list[Line]:
+        def told(pair: Pair) -> Sample:
+            line, other = lines[pair.index], lines[pair.other]
+            return Sample(line.number, line.content, f"{pair.similarity:.2f} like line {other.number}: {other.content}")
+
+        same = [pair for pair in pairs if answers[pair.index] == answers[pair.other]]
+        message = f"ask what is at least {similarity:g} similar to an earlier one, and have the same answer"
+        self._fault("near_duplicates", map(told, same), message)
+        # Another answer to nearly the same question is what teaches to tell the two apart, or is a mistake.
+        unlike = [
+            pair
+            for pair in pairs
+            if answers[pair.index] != answers[pair.other]
+            and lines[pair.index].example.prompt != lines[pair.other].example.prompt
+        ]
+        message = f"examples ask what is at least {similarity:g} similar to an earlier one, and have another answer"
+        self._advise("near_questions", len(unlike), message, map(told, unlike))
+        return _without(lines, [lines[pair.index] for pair in same])
+
+    def leakage(
+        self, lines: list[Line], evaluation: Sequence[Example], similarity: float, progress: Progress
+    ) -> list[Line]:
         others = [Line(number, "", example) for number, example in enumerate(evaluation, 1)]
         questions = {other.question: other for other in reversed(others)}
-        exact = [line for line in lines if line.question in questions]
+        # Every answer in a conversation is trained, so any question in it may be one that is evaluated.
+        asked = [(line, [question for question in line.questions if question in questions]) for line in lines]
+        exact = [line for line, leaked in asked if leaked]
         found = [
-            Sample(line.number, line.question, f"example {questions[line.question].number} of the evaluation")
-            for line in exact
+            Sample(line.number, leaked[0], f"example {questions[leaked[0]].number} of the evaluation")
+            for line, leaked in asked
+            if leaked
         ]
         self._fault("leakage", found, "ask word for word what the evaluation asks")
-        rest = _without(lines, exact)
-        pairs = near_matches([line.question for line in rest], [other.question for other in others], similarity)
+        turns = [(line, question) for line in _without(lines, exact) for question in line.questions]
+        nearest: dict[int, tuple[Line, Pair]] = {}  # by line
+        asked_all = [question for _, question in turns]
+        held = [other.question for other in others]
+        for pair in near_matches(asked_all, held, similarity, lambda done: progress("leakage", done, len(turns))):
+            line = turns[pair.index][0]
+            if line.number not in nearest or pair.similarity > nearest[line.number][1].similarity:
+                nearest[line.number] = line, pair
         found = [
             Sample(
-                rest[pair.index].number,
-                rest[pair.index].question,
+                line.number,
+                turns[pair.index][1],
                 f"{pair.similarity:.2f} like example {pair.other + 1} of the evaluation: {others[pair.other].question}",
             )
-            for pair in pairs
+            for line, pair in nearest.values()
         ]
         self._fault("near_leakage", found, f"ask what is at least {similarity:g} similar to a question evaluated")
-        return _without(rest, [rest[pair.index] for pair in pairs])
+        return _without(lines, [*exact, *(line for line, _ in nearest.values())])
 
     def balance(self, labels: Counter[str]) -> None:
         ordered = labels.most_common()
@@ -230,11 +257,13 @@ class _Checks:
     def hold_out(self, train: int, evaluation: int | None) -> None:
         low, high = HOLD_OUT
         if evaluation is None:
+            few = max(1, round(low * train))
+            many = max(few, round(high * train))
             message = (
-                f"to {round(high * train)} of {train} examples ({low:.0%} to {high:.0%}) should be held out, before "
+                f"to {many} of {train} examples ({low:.0%} to {high:.0%}) should be held out, before "
                 "anything is cleaned or balanced: name that file with --eval, or let `hub train --hold-out` do it"
             )
-            self._advise("hold_out", max(1, round(low * train)), message)
+            self._advise("hold_out", few, message)
             return
         share = evaluation / max(1, train + evaluation)
         if low <= share <= high:
@@ -270,13 +299,7 @@ class _Checks:
 
 def known_answers(path: Path) -> str | None:
     """The task that a dataset.json beside the file names for it; None without one."""
-    try:
-        card = json.loads((path.parent / "dataset.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(card, dict) or not isinstance(card.get("files"), dict) or path.name not in card["files"]:
-        return None
-    task = card.get("task")
+    task = card_beside(path).get("task")
     return task if isinstance(task, str) else None
 
 

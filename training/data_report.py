@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.data import Example
+from training.data import Example, Messages
 from training.errors import DataTooSmall
 from training.tasks import Answers
 
@@ -40,14 +40,28 @@ class Line:
 
     @property
     def question(self) -> str:
-        """What is asked: every message in front of the answer but the system's, which is the same in all."""
-        asked = [message.content for message in self.example.prompt if message.role != "system"]
-        return "\n".join(asked or [message.content for message in self.example.prompt])
+        """What is asked: every message in front of the answer but the system's."""
+        return _asked(self.example.prompt)
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """What every answer in the conversation is to, the last one's question last."""
+        return tuple(_asked(question) for question in self.example.questions)
+
+    @property
+    def system(self) -> str:
+        """The instruction, empty where there is none."""
+        return "\n".join(message.content for message in self.example.prompt if message.role == "system")
 
     @property
     def content(self) -> str:
         """Question and answer."""
         return f"{self.question}\n{self.example.answer}"
+
+
+def _asked(messages: Messages) -> str:
+    texts = [message.content for message in messages if message.role != "system"]
+    return "\n".join(texts or [message.content for message in messages])
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -15,7 +16,7 @@ from hub.kinds import check_adapter
 from hub.refs import AdapterRef
 from server.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from server.engine.engine import Engine
-from server.engine.request import AdapterUse, Request, Stopping
+from server.engine.request import AdapterUse, FinishReason, Request, Stopping
 from server.errors import InvalidRequest
 from training.errors import GenerationFailed
 from training.evaluate import Prompt
@@ -75,6 +76,11 @@ class EngineGenerator:
         self._engine = engine
         self._adapters = adapters
         self._ids = count()
+        self.cut_off: Counter[str | None] = Counter()  # answers by model that ended at their `max_new_tokens`
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text has."""
+        return len(self._engine.text.encode(text))
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy answers; see `Generator`."""
@@ -82,6 +88,7 @@ class EngineGenerator:
         for prompt, done in zip(prompts, self._engine.generate(self._requests(prompts)), strict=True):
             if done.error is not None:
                 raise GenerationFailed(f"{prompt.adapter or 'base'}: {done.error}") from done.error
+            self.cut_off[prompt.adapter] += done.finish_reason is FinishReason.LENGTH
             answers.append(done.text)
         return answers
 

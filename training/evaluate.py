@@ -73,17 +73,25 @@ class Comparison:
     results: tuple[Result, ...]
     examples: int
     seconds: float  # of generation, all models together
+    max_new_tokens: int  # that an answer could have
 
 
 def evaluate(
-    task: Task, examples: Sequence[Example], adapters: Sequence[str | None], generator: Generator
+    task: Task,
+    examples: Sequence[Example],
+    adapters: Sequence[str | None],
+    generator: Generator,
+    max_new_tokens: int | None = None,
 ) -> Comparison:
     """Ask every model every question, in one call of the generator, and score each.
 
-    `adapters` holds distinct names; None is the base. Raises what the generator raises.
+    `adapters` holds distinct names; None is the base. Answers have as many tokens as the task says, or as told. Raises
+    what the task's `check` and the generator raise.
     """
+    task.check(examples)
+    limit = max_new_tokens or task.max_new_tokens
     prompts = [
-        Prompt(example.prompt, adapter, task.max_new_tokens)
+        Prompt(example.prompt, adapter, limit)
         # Question by question, so that the models share batches of prompts of about one length.
         for example in examples
         for adapter in adapters
@@ -97,4 +105,4 @@ def evaluate(
         measured = task.measure(examples, own)
         scores = {name: one.value for name, one in measured.items()}
         results.append(Result(adapter or "base", scores, own, measured))
-    return Comparison(tuple(results), len(examples), seconds)
+    return Comparison(tuple(results), len(examples), seconds, limit)

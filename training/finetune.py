@@ -18,9 +18,10 @@ from hub.facts import Facts
 from training import output, skills
 from training.checkpoints import Checkpoints
 from training.curves import check_curves, event_log, write_curves
-from training.data import Dataset, hold_out, read_jsonl
+from training.data import Dataset, Example, read_jsonl
 from training.encode import Encoded, EncodedSet, encode_all
-from training.errors import MethodUnsupported
+from training.errors import DataTooSmall, MethodUnsupported, RecipeInvalid
+from training.hold_out import hold_out
 from training.processes import Processes
 from training.progress import ProgressLine
 from training.qera import give_back
@@ -79,7 +80,10 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     leaves checkpoints beside `plan.out` for `resume`.
     """
     output.check_free(plan.out)
+    output.check_outside(plan.out, (*plan.curves, *([plan.tensorboard] if plan.tensorboard else [])))
     check_curves(plan.curves)
+    if plan.early_stop and not plan.recipe.hold_out:
+        raise RecipeInvalid("early stop looks at the loss on held-out examples: hold out must be above 0")
     if plan.recipe.init == "qera" and (plan.method != "qlora" or plan.recipe.variant == "dora"):
         raise MethodUnsupported("init qera is for plain and rslora adapters on an NF4 base: use method qlora")
     dataset = read_jsonl(plan.data)
@@ -95,8 +99,7 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
         console = Console(quiet=True)
     checkpoints = Checkpoints.beside(plan.out, _identity(plan, dataset, mixed_in, processes))
     if processes.first:
-        checkpoints.open(resume=plan.resume)
-    processes.wait()
+        checkpoints.check(resume=plan.resume)
     if plan.threads:
         torch.set_num_threads(plan.threads)
     quiet_libraries()
@@ -111,11 +114,14 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
         check_rendering(tokenizer, template, dataset.examples[:_RENDERING_SAMPLES])
     stops = stop_ids(plan.base_directory, tokenizer)
     encoded = encode_all(tokenizer, template, training, stops, plan.recipe.max_length)
-    held = encode_all(tokenizer, template, validation, stops, plan.recipe.max_length) if validation else None
+    held = _encode_held(tokenizer, template, validation, stops, plan.recipe) if validation else None
 
     device = processes.device
     torch.manual_seed(plan.recipe.seed)
     trainable = make_trainable(plan.base_directory, plan.base.name or "", plan.method, plan.recipe, device)
+    if processes.first and not plan.resume:
+        checkpoints.begin()
+    processes.wait()
     line = ProgressLine(console, f"train {plan.out.name}")
     measured = Validation(held)
     forwards = math.ceil(math.ceil(len(encoded.examples) / plan.recipe.batch) / processes.count)
@@ -162,14 +168,14 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     outcome = Outcome(plan.out, facts, processes.first, tuple(trainer.losses), watch.curves)
     if not processes.first:
         return outcome
-    for path in plan.curves:
-        write_curves(watch.curves, f"{plan.out.name}: {plan.method}, recipe {plan.recipe.name}", path)
     if plan.method == "full":
         save = output.save_model(trainable.model, tokenizer, plan.base.name or "", facts)
     else:
         save = output.save_adapter(trainable.model, plan.base.name or "", facts)
     output.write_directory(plan.out, save)
     checkpoints.discard()
+    for path in plan.curves:
+        write_curves(watch.curves, f"{plan.out.name}: {plan.method}, recipe {plan.recipe.name}", path)
     told = facts.metrics
     console.print(
         f"done in {time.monotonic() - started:.0f} s: loss on {len(held.examples) if held else 0} held-out examples "
@@ -188,6 +194,18 @@ def _begin_with_qera(plan: Plan, trainable: Trainable, examples: Sequence[Encode
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _encode_held(
+    tokenizer: Any, template: str | None, held: Sequence[Example], stops: frozenset[int], recipe: Recipe
+) -> EncodedSet:
+    try:
+        return encode_all(tokenizer, template, held, stops, recipe.max_length)
+    except DataTooSmall as error:
+        raise DataTooSmall(
+            f"there would be no validation loss, for none of the {len(held)} examples held out has {recipe.max_length} "
+            "tokens or fewer: raise --max-length or --hold-out, or hold out 0"
+        ) from error
 
 
 def _identity(plan: Plan, dataset: Dataset, mixed_in: Dataset | None, processes: Processes) -> dict[str, Any]:

@@ -33,6 +33,6 @@ def measure(evaluation: Evaluation, refs: Sequence[str], hub_url: str | None) ->
     bound_openmp(0)
     quiet_libraries()
     config = ModelConfig(base=evaluation.base or "smollm2-135m", quantization=quantize)  # type: ignore[arg-type]
-    comparison, _ = compare_models(task_named(evaluation.task), dataset, refs, config, hub_url)
+    comparison = compare_models(task_named(evaluation.task), dataset, refs, config, hub_url).comparison
     source = f"{evaluation.task}, {comparison.examples} examples, data {dataset.digest[:19]}, base in {quantize}"
     return Measured(tuple(result.metrics for result in comparison.results), source)

@@ -51,9 +51,26 @@ def this_machine(base: Path, memory: int | None = None, precision: str = "auto")
     `precision` is a recipe's.
     """
     dtype = dtype_of(precision, "cpu")
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     flops = layer_speed(base, dtype) * CPU_SHARE
-    return Machine("this machine's CPU", "cpu", memory or physical, _PROCESS, flops, dtype)
+    return Machine("this machine's CPU", "cpu", memory or memory_here(), _PROCESS, flops, dtype)
+
+
+def memory_here(root: Path = Path("/")) -> int:
+    """Bytes that a process may take: the machine's, or what a container (a control group) is limited to."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    groups = root / "sys/fs/cgroup"
+    try:
+        own = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        own = []
+    paths = [line.split(":", 2)[2].strip("/") for line in own if line.startswith("0::") or ":memory:" in line]
+    for directory in {place for path in ("", *paths) for place in (Path(path), *Path(path).parents)}:
+        for file in (groups / directory / "memory.max", groups / "memory" / directory / "memory.limit_in_bytes"):
+            try:
+                found = min(found, int(file.read_text()))
+            except (OSError, ValueError):  # no such group, or "max": no limit
+                continue
+    return found
 
 
 def layer_speed(

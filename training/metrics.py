@@ -10,7 +10,8 @@ on the whole set, and the bootstrap (`training.bootstrap`) is one matrix product
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -65,9 +66,10 @@ def macro_f1(wanted: Sequence[str], given: Sequence[str | None], labels: Sequenc
     return Measured(np.stack(columns, axis=1), of_totals)
 
 
-def micro_f1(wanted: Sequence[frozenset[Pair]], given: Sequence[frozenset[Pair]]) -> Measured:
-    """F1 over all pairs of all examples together; 1 where nothing was wanted and nothing given."""
-    rows = [(len(w & g), len(w), len(g)) for w, g in zip(wanted, given, strict=True)]
+def micro_f1(wanted: Sequence[Iterable[Hashable]], given: Sequence[Iterable[Hashable]]) -> Measured:
+    """F1 over all things of all examples together, sets or counts; 1 where nothing was wanted and nothing given."""
+    counted = [(Counter(w), Counter(g)) for w, g in zip(wanted, given, strict=True)]
+    rows = [((w & g).total(), w.total(), g.total()) for w, g in counted]
 
     def of_totals(totals: Floats) -> Floats:
         hits, both = totals[..., 0], totals[..., 1] + totals[..., 2]
@@ -125,7 +127,11 @@ def per_token(nats: Sequence[float], tokens: Sequence[int]) -> Measured:
 
 
 def fields_of(record: Any) -> frozenset[Pair]:
-    """A JSON value as (path, value) pairs; case counts, spaces around texts and the order of a list do not."""
+    """A JSON value as (path, text) pairs; case counts, spaces around texts and the order of a list do not.
+
+    Meant for records of texts and lists of texts, where a number is as good as its digits and no text is told twice;
+    objects of any shape are compared by `training.tasks.json_answers`.
+    """
     return frozenset(_pairs("", record))
 
 

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from hub.facts import Facts
-from training.errors import OutputExists
+from training.errors import OutputExists, OutputUnwritable
 
 
 def check_free(out: Path) -> None:
     """Raise `OutputExists` when `out` holds something that a run would overwrite."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExists(f"{out} is there already; choose another --out or remove it")
+
+
+def check_outside(out: Path, others: Iterable[Path]) -> None:
+    """Raise `OutputExists` when one of `others` would be written into `out`, which appears when the run is done."""
+    whole = out.resolve()
+    for other in others:
+        if whole in (other.resolve(), *other.resolve().parents):
+            raise OutputExists(f"{other} lies in {out}, which the run makes at its end: write it elsewhere")
+
+
+def check_writable(path: Path) -> None:
+    """Raise `OutputUnwritable` now rather than after the work, where the file cannot be written."""
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise OutputUnwritable(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_directory(out: Path, save: Callable[[Path], None]) -> None:

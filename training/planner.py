@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from training.data import hold_out, read_jsonl
+from training.data import read_jsonl
 from training.encode import EncodedSet, encode_all
+from training.hold_out import hold_out
 from training.left_behind import left_behind
 from training.recipe import Recipe
 from training.rehearsal import Rehearsal, Shape, rehearse
@@ -152,8 +152,3 @@ def flops_of(rehearsal: Rehearsal, data: Data, recipe: Recipe) -> float:
     linear = rehearsal.linear_flops * data.tokens / (shape.rows * shape.length)
     attention = rehearsal.attention_flops * data.squared_lengths / (shape.rows * shape.length**2)
     return (linear + attention) * recipe.epochs
-
-
-def steps_of(data: Data, recipe: Recipe) -> int:
-    """Optimizer steps of the whole run."""
-    return math.ceil(math.ceil(data.examples / recipe.batch) / recipe.accumulation * recipe.epochs)

@@ -40,8 +40,13 @@ class Recipe:
     def __post_init__(self) -> None:
         for field, (low, high) in _BOUNDS.items():
             value = getattr(self, field)
+            _check_number(field, value)
             if not (math.isfinite(value) and low <= value <= high):
                 raise RecipeInvalid(f"{field.replace('_', ' ')} must lie between {low:g} and {high:g}, not {value:g}")
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise RecipeInvalid(f"gradient checkpointing must be true or false, not {self.gradient_checkpointing!r}")
+        if not isinstance(self.targets, tuple) or not all(isinstance(name, str) and name for name in self.targets):
+            raise RecipeInvalid(f"targets must be a list of module names, not {self.targets!r}")
         if self.method not in _METHODS:
             raise RecipeInvalid(f"method must be one of {', '.join(_METHODS)}, not {self.method}")
         if self.precision not in PRECISIONS:
@@ -81,7 +86,20 @@ class Recipe:
         return {name: value for name, value in told.items() if value != _SINCE.get(name)}
 
 
+def _check_number(field: str, value: object) -> None:
+    """Raise `RecipeInvalid` unless it is a number of the field's kind; plans in YAML may hold anything."""
+    name = field.replace("_", " ")
+    if isinstance(value, str):
+        hint = "; YAML takes 1e-3 for a text, and 1.0e-3 for a number" if "e" in value.lower() else ""
+        raise RecipeInvalid(f"{name} must be a number, not the text {value!r}{hint}")
+    if field in _WHOLE and type(value) is not int:
+        raise RecipeInvalid(f"{name} must be a whole number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RecipeInvalid(f"{name} must be a number, not {value!r}")
+
+
 _METHODS = ("lora", "qlora", "full")
+_WHOLE = frozenset({"rank", "alpha", "batch", "accumulation", "max_length", "seed"})
 _SINCE = {"precision": "auto", "init": "random"}
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 VARIANTS = ("plain", "rslora", "dora")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from hub.base_identity import BaseIdentity
 from hub.facts import Facts
-from training.build import CARD
+from training.build import card_beside
 from training.data import Dataset
 from training.encode import EncodedSet
 from training.processes import Processes
@@ -116,11 +115,8 @@ def facts_of(
 
 def _task_facts(data: Path, digest: str) -> dict[str, Any]:
     """What `hub data build` wrote beside the file, if it is that file still."""
-    card = data.with_name(CARD)
-    if not card.is_file():
-        return {}
-    told = json.loads(card.read_text("utf-8"))
-    if told.get("files", {}).get(data.name, {}).get("digest") != digest:
+    told = card_beside(data)
+    if not told or told["files"][data.name].get("digest") != digest:
         return {}
     return {key: told.get(key) for key in ("task", "provenance", "licence")}
 

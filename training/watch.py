@@ -117,7 +117,7 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]  # transfor
     def load_best(self) -> None:
         """Put the weights of the lowest validation loss into the model; only with patience."""
         assert self._trainer is not None
-        if not self._patience or self.best_step in (None, self._validation[-1][0]):
+        if not self._patience or not self._validation or self.best_step == self._validation[-1][0]:
             return
         kept = load_file(self._best)
         for name, parameter in _trained(self._trainer.model):

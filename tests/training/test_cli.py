@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from hub.cli import group
+from hub.errors import RefInvalid
 from training.commands import COMMANDS
 from training.data import Example, read_jsonl, write_jsonl
-from training.errors import DataTooSmall, OutputExists, RecipeInvalid, UnknownRecipe
+from training.errors import DataInvalid, DataTooSmall, OutputExists, OutputUnwritable, RecipeInvalid, UnknownRecipe
 from training.presets import ARTICLES, RECIPES
 from training.recipe import Recipe
 
@@ -56,6 +57,24 @@ def test_a_data_set_is_built_and_shown(tmp_path: Path) -> None:
     assert (shown["examples"], len(shown["first"])) == (10, 2)
     assert shown["digest"] == card["files"]["eval.jsonl"]["digest"]
     assert "10 examples" in run("data", "show", out / "eval.jsonl").output
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "eval.jsonl", "eval-sam-templates.jsonl", "dataset.json"])
+def test_a_build_replaces_only_what_it_made(name: str, tmp_path: Path) -> None:
+    common = ("data", "build", "iam-policy", "--out", tmp_path, "--train", "4", "--eval", "2")
+    (tmp_path / name).write_text('{"task": "sentiment", "files": {}}')
+    run(*common, fails=OutputExists)
+    assert (tmp_path / name).read_text() == '{"task": "sentiment", "files": {}}' and len([*tmp_path.iterdir()]) == 1
+    (tmp_path / name).unlink()
+    (tmp_path / "mine.jsonl").write_text("mine")
+    run(*common)
+    run(*common, "--seed", "1")
+
+
+def test_what_data_holds_reaches_no_terminal_as_it_is(tmp_path: Path) -> None:
+    write_jsonl(file := tmp_path / "osc.jsonl", [Example.of(user="a\x1b]0;title\x07\nsecond", answer="\x1b[31mred")])
+    shown = run("data", "show", file).output
+    assert "\x1b" not in shown and "\\x1b]0;title" in shown and "             second" in shown
 
 
 def test_train_push_and_eval(tiny_base: Path, labelled: Path, tmp_path: Path) -> None:
@@ -107,6 +126,9 @@ def test_train_push_and_eval(tiny_base: Path, labelled: Path, tmp_path: Path) ->
 
 def test_wrong_use_is_refused_before_anything_is_loaded(labelled: Path, tmp_path: Path) -> None:
     run("train", labelled, "--out", tmp_path / "o", "--rank", "0", fails=RecipeInvalid)
+    for ref in ("bad ref", "team/tiny@3"):
+        run("train", labelled, "--out", tmp_path / "o", "--push", ref, fails=RefInvalid)
+    assert not (tmp_path / "o").exists()
     twice = CliRunner().invoke(group, ["eval", "base", "base", "--task", "sentiment", "--data", str(labelled)])
     assert twice.exit_code == 2 and "twice" in twice.output
     alone = CliRunner().invoke(
@@ -115,6 +137,30 @@ def test_wrong_use_is_refused_before_anything_is_loaded(labelled: Path, tmp_path
     assert alone.exit_code == 2 and "nothing to compare" in alone.output
     unknown = CliRunner().invoke(group, ["data", "build", "poetry", "--out", str(tmp_path / "o")])
     assert unknown.exit_code == 2 and "sentiment" in unknown.output
+
+
+def test_an_evaluation_finds_its_faults_before_any_answer(
+    tiny_base: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("server.engine.engine.Engine.build", never)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 10)
+    common = ("eval", "base", "--base", tiny_base, "--data", labelled, "--task")
+    run(*common, "sentiment", "--text", tmp_path / "latin.txt", fails=DataInvalid)
+    run(*common, "sentiment", "--answers", tmp_path / "nodir" / "a.jsonl", fails=OutputUnwritable)
+    for task in ("address-json", "iam-policy", "own-json"):
+        run(*common, task, fails=DataInvalid)
+
+
+def test_long_labels_are_not_cut(tiny_base: Path, tmp_path: Path) -> None:
+    write_jsonl(file := tmp_path / "long.jsonl", [Example.of(user=f"q{n}", answer="a label " * 5) for n in range(2)])
+    common = ("eval", "base", "--base", tiny_base, "--data", file, "--task", "own-label", "--threads", "1")
+    told = json.loads(run(*common, "--json").stdout)
+    assert told["max_new_tokens"] == 48 and set(told["cut_off"]) == {"base"}
+    short = run(*common, "--max-new-tokens", "1")
+    assert "base: 2 of 2 answers ended at the limit of 1 tokens" in short.stderr
 
 
 def test_a_file_with_faults_fails_until_it_is_fixed(tiny_base: Path, tmp_path: Path) -> None:

@@ -153,6 +153,38 @@ def test_questions_of_the_evaluation_are_found_exactly_and_nearly(check: Callabl
     assert len(report.kept) == 58
 
 
+def test_a_question_evaluated_is_found_at_any_turn(check: Callable[..., Report]) -> None:
+    examples = clean("short", 60)
+    held = clean("short", 4, seed=9)
+    thanks, welcome = Message("user", "Thanks, that helped."), Message("assistant", "You are welcome, any time.")
+    examples += [Example((*one.messages, thanks, welcome)) for one in (held[1], held[2])]
+    nearly = Message("user", held[3].prompt[-1].content + " then?")
+    examples.append(Example((nearly, Message("assistant", "no idea at all"), thanks, welcome)))
+    report = check(examples, held)
+    assert names(report.faults) == {"leakage": 2, "near_leakage": 1}
+    assert [(s.line, s.other) for s in report.faults[0].samples] == [
+        (61, "example 2 of the evaluation"),
+        (62, "example 3 of the evaluation"),
+    ]
+    assert report.faults[1].samples[0].line == 63
+    assert [line.number for line in report.kept] == list(range(1, 61))
+
+
+def test_near_copies_that_differ_in_answer_instruction_or_symbols_are_kept(check: Callable[..., Report]) -> None:
+    text = sentence(random.Random(3), 40)
+    examples = [
+        Example.of(system="Is this about billing? yes or no.", user=text, answer="yes"),
+        Example.of(system="Is this rude? yes or no.", user=text, answer="yes"),
+        Example.of(system="Is this rude? yes or no.", user=text + " angry", answer="no"),
+        *(Example.of(system="Compute.", user=f"82 {sign} 88", answer="7216") for sign in "+-*"),
+    ]
+    report = check(examples)
+    assert names(report.faults) == {} and len(report.kept) == len(examples)
+    assert names(report.advice)["near_questions"] == 1
+    [advice] = [one for one in report.advice if one.check == "near_questions"]
+    assert advice.samples[0].line == 3 and "like line 2" in str(advice.samples[0].other)
+
+
 def test_labels_out_of_balance(check: Callable[..., Report]) -> None:
     examples = clean("label", 90)
     assert "balance" in check(examples).passed
@@ -185,6 +217,11 @@ def test_the_size_of_the_hold_out(held: int | None, advised: str | None, check: 
         assert any(words in found[0].message for words in advised.split("|"))
 
 
+def test_the_advice_of_a_small_file_has_its_numbers_in_order(check: Callable[..., Report]) -> None:
+    [advice] = [one for one in check(clean("short", 4)).advice if one.check == "hold_out"]
+    assert advice.count == 1 and advice.message.startswith("to 1 of 4 examples")
+
+
 def test_one_example_is_counted_once_and_what_is_kept_is_clean(check: Callable[..., Report], tmp_path: Path) -> None:
     """All faults at once, some on the same lines; the numbers add up and the rest passes."""
     generator = random.Random(4)
@@ -192,7 +229,8 @@ def test_one_example_is_counted_once_and_what_is_kept_is_clean(check: Callable[.
     held = [Example.of(user=examples[number].prompt[-1].content, answer="{}") for number in range(3)]
     examples += [examples[0], examples[0], Example.of(user="not json", answer="no"), Example.of(user="  ", answer="x")]
     examples.append(Example((*examples[9].prompt, Message("assistant", '{"other": true}'))))
-    examples.append(Example.of(user=examples[12].prompt[-1].content + ".", answer=examples[12].answer))
+    nearly = examples[12].prompt[-1].content + " ."
+    examples.append(Example.of(system="Do it.", user=nearly, answer=examples[12].answer))
     generator.shuffle(examples)
     report = check(examples, held)
     assert sum(finding.count for finding in report.faults) == report.lines - len(report.kept) == 10

@@ -13,7 +13,7 @@ from hub.errors import HubError
 from hub.hub import Hub
 from training.data import Example, Message
 from training.engine_generator import Adapters, EngineGenerator, find_adapters
-from training.errors import GenerationFailed
+from training.errors import DataInvalid, GenerationFailed
 from training.evaluate import Prompt, evaluate
 from training.tasks import task_named
 
@@ -60,6 +60,22 @@ def engine(base: Path, adapters: Adapters) -> Any:
     config = ModelConfig(base=str(base), quantization="none", dtype="float32", threads=1)
     limits = EngineLimits(max_waiting=4, kv_memory_bytes=2**22, adapter_memory_bytes=2**22)
     return Engine.build(config, limits, adapters.fetch)
+
+
+def test_how_many_answers_ended_at_the_limit_is_known(generator: EngineGenerator) -> None:
+    cut = Example.of(user="question", answer="x")
+    comparison = evaluate(task_named("own-text"), [cut], [None], generator, 3)
+    assert comparison.max_new_tokens == 3 and generator.cut_off[None] in (0, 1)
+    [answer] = comparison.results[0].answers
+    whole = generator.generate([prompt("question", None, 60)])[0]
+    assert (answer != whole) <= generator.cut_off[None] and generator.count_tokens("abc") == 3
+
+
+def test_examples_that_cannot_be_scored_are_refused_before_anyone_is_asked() -> None:
+    echo = Echo()
+    with pytest.raises(DataInvalid, match="example 1"):
+        evaluate(task_named("iam-policy"), [Example.of(user="q", answer="billing")], [None], echo)
+    assert echo.calls == 0
 
 
 def prompt(text: str, adapter: str | None, tokens: int = 8) -> Prompt:

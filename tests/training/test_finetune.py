@@ -17,8 +17,10 @@ from hub.adapter_dir import parse_adapter
 from hub.base import BaseIdentity
 from training import finetune, trainable
 from training.checkpoints import Checkpoints
-from training.errors import DataInvalid, MethodUnsupported, OutputExists, ResumeMismatch, TrainingDiverged
+from training.data import Example, read_jsonl, write_jsonl
+from training.errors import DataInvalid, DataTooSmall, MethodUnsupported, OutputExists, ResumeMismatch, TrainingDiverged
 from training.finetune import Outcome, Plan, train
+from training.hold_out import hold_out
 from training.loss import LabelLoss
 from training.recipe import Recipe
 
@@ -84,8 +86,6 @@ def test_a_run_writes_an_adapter_that_the_hub_takes(plan: Plan, tiny_base: Path)
 
 
 def test_provenance_is_recorded_only_for_the_file_it_was_written_for(plan: Plan, tmp_path: Path) -> None:
-    from training.data import read_jsonl
-
     card = {
         "task": "colours",
         "provenance": "made up",
@@ -96,9 +96,31 @@ def test_provenance_is_recorded_only_for_the_file_it_was_written_for(plan: Plan,
     told = train(replace(plan, max_steps=1), quiet())
     assert told.facts.datasets["provenance"] == "made up"
     assert "colours" in (told.out / "README.md").read_text()
+    for number, other in enumerate(("[]", "{", '{"files": []}', '{"files": {"chat.jsonl": 3}}', "\\ud83d")):
+        (plan.data.parent / "dataset.json").write_text(other)
+        unknown = train(replace(plan, max_steps=1, out=tmp_path / f"other{number}"), quiet())
+        assert "provenance" not in unknown.facts.datasets
+    (plan.data.parent / "dataset.json").write_text(json.dumps(card))
     plan.data.write_text(plan.data.read_text().replace("red", "rose"))
     changed = train(replace(plan, max_steps=1, out=tmp_path / "changed"), quiet())
     assert "provenance" not in changed.facts.datasets
+
+
+def test_a_run_that_is_refused_leaves_nothing_behind(plan: Plan) -> None:
+    """Long examples held out, so that there would be no validation loss; and none short enough at all."""
+    examples = [*read_jsonl(plan.data).examples[:15]]
+    place = next(n for n in range(1000) if hold_out((*examples, _long(n)), 0.05, 1)[1] == (_long(n),))
+    write_jsonl(plan.data, [*examples, _long(place)])
+    few = replace(plan, recipe=plan.recipe.but(hold_out=0.05))
+    with pytest.raises(DataTooSmall, match="no validation loss, for none of the 1 examples held out has 200 tokens"):
+        train(few, quiet())
+    with pytest.raises(DataTooSmall, match="none of the 15 examples has 8 tokens"):
+        train(replace(few, recipe=few.recipe.but(max_length=8)), quiet())
+    assert not plan.out.with_name("out.checkpoints").exists()
+
+
+def _long(number: int) -> Example:
+    return Example.of(user="w " * 300 + str(number), answer="red")
 
 
 def test_equal_plans_make_equal_weights(plan: Plan, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from training.advice import advise
 from training.data import Example, write_jsonl
 from training.encode import Encoded, EncodedSet
 from training.loss import label_loss
-from training.planner import Data, Machine, Option, flops_of, steps_of, weigh
+from training.planner import Data, Machine, Option, flops_of, weigh
 from training.presets import ARTICLES, named_recipe
 from training.recipe import Recipe
 from training.rehearsal import Shape, rehearse, rehearse_all_layers
@@ -99,12 +99,11 @@ def test_two_shallow_models_tell_a_deep_one(tiny_base: Path, tmp_path: Path, che
         assert rehearse(*arguments) == rehearse_all_layers(*arguments)
 
 
-def test_the_largest_batch_and_the_steps(tiny_base: Path) -> None:
+def test_the_largest_batch_and_the_operations(tiny_base: Path) -> None:
     lengths = [3, 9, 5, 9, 2]
     examples = tuple(Encoded((1,) * length, (-100,) * (length - 2) + (1, 1)) for length in lengths)
     data = Data.of(EncodedSet(examples, 0), RECIPE.but(batch=2))
     assert data == Data(5, 28, sum(length**2 for length in lengths), Shape(2, 9, 4))
-    assert steps_of(data, RECIPE.but(batch=2, accumulation=2, epochs=2)) == 3
     told = rehearse(tiny_base, "lora", RECIPE, data.longest, "cpu", torch.float32)
     twice = replace(data, tokens=56, squared_lengths=2 * data.squared_lengths)
     assert flops_of(told, twice, RECIPE) == pytest.approx(2 * flops_of(told, data, RECIPE))

@@ -41,6 +41,26 @@ def test_values_that_cannot_be_are_refused_by_name(changes: dict[str, object]) -
         named_recipe("recommended").but(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"learning_rate": "1e-3"}, "learning rate must be a number, not the text '1e-3'.*1.0e-3"),
+        ({"rank": 8.5}, "rank must be a whole number, not 8.5"),
+        ({"batch": 2.5}, "batch must be a whole number"),
+        ({"batch": True}, "batch must be a whole number"),
+        ({"warmup": False}, "warmup must be a number"),
+        ({"epochs": [1]}, "epochs must be a number"),
+        ({"gradient_checkpointing": "no"}, "gradient checkpointing must be true or false, not 'no'"),
+        ({"targets": "q_proj"}, "targets must be a list of module names"),
+        ({"targets": (1,)}, "targets must be a list of module names"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(RecipeInvalid, match=says):
+        named_recipe("recommended").but(**changes)
+    assert named_recipe("demo").but(epochs=1).as_dict()["epochs"] == 1
+
+
 def test_every_weight_is_trained_at_a_tenth_of_the_rate() -> None:
     recipe = named_recipe("recommended")
     full = recipe.for_every_weight()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 
 from hub.base import BaseIdentity
 from training.checkpoints import Checkpoints
-from training.data import Example, hold_out, read_jsonl, write_jsonl
-from training.errors import DataTooSmall, LogUnavailable, ResumeMismatch
+from training.data import Example, Message, read_jsonl, write_jsonl
+from training.errors import DataTooSmall, LogUnavailable, OutputExists, RecipeInvalid, ResumeMismatch
 from training.finetune import Plan, train
+from training.hold_out import hold_out
 from training.recipe import Recipe
 from training.skills import SkillData, mix_in
 from training.watch import Watch
@@ -142,8 +144,6 @@ def test_resuming_with_other_watching_is_another_run(plan: Plan, monkeypatch: py
 
 def watch_of(losses: list[float], training: float, patience: int, tmp_path: Path) -> tuple[Watch, io.StringIO]:
     """A watch that saw these validation losses, with this training loss throughout."""
-    import types
-
     said, left = io.StringIO(), iter(losses)
     watch = Watch(Console(file=said, width=400), lambda: next(left), 1, patience, tmp_path / "best.safetensors")
     trainer = types.SimpleNamespace(losses=[], model=torch.nn.Linear(1, 1))
@@ -192,6 +192,27 @@ def test_skill_examples_are_mixed_in_by_share(plan: Plan, tmp_path: Path) -> Non
     assert done.facts.datasets["train_examples"] == len(training) + 4
 
 
+@pytest.mark.parametrize("own", [0, 37, 5000])
+def test_the_share_advised_is_one_that_can_be_had(own: int) -> None:
+    training = [Example.of(user=f"q {n}", answer="a") for n in range(own)]
+    skills = [Example.of(user=f"s {n}", answer="a") for n in range(3)]
+    if not own:
+        with pytest.raises(DataTooSmall, match=r"there are 0: give more$"):
+            mix_in([*training, skills[0]], [], 0.5, 0)
+        return
+    with pytest.raises(DataTooSmall, match="--skill-share") as refused:
+        mix_in(training, skills, 0.5, 0)
+    share = float(str(refused.value).rpartition(" ")[2])
+    assert len(mix_in(training, skills, share, 0)) > own
+
+
+def test_skills_that_ask_what_is_held_out_at_any_turn_are_not_drawn() -> None:
+    held = Example.of(user="q", answer="a")
+    chat = Example((*held.messages, Message("user", "Thanks."), Message("assistant", "Welcome.")))
+    other = Example.of(user="s", answer="a")
+    assert mix_in([other], [chat, other], 0.5, 0, [held])[1:] == (other,)
+
+
 def test_other_skill_data_is_another_run(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "skills.jsonl"
     write_jsonl(file, [Example.of(user=f"Say {n}", answer=str(n)) for n in range(40)])
@@ -203,6 +224,21 @@ def test_other_skill_data_is_another_run(plan: Plan, tmp_path: Path, monkeypatch
     write_jsonl(file, [Example.of(user=f"Say {n}!", answer=str(n)) for n in range(40)])
     with pytest.raises(ResumeMismatch, match="skills"):
         train(replace(plan, resume=True), quiet())
+
+
+def test_without_validation_there_is_no_early_stop(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(RecipeInvalid, match="held-out"):
+        train(replace(plan, recipe=plan.recipe.but(hold_out=0.0), early_stop=2), quiet())
+    watch = Watch(quiet(), lambda: None, 1, 2, tmp_path / "best")
+    watch.watch(types.SimpleNamespace(losses=[], model=None))  # type: ignore[arg-type]
+    watch.load_best()
+
+
+def test_curves_and_events_are_not_written_into_the_directory_to_come(plan: Plan) -> None:
+    for changes in ({"curves": (plan.out / "c.json",)}, {"tensorboard": plan.out / "log"}, {"tensorboard": plan.out}):
+        with pytest.raises(OutputExists, match="lies in"):
+            train(replace(plan, **changes), quiet())  # type: ignore[arg-type]
+        assert not plan.out.exists()
 
 
 def test_curves_are_drawn_and_written(plan: Plan, tmp_path: Path) -> None:

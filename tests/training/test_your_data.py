@@ -18,8 +18,9 @@ from click.testing import CliRunner
 
 from hub.cli import group
 from training.csv_import import Wording, read_table
-from training.data import read_jsonl
-from training.errors import DataInvalid
+from training.data import Example, read_jsonl
+from training.errors import DataInvalid, OutputExists
+from training.tasks import task_named
 
 GUIDE = Path(__file__).parents[2] / "docs" / "your-data.md"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -114,6 +115,52 @@ def test_tables_become_conversations(tmp_path: Path) -> None:
     assert read_table(tabs, Wording("q", "a"))[0].prompt[0].content == "how, so?"
 
 
+def test_tables_as_spreadsheets_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "T.TSV"
+    file.write_text("q\ta\nhow, so?\tno\n\t\n")
+    assert [e.prompt[0].content for e in read_table(file, Wording("q", "a"))] == ["how, so?"]
+    semicolons = tmp_path / "s.csv"
+    semicolons.write_bytes("q;a\nÄrger?;ja\n;\n \n".encode("cp1252"))
+    [one] = read_table(semicolons, Wording("q", "a"), ";", "cp1252")
+    assert (one.prompt[0].content, one.answer) == ("Ärger?", "ja")
+    with pytest.raises(DataInvalid, match="--encoding cp1252"):
+        read_table(semicolons, Wording("q", "a"), ";")
+    with pytest.raises(DataInvalid, match="';' need --delimiter"):
+        read_table(semicolons, Wording("q", "a"), None, "cp1252")
+    for name in ("klingon", "base64"):
+        with pytest.raises(DataInvalid, match=f"no text encoding is called '{name}'"):
+            read_table(semicolons, Wording("q", "a"), ";", name)
+
+
+def test_an_import_takes_what_people_have_and_overwrites_nothing(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_bytes(b"q;a\n" + b"".join(f"frage {n} \xe9;ja\n".encode("latin-1") for n in range(10)))
+    words = [
+        "data",
+        "import",
+        str(table),
+        "--question",
+        "q",
+        "--answer",
+        "a",
+        "--delimiter",
+        ";",
+        "--encoding",
+        "latin-1",
+    ]
+    assert CliRunner().invoke(group, [*words, "--out", str(tmp_path / "out")]).exit_code == 0
+    chats = tmp_path / "chats.json"
+    chats.write_bytes((tmp_path / "out" / "train.jsonl").read_bytes())
+    assert CliRunner().invoke(group, ["data", "import", str(chats), "--out", str(tmp_path / "chats")]).exit_code == 0
+    assert CliRunner().invoke(group, [*words, "--delimiter", ";;", "--out", str(tmp_path / "o")]).exit_code == 2
+    for name in ("train.jsonl", "eval.jsonl", "dataset.json"):
+        (there := tmp_path / f"with-{name}").mkdir()
+        (there / name).write_text("mine")
+        refused = CliRunner().invoke(group, [*words, "--out", str(there)])
+        assert isinstance(refused.exception, OutputExists)
+        assert [file.name for file in there.iterdir()] == [name] and (there / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("text", "question", "words"),
     [
@@ -141,9 +188,6 @@ def test_own_scores_are_scikit_learns(tmp_path: Path) -> None:
     import numpy as np
     from sklearn.metrics import accuracy_score, f1_score
 
-    from training.data import Example
-    from training.tasks import task_named
-
     random = np.random.default_rng()
     labels = ["Refund", "Access to account", "other"]
     wanted = [labels[i] for i in random.integers(0, 3, 60)]
@@ -163,8 +207,18 @@ def test_own_scores_are_scikit_learns(tmp_path: Path) -> None:
         {"field_f1": 2 * 2 / (4 + 2), "exact_json": 0.5, "valid_json": 0.5}
     )
     with pytest.raises(DataInvalid, match="example 1"):
-        task_named("own-json").score([Example.of(user="q", answer="[1]")], ["x"])
+        task_named("own-json").check([Example.of(user="q", answer="[1]")])
     texts = [Example.of(user="q", answer="the cat sat on the mat")]
     assert task_named("own-text").score(texts, ["the cat  sat on the mat"]) == pytest.approx(
         {"rouge_l": 1.0, "bleu": 1.0, "exact": 1.0}
     )
+
+
+def test_answers_of_ones_own_may_be_as_long_as_the_longest_wanted() -> None:
+    long = [Example.of(user="q", answer="word " * 400), Example.of(user="q", answer="yes")]
+    for name, usual in (("own-label", 16), ("own-json", 256), ("own-text", 200)):
+        task = task_named(name)
+        assert task.answer_limit(long, lambda text: len(text.split())) == 408
+        assert task.answer_limit(long[1:], lambda text: len(text.split())) == usual == task.max_new_tokens
+    task = task_named("address-json")
+    assert task.answer_limit(long, len) == task.max_new_tokens

@@ -7,7 +7,7 @@ line; `hub data build`, `hub train` and `hub eval` need nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Literal, Protocol
@@ -54,7 +54,8 @@ class Task(Protocol):
     and `DataTooSmall` when the source has fewer examples than asked for.
 
     `measure` takes the evaluation examples and one answer for each, in order, and returns metrics by name; all lie in
-    0…1 unless their name says a unit, and larger is better. It never raises on an answer, whatever that holds.
+    0…1 unless their name says a unit, and larger is better. It never raises on an answer, whatever that holds; that the
+    examples are its kind is for `check` to say.
     """
 
     name: str
@@ -66,6 +67,14 @@ class Task(Protocol):
     def build(self, train: int, evaluation: int, seed: int) -> Built:
         """Examples for training and evaluation."""
         ...
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """Raise `DataInvalid`, before any model answers, where `measure` could not score answers to these examples."""
+        return
+
+    def answer_limit(self, examples: Sequence[Example], count_tokens: Callable[[str], int]) -> int:
+        """How many tokens an answer to these examples may have."""
+        return self.max_new_tokens
 
     def measure(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Measured]:
         """Metrics of `answers`, by example."""

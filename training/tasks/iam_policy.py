@@ -17,6 +17,7 @@ from training.errors import DataTooSmall, SourceUnavailable
 from training.metrics import Measured, mean
 from training.tasks import Answers, Built, Task
 from training.tasks.iam_definition import Action, actions
+from training.tasks.json_answers import check_objects
 from training.tasks.packages import installed_directory
 from training.tasks.policy import f1, granted_actions, grants, is_valid, parse_json
 from training.tasks.split import RANKS, is_held, rank, split_by_group
@@ -81,6 +82,10 @@ class IamPolicy(Task):
             licence="BSD-3-Clause (parliament), Apache-2.0 (aws-sam-translator)",
             apart={APART: sam},
         )
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """See `Task.check`: a wanted answer that is no object."""
+        check_objects(examples)
 
     def measure(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Measured]:
         """Shares of exactly right policies, valid JSON and valid policies, and the mean F1 of the action sets."""

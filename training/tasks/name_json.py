@@ -9,6 +9,7 @@ from typing import Final
 from training.data import Example
 from training.metrics import Measured
 from training.tasks import Answers, Built, Task
+from training.tasks.json_answers import check_objects
 from training.tasks.tagged_text import Source, Tagged, measure_records, sample, snake_case
 
 INSTRUCTION: Final = "Split the name of a person or company into its parts, as compact JSON."
@@ -37,6 +38,10 @@ class NameJson(Task):
             f"{_SOURCE.version}; runs of equally labelled words joined into fields",
             licence="MIT",
         )
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """See `Task.check`: a wanted answer that is no object."""
+        check_objects(examples)
 
     def measure(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Measured]:
         """Field F1, exactly right records, valid JSON."""

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Final
 
 from training.data import Example
-from training.errors import SourceUnavailable
+from training.errors import DataInvalid, SourceUnavailable
 from training.metrics import Measured, mean, micro_f1
 from training.tasks import Answers, Built, Task
 from training.tasks.awscli_command import Command, one_line, parse_command
@@ -77,6 +77,12 @@ class NlAwscli(Task):
             "taken out of the descriptions, values that only the command has put in",
             licence="Apache-2.0",
         )
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """See `Task.check`: a wanted answer that is no command."""
+        for number, example in enumerate(examples, 1):
+            if parse_command(example.answer) is None:
+                raise DataInvalid(f"the answer of example {number} is no command of the AWS CLI")
 
     def measure(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Measured]:
         """Right service and operation, F1 of the arguments, all of it right, and answers that are a command."""
