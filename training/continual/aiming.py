@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.continual.contract import Lesson, Outcome, Past, check_between
 from training.continual.factors import Factors, Pair, joined
 from training.continual.replay import Line, sample
 from training.continual.rules import SiteRule
-from training.continual.strategies import Lesson, Outcome, Past, check_between
 
 E = TypeVar("E", bound=Line)
 TIMES: Final = (1, 2, 4)  # the weights that are tried, in `own_weight`; the first of equally good ones is taken
@@ -61,6 +61,10 @@ class Aimed:
         check_between(self.name, "keep_weight", self.keep_weight, 0, 1000)
         check_between(self.name, "judges", self.judges, 0, self.reads)
         check_between(self.name, "again", self.again, 0, 100)
+
+    def served_rank(self, rank: int, stages: int) -> int:
+        """A fresh adapter's more every stage."""
+        return rank * stages
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task, in new rows."""

@@ -17,9 +17,10 @@ from typing import Final, TypeVar
 
 import numpy as np
 
+from training.continual.contract import Lesson, Outcome, Past, check_between
 from training.continual.factors import Factors, Pair, compressed, joined
 from training.continual.replay import Line, sample
-from training.continual.strategies import Lesson, Outcome, Past, Replay, check_between
+from training.continual.strategies import Replay
 
 E = TypeVar("E", bound=Line)
 STEPS: Final = (1.0, 0.75, 0.5, 0.25)  # λ; the first of equally good ones is taken
@@ -42,6 +43,10 @@ class PacedReplay:
 
     def _replay(self) -> Replay:
         return Replay(self.share, self.capacity, name=self.name)
+
+    def served_rank(self, rank: int, stages: int) -> int:
+        """A fresh adapter's."""
+        return rank
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """As `replay`."""

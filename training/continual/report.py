@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from training.continual import answer_nats
+from training.continual.ending import read_intruders, read_routed
 from training.continual.intruders import SiteIntruders
 from training.continual.metrics import drift
 from training.continual.plots import draw_all
 from training.continual.record import RunRecord
-from training.continual.run import read_intruders, read_routed
 
 
 def summary(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from training.data import Example, Message
 from training.evaluate import Generator, Prompt
 from training.metrics import Measured
 from training.tasks import Task
+
+if TYPE_CHECKING:
+    from server.model.base import BaseModel
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class EngineScorer:
     text_windows: int = 64
     keep_text: str | None = None  # the text itself on which the base is to be kept
     precision: str = "auto"  # in which inputs are read: the recipe's
+    served_rank: int = 0  # the largest of any adapter asked; what a server takes by default always goes
 
     def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
         """See `Scorer`."""
@@ -140,13 +144,27 @@ class EngineScorer:
 
     def _ask(self, prompts: Sequence[Prompt]) -> list[str]:
         from server.engine.engine import Engine
+        from server.model.base import load_base
         from training.engine_generator import EngineGenerator, find_adapters
 
         names = list(dict.fromkeys(prompt.adapter for prompt in prompts if prompt.adapter is not None))
         adapters = find_adapters(names, None)
         config = ModelConfig(base=self.base, quantization=self.quantize, threads=self.threads)
-        with closing(Engine.build(config, EngineLimits(), adapters.fetch)) as engine:
+        base = load_base(config)
+        with closing(Engine(base, _limits(base, self.served_rank), adapters.fetch)) as engine:
             return answers_in_order(prompts, EngineGenerator(engine, adapters.uses))
+
+
+def _limits(base: BaseModel, rank: int) -> EngineLimits:
+    """The default limits, with room for one adapter of `rank` where that is more."""
+    from server.adapters.arena import blocks, row_bytes
+
+    usual = EngineLimits()
+    if rank <= usual.max_adapter_rank:
+        return usual
+    shapes = {site: (matrix.out_features, matrix.in_features) for site, matrix in base.linears().items()}
+    rows = blocks(rank) * row_bytes(shapes, base.dtype)
+    return replace(usual, max_adapter_rank=rank, adapter_memory_bytes=max(usual.adapter_memory_bytes, rows))
 
 
 def answers_in_order(prompts: Sequence[Prompt], generator: Generator) -> list[str]:
@@ -163,3 +181,8 @@ def headline_first(task: Task, measured: Mapping[str, Measured]) -> dict[str, fl
     """The metrics by name, the one that the matrix holds first."""
     names = [task.headline, *(name for name in measured if name != task.headline)]
     return {name: measured[name].value for name in names}
+
+
+def headline(metrics: Mapping[str, float]) -> float:
+    """The metric that the matrix holds, see `headline_first`."""
+    return next(iter(metrics.values()))

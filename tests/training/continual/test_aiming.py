@@ -15,11 +15,11 @@ from tests.training.continual import toy as toys
 from tests.training.continual.test_stage import fresh
 from training import trainable
 from training.continual.aiming import TIMES, aimed, energy
+from training.continual.contract import Strategy
 from training.continual.factors import Factors, Pair, joined, write_factors
 from training.continual.inputs import input_moments
 from training.continual.registry import strategy_named
 from training.continual.replay import sample
-from training.continual.strategies import Strategy
 from training.data import Example
 
 

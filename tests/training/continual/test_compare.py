@@ -26,7 +26,7 @@ from training.continual.compare.plan import Case, Comparison
 from training.continual.compare.run import Kept, alone, run_cases
 from training.continual.errors import ContinualPlanInvalid, WorkTaken
 from training.continual.run import Run
-from training.errors import PlanInvalid
+from training.errors import DataInvalid, PlanInvalid
 
 BACK = tuple(reversed(THREE))
 ARMS: dict[str, Any] = {
@@ -261,6 +261,14 @@ def test_changed_data_or_text_is_another_run(compare: Callable[..., Any], tmp_pa
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
     data = keys()
     assert not before & text and not text & data and not data & keys("sha256:other")
+
+
+def test_a_text_that_is_not_there_is_said(write: Callable[..., Path], tmp_path: Path) -> None:
+    file = write()
+    (tmp_path / "held.txt").unlink()
+    result = CliRunner().invoke(group, ["continual", "compare", str(file), "--out", str(tmp_path / "out"), "--dry-run"])
+    assert isinstance(result.exception, DataInvalid)
+    assert "text: cannot read held.txt" in str(result.exception)
 
 
 def test_what_is_left_is_told_by_what_an_arm_took(write: Callable[..., Path]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from rich.console import Console
 
 from hub.cli import group
 from hub.hub import Hub
@@ -37,27 +35,6 @@ from training.continual.run import Run
 from training.continual.scoring import Cell
 from training.continual.tasks import prepare_data
 from training.data import Example
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with Hub.open(str(tmp_path / "hub")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def make_run(write_plan: Callable[..., Path], tiny_base: Path, tmp_path: Path, hub: Hub) -> Callable[..., Run]:
-    """make_run(scorer, directory name, **changes of the plan)."""
-
-    def make(scorer: ScriptedScorer, place: str = "run", /, **changes: Any) -> Run:
-        changes.setdefault("intruders", False)
-        plan = ContinualPlan.read(write_plan(THREE, **changes))
-        directory = tmp_path / place
-        directory.mkdir(exist_ok=True)
-        trainer: Any = ScriptedTrainer(tiny_base)
-        return Run(plan, directory, prepare_data(plan, directory), trainer, scorer, hub, Console(file=io.StringIO()))
-
-    return make
 
 
 def said(run: Run) -> str:
@@ -323,6 +300,19 @@ def test_the_report_has_table_pictures_and_numbers(make_run: Callable[..., Run],
         ({"set": {"init": "qera"}}, "set: init: each adapter would hold"),
         ({"quantize": "int2"}, "one of nf4"),
         ({"reduce_intruders": 2}, "from 0 to 1"),
+        ({"strategy": None}, "strategy is missing"),
+        ({"strategy": "o-lora", "set": {"rank": 600}}, "2 tasks at rank 600 make an adapter of rank 1200"),
+        ({"gates": {"alias": "Prod Live!"}}, "gates: alias: 'Prod Live!'"),
+        ({"gates": {"max_drop": None}}, "1 allows every fall"),
+        ({"text": ""}, "text is the name of a file, not ''"),
+        ({"text": False}, "text is the name of a file, not False"),
+        ({"keep_text": False}, "keep_text is the name of a file, not False"),
+        ({"checkpoint_steps": None}, "leave it out for 50"),
+        ({"tasks": [{"task": "sentiment", "train": None}]}, "leave it out for 400"),
+        ({"tasks": [{"label": "mine"}]}, "number 1: say which task it is"),
+        ({"strategy": "isolated", "tasks": [{"task": "sentiment", "label": "größe"}]}, "makes no adapter's name"),
+        ({"strategy": "isolated", "tasks": [{"task": "sentiment", "label": "x²"}]}, "makes no adapter's name"),
+        ({"strategy": "isolated", "tasks": [{"task": "sentiment", "label": "a" * 70}]}, "makes no adapter's name"),
     ],
 )
 def test_plans_say_what_is_wrong_with_them(write_plan: Callable[..., Path], changes: dict[str, Any], said: str) -> None:
@@ -390,6 +380,7 @@ def test_the_verb_routes_isolated_adapters_and_measures_drift(write_plan: Callab
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["routed"]["names"] == ["team/stream-first:prod", "team/stream-second:prod"]
+    assert len(told["answer_nats"]["own"]) == 2
     assert told["text_drift_nats"] is not None and told["stages"][0]["text_nats"] > 0
     assert told["stages"][1]["intruders"]["relative_norm"] > 0
     assert "intruders_reduced" in told["stages"][0]["notes"]
