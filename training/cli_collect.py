@@ -91,6 +91,7 @@ def collect_command(
         max_length=named_recipe("recommended").max_length,
     )
     data = report.without_faults()
+    collected = collected.only(line.number - 1 for line in report.kept)
     told = {
         "file": out.name,
         "digest": digest_of(data),

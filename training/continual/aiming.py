@@ -76,7 +76,7 @@ class Aimed:
 
     def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
         """Earlier rows as they were, and the new ones aimed; with `again` their b trained once more."""
-        new = sample(past.examples, self.reads, f"keep:{past.seed}")
+        new = sample(past.readable(past.examples), self.reads, f"keep:{past.seed}")
         kept = _by_task(past.outcomes)
         before: Factors | None = past.previous.served if past.previous else None
         nothing = {m: Pair(p.a.new_zeros(1, p.a.shape[1]), p.b.new_zeros(len(p.b), 1)) for m, p in trained.items()}

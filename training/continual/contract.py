@@ -36,6 +36,7 @@ class Past(Generic[E]):
     outcomes: tuple[Outcome[E], ...]  # of all stages before, in order
     earlier: tuple[tuple[E, ...], ...]  # all examples of all tasks before; only `joint` may look at them
     answers: Callable[[Factors, Sequence[E]], Sequence[E]]  # the same prompts with an adapter's own answers
+    readable: Callable[[Sequence[E]], Sequence[E]]  # those of them that are short enough for `losses` and `inputs`
     # nats a token of each example's own answer, with each of the adapters
     losses: Callable[[Sequence[Factors], Sequence[E]], Sequence[Sequence[float]]]
     # Σ weight · E[x xᵀ] of the inputs of every matrix that an adapter adapts, over groups of examples; None is the text

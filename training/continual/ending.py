@@ -42,6 +42,9 @@ def conclude(run: Run, record: RunRecord, evolving: bool) -> None:
         own = [run.stage_directory(index) / "adapter" for index in range(len(record.stages))]
         told = answer_nats.measure(run.scorer, run.data[: len(own)], own, own[-1] if evolving else None)
         answer_nats.write(run.directory, told, len(own))
+        for label, count_ in zip(run.plan.labels, told["too_long"], strict=False):
+            if count_:
+                run.console.print(f"{label}: {count_} questions are too long for its answer nats", highlight=False)
     if run.embed is not None and not evolving:
         _route(run, record, run.embed)
 

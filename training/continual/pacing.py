@@ -58,8 +58,8 @@ class PacedReplay:
         before = past.previous
         if before is None or not before.memory:
             return done
-        old = sample(before.memory, self.judges, f"judge:{past.seed}:{past.stage}")
-        new = sample(past.examples, self.judges, f"judge:{past.seed}:{past.stage}")
+        old = sample(past.readable(before.memory), self.judges, f"judge:{past.seed}:{past.stage}")
+        new = sample(past.readable(past.examples), self.judges, f"judge:{past.seed}:{past.stage}")
         points = [between(before.served, trained, step) for step in STEPS]
         losses = [weighed(each, len(old), past.stage) for each in past.losses([one for one, _ in points], (*old, *new))]
         best = int(np.argmin(losses))

@@ -35,6 +35,7 @@ from training.continual.embedding import Embed
 from training.continual.ending import conclude
 from training.continual.factors import Factors, read_factors, write_factors
 from training.continual.gates import judge
+from training.continual.inputs import readable
 from training.continual.plan import ContinualPlan
 from training.continual.promotion import last_number, promote
 from training.continual.record import RunRecord, StageRecord
@@ -139,6 +140,7 @@ class _Stage:
             outcomes=tuple(self.outcome(index) for index in range(self.index)),
             earlier=tuple(task.train.examples for task in data[: self.index]),
             answers=lambda _, examples: self._answers(examples),
+            readable=lambda examples: readable(base, examples),
             losses=self._losses,
             inputs=self._inputs,
             train=train,

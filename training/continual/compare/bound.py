@@ -31,6 +31,7 @@ def joint_bound(run: Run) -> tuple[dict[str, Any], Facts]:
         outcomes=(),
         earlier=tuple(task.train.examples for task in run.data[:-1]),
         answers=lambda *_: (),
+        readable=lambda examples: examples,
         losses=lambda *_: (),
         inputs=lambda *_: {},
         train=lambda _: {},
