@@ -13,13 +13,13 @@ from typing import Any, Final
 import torch
 
 from training.data import Example
-from training.encode import IGNORED, Encoded, encode_all
+from training.encode import IGNORED, Encoded, encode
 from training.loss import label_losses
 from training.metrics import Measured, per_token
 
 METRIC: Final = "answer_nats"
 _BATCH: Final = 8
-_LONGEST: Final = 4096  # tokens of a question with its answer; a longer one fails
+LONGEST: Final = 4096  # tokens of a question with its answer; a longer one is left out
 
 
 def answer_losses(
@@ -27,7 +27,8 @@ def answer_losses(
 ) -> dict[str | None, Measured]:
     """The loss of every adapter (PEFT directories, by name) and of the base (None) on the same `examples`.
 
-    Names are PEFT's adapter names, so without dots. Raises what `training.encode` raises.
+    Names are PEFT's adapter names, so without dots. An example of more than `LONGEST` tokens counts nothing: its nats
+    and its tokens are 0. Raises what `training.encode` raises.
     """
     from peft import PeftModel
     from transformers import AutoTokenizer
@@ -37,26 +38,27 @@ def answer_losses(
     from training.trainable import load_base
 
     tokenizer = AutoTokenizer.from_pretrained(str(base))
-    encoded = encode_all(tokenizer, training_template(tokenizer), examples, stop_ids(base, tokenizer), _LONGEST)
-    assert not encoded.too_long
-    model: Any = load_base(base, "qlora" if quantized else "lora", _LONGEST, "cpu", torch.float32)
+    template, stops = training_template(tokenizer), stop_ids(base, tokenizer)
+    encoded = [encode(tokenizer, template, example, stops) for example in examples]
+    model: Any = load_base(base, "qlora" if quantized else "lora", LONGEST, "cpu", torch.float32)
     found: dict[str | None, Measured] = {}
     if with_base:
-        found[None] = _measured(model, encoded.examples)
+        found[None] = _measured(model, encoded)
     for name, directory in adapters.items():
         if isinstance(model, PeftModel):
             model.load_adapter(str(directory), adapter_name=name)
         else:
             model = PeftModel.from_pretrained(model, str(directory), adapter_name=name)
         model.set_adapter(name)
-        found[name] = _measured(model.get_base_model(), encoded.examples)
+        found[name] = _measured(model.get_base_model(), encoded)
         model.delete_adapter(name)
     return found
 
 
 def _measured(model: Any, examples: Sequence[Encoded]) -> Measured:
     nats, tokens = [0.0] * len(examples), [0] * len(examples)
-    order = sorted(range(len(examples)), key=lambda at: len(examples[at].input_ids))
+    read = [at for at, example in enumerate(examples) if len(example.input_ids) <= LONGEST]
+    order = sorted(read, key=lambda at: len(examples[at].input_ids))
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(order), _BATCH):

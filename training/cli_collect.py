@@ -28,7 +28,7 @@ from training.token_counter import token_counter
         """
 hub serve --feedback kept                               # callers mark answers: hub feedback REQUEST_ID --good
 hub continual collect kept next.jsonl --adapter team/six --task sentiment --eval held-out.jsonl
-hub continual run plan.yaml --out runs/next             # with train_file: next.jsonl in the plan
+hub continual run six.yaml --out runs/six               # a task with train_file: next.jsonl appended to its plan
 """
     ),
 )
@@ -91,6 +91,7 @@ def collect_command(
         max_length=named_recipe("recommended").max_length,
     )
     data = report.without_faults()
+    collected = collected.only(line.number - 1 for line in report.kept)
     told = {
         "file": out.name,
         "digest": digest_of(data),

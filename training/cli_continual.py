@@ -44,23 +44,29 @@ def run(plan: Path, out: Path, threads: int, hub_url: str | None, as_json: bool)
 
     After every stage all tasks are scored, the adapter becomes the next version of the plan's name in the hub with the
     stage before as its parent, and the alias (prod) moves to it if no earlier task fell by more than the plan allows.
-    A run that was interrupted, in whatever way, goes on when the same command is given again.
+    A run that was interrupted, in whatever way, goes on when the same command is given again; so does one to whose plan
+    tasks were appended. A first stage never takes an alias that is in use.
     """
     bound_openmp(threads)
     quiet_libraries()
     from rich.console import Console
 
     from hub.opening import open_hub
+    from training.continual.errors import RunTaken
+    from training.continual.lock import held
     from training.continual.making import make_run
     from training.continual.plan import ContinualPlan
 
     read = ContinualPlan.read(plan)
-    with open_hub(hub_url) as hub:
+    taken = RunTaken(f"another process runs a plan in {out}: wait for it, or stop it")
+    with held(out, taken), open_hub(hub_url) as hub:
         record = make_run(read, out, hub, threads, Console(stderr=True))()
+    from training.continual import answer_nats
+    from training.continual.ending import read_intruders, read_routed
     from training.continual.report import as_markdown, summary
-    from training.continual.run import read_intruders, read_routed
 
-    told = summary(record, read_intruders(out), {}, read_routed(out))
+    nats = answer_nats.read(out, len(record.stages))
+    told = summary(record, read_intruders(out), {}, read_routed(out), nats)
     print_json(told) if as_json else click.echo(as_markdown(told))
 
 

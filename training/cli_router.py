@@ -58,8 +58,9 @@ def router_command(
     read, record = ContinualPlan.read(plan), RunRecord.read(run)
     if read.strategy != "isolated":
         raise ContinualPlanInvalid(f"strategy: {read.strategy} has one adapter for all tasks, and nothing to choose")
+    record.check_plan(run, read)
     data = prepare_data(read, run)
-    record.check(run, read, digests(data))
+    record.check_data(digests(data))
     names = version_names(record) if pin else alias_names(record)
     routed = route(data, names, EngineEmbed(read.base, quantize or read.quantize, threads))
     write_router(routed.router, out)

@@ -16,6 +16,7 @@ from hub.kinds import check_adapter
 from hub.refs import AdapterRef
 from server.adapters.weights import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from server.engine.engine import Engine
+from server.engine.offline import Completion
 from server.engine.request import AdapterUse, FinishReason, Request, Stopping
 from server.errors import InvalidRequest
 from training.errors import GenerationFailed
@@ -84,13 +85,20 @@ class EngineGenerator:
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy answers; see `Generator`."""
-        answers = []
-        for prompt, done in zip(prompts, self._engine.generate(self._requests(prompts)), strict=True):
+        return [done.text for done in self._completions(prompts)]
+
+    def ended(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        """The same; None for an answer that `max_new_tokens` cut off."""
+        cut = FinishReason.LENGTH
+        return [None if done.finish_reason is cut else done.text for done in self._completions(prompts)]
+
+    def _completions(self, prompts: Sequence[Prompt]) -> list[Completion]:
+        found = self._engine.generate(self._requests(prompts))
+        for prompt, done in zip(prompts, found, strict=True):
             if done.error is not None:
                 raise GenerationFailed(f"{prompt.adapter or 'base'}: {done.error}") from done.error
             self.cut_off[prompt.adapter] += done.finish_reason is FinishReason.LENGTH
-            answers.append(done.text)
-        return answers
+        return found
 
     def _requests(self, prompts: Sequence[Prompt]) -> Iterator[Request]:
         for prompt in prompts:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.answer_loss import answer_losses
+from training.answer_loss import LONGEST, answer_losses
 from training.data import Example
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -64,3 +64,13 @@ def test_a_quantized_base_is_measured_as_it_is_trained_on(tiny_base: Path, adapt
     for name in exact:
         assert rounded[name].value == pytest.approx(exact[name].value, rel=0.1)
         assert rounded[name].value != pytest.approx(exact[name].value, rel=1e-4)
+
+
+def test_an_example_too_long_to_read_counts_nothing(tiny_base: Path, adapters: dict[str, Path]) -> None:
+    long = Example.of(user="too long " * LONGEST, answer="yes")
+    found = answer_losses(tiny_base, adapters, [EXAMPLES[0], long, *EXAMPLES[1:]], quantized=False)
+    whole = answer_losses(tiny_base, adapters, EXAMPLES, quantized=False)
+    for name, measured in whole.items():
+        assert found[name].counts[1].tolist() == [0, 0]
+        assert np.array_equal(np.delete(found[name].counts, 1, axis=0), measured.counts)
+        assert found[name].value == measured.value

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.continual.contract import Lesson, Outcome, Past, check_between
 from training.continual.factors import Factors, Pair, joined
 from training.continual.replay import Line, sample
 from training.continual.rules import SiteRule
-from training.continual.strategies import Lesson, Outcome, Past, check_between
 
 E = TypeVar("E", bound=Line)
 TIMES: Final = (1, 2, 4)  # the weights that are tried, in `own_weight`; the first of equally good ones is taken
@@ -62,6 +62,10 @@ class Aimed:
         check_between(self.name, "judges", self.judges, 0, self.reads)
         check_between(self.name, "again", self.again, 0, 100)
 
+    def served_rank(self, rank: int, stages: int) -> int:
+        """A fresh adapter's more every stage."""
+        return rank * stages
+
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task, in new rows."""
         if past.previous is None:
@@ -72,7 +76,7 @@ class Aimed:
 
     def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
         """Earlier rows as they were, and the new ones aimed; with `again` their b trained once more."""
-        new = sample(past.examples, self.reads, f"keep:{past.seed}")
+        new = sample(past.readable(past.examples), self.reads, f"keep:{past.seed}")
         kept = _by_task(past.outcomes)
         before: Factors | None = past.previous.served if past.previous else None
         nothing = {m: Pair(p.a.new_zeros(1, p.a.shape[1]), p.b.new_zeros(len(p.b), 1)) for m, p in trained.items()}

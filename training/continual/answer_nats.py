@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,15 +17,20 @@ ANSWER_NATS = "answer_nats.json"
 def measure(scorer: Scorer, data: Sequence[TaskData], own: Sequence[Path], last: Path | None) -> dict[str, list[float]]:
     """{"own", "last"}, a number a task: the mean over its questions of the reference answer's nats a token.
 
+    Questions that are too long to read are left out, NaN where all are; "too_long" counts them.
     "own" is with the adapter of the task's own stage (`own`, directories), "last" with `last`, or the same again where
     it is None: then every task keeps its own adapter.
     """
-    told: dict[str, list[float]] = {"own": [], "last": []}
+    told: dict[str, list[float]] = {"own": [], "last": [], "too_long": []}
     for task, adapter in zip(data, own, strict=True):
         asked = [adapter] if last is None or last == adapter else [adapter, last]
-        found = [sum(losses) / len(losses) for losses in scorer.losses(asked, task.evaluation.examples)]
+        losses = [
+            [one for one in each if not math.isnan(one)] for each in scorer.losses(asked, task.evaluation.examples)
+        ]
+        found = [sum(each) / len(each) if each else math.nan for each in losses]
         told["own"].append(found[0])
         told["last"].append(found[-1])
+        told["too_long"].append(len(task.evaluation) - len(losses[0]))
     return told
 
 

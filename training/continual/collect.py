@@ -7,8 +7,8 @@ nothing here and is left out. A text that was continued becomes the user's messa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hub.errors import RefInvalid
@@ -49,16 +49,37 @@ class AnsweredBy:
 class Collected:
     """Examples, and what became of every mark."""
 
-    examples: tuple[Example, ...]  # in the order of answering
+    kept: tuple[Mark, ...] = field(repr=False)  # one an example, in the order of answering
     found: int  # marked answers
     good: int
     corrected: int
     bad: int  # left out: rated bad and not corrected
     unasked: int  # left out: another adapter, another kind of mark
     cut_off: int  # of the good ones: ended by max_new_tokens, so that their end is no end
-    versions: dict[str, int]  # that answered the examples, weights beside those that are not 1; the base by its name
-    first: str | None  # when the first and the last of the examples were answered
-    last: str | None
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """What the kept marks teach."""
+        return tuple(map(example, self.kept))
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """That answered the examples, weights beside those that are not 1; the base by its name."""
+        return dict(Counter(map(_versions, self.kept)).most_common())
+
+    @property
+    def first(self) -> str | None:
+        """When the first of the examples was answered."""
+        return min((mark.answered for mark in self.kept), default=None)
+
+    @property
+    def last(self) -> str | None:
+        """When the last of them was."""
+        return max((mark.answered for mark in self.kept), default=None)
+
+    def only(self, numbers: Iterable[int]) -> Collected:
+        """The same with these of its examples alone, counted from 0: what is left after cleaning."""
+        return replace(self, kept=tuple(self.kept[number] for number in numbers))
 
     def as_json(self) -> dict[str, Any]:
         """Counts and provenance, no text of anybody's."""
@@ -91,16 +112,13 @@ def collect(marks: Sequence[Mark], *, ratings: Ratings = "all", answered_by: Ans
             counts["cut_off"] += kind == "good" and mark.finish is FinishReason.LENGTH
             kept.append(mark)
     return Collected(
-        examples=tuple(map(example, kept)),
+        kept=tuple(kept),
         found=len(marks),
         good=counts["good"],
         corrected=counts["corrected"],
         bad=counts["bad"],
         unasked=counts["unasked"],
         cut_off=counts["cut_off"],
-        versions=dict(Counter(map(_versions, kept)).most_common()),
-        first=min((mark.answered for mark in kept), default=None),
-        last=max((mark.answered for mark in kept), default=None),
     )
 
 

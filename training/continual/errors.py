@@ -23,10 +23,28 @@ class RunMissing(TrainingError):
     reason = "CONTINUAL_RUN_MISSING"
 
 
+class AliasTaken(TrainingError):
+    """The alias that a new run is to promote to is set already, by somebody else."""
+
+    reason = "CONTINUAL_ALIAS_TAKEN"
+
+
+class BoundMismatch(TrainingError):
+    """A run cannot be the bound of another: it has another strategy, base or data, or lacks tasks."""
+
+    reason = "CONTINUAL_BOUND_MISMATCH"
+
+
 class WorkTaken(TrainingError):
     """Another comparison is running in the same work directory."""
 
     reason = "COMPARISON_WORK_TAKEN"
+
+
+class RunTaken(TrainingError):
+    """Another process runs a plan in the same directory."""
+
+    reason = "CONTINUAL_RUN_TAKEN"
 
 
 class FactorsUnsupported(TrainingError):

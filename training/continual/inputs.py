@@ -9,14 +9,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from training.answer_loss import padded
+from training.answer_loss import LONGEST, padded
 from training.data import Example
-from training.encode import IGNORED, Encoded, encode_all
+from training.encode import IGNORED, Encoded, encode, encode_all
 from training.text_loss import WINDOW_TOKENS, windows_of
 
 _PREFIX: Final = "base_model.model."
 _BATCH: Final = 8
-_LONGEST: Final = 4096  # tokens of a question with its answer; a longer one fails
 _WINDOWS: Final = 16  # of a text
 
 
@@ -33,8 +32,8 @@ def input_moments(
     A group is (its weight, examples, or a text of which the first 16 windows of 256 tokens are read). Every token of a
     group counts alike: prompts, answers, and the template's own. The model is the base as a recipe of `precision`
     trains on it (`quantized`: as QLoRA does) with the adapter on; sums are float32. Matrices that read the same input
-    share a tensor. Empty where there are no groups. Raises what `training.encode` raises, and `DataTooSmall` for a text
-    of fewer than two tokens.
+    share a tensor. Empty where there are no groups. Examples of more than `LONGEST` tokens are left out; raises what
+    `training.encode` raises, and `DataTooSmall` for a text of fewer than two tokens.
     """
     from peft import PeftModel
     from transformers import AutoTokenizer
@@ -46,7 +45,7 @@ def input_moments(
     tokenizer = AutoTokenizer.from_pretrained(str(base))
     rows = [(weight, _rows(base, tokenizer, group)) for weight, group in groups]
     held = dtype_of(precision, "cpu")
-    inner: Any = load_base(base, "qlora" if quantized else "lora", _LONGEST, "cpu", held)
+    inner: Any = load_base(base, "qlora" if quantized else "lora", LONGEST, "cpu", held)
     model: Any = PeftModel.from_pretrained(inner, str(adapter)).eval()
     reader = _Reader()
     for name, module in model.named_modules():
@@ -62,6 +61,18 @@ def input_moments(
     return reader.sums()
 
 
+def readable(base: Path, examples: Sequence[Example]) -> tuple[Example, ...]:
+    """Those that are read whole, of at most `LONGEST` tokens, in their order. Raises what `training.encode` raises."""
+    from transformers import AutoTokenizer
+
+    from training.finetune import stop_ids
+    from training.template import training_template
+
+    tokenizer = AutoTokenizer.from_pretrained(str(base))
+    template, stops = training_template(tokenizer), stop_ids(base, tokenizer)
+    return tuple(one for one in examples if len(encode(tokenizer, template, one, stops).input_ids) <= LONGEST)
+
+
 def _rows(base: Path, tokenizer: Any, group: Sequence[Example] | str) -> list[Encoded]:
     from training.finetune import stop_ids
     from training.template import training_template
@@ -69,8 +80,7 @@ def _rows(base: Path, tokenizer: Any, group: Sequence[Example] | str) -> list[En
     if isinstance(group, str):
         ids = tokenizer(group, add_special_tokens=False, verbose=False).input_ids
         return [Encoded(tuple(one), (IGNORED,) * len(one)) for one in windows_of(ids, WINDOW_TOKENS)[:_WINDOWS]]
-    encoded = encode_all(tokenizer, training_template(tokenizer), group, stop_ids(base, tokenizer), _LONGEST)
-    assert not encoded.too_long and encoded.examples
+    encoded = encode_all(tokenizer, training_template(tokenizer), group, stop_ids(base, tokenizer), LONGEST)
     return sorted(encoded.examples, key=lambda one: len(one.input_ids))
 
 

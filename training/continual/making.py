@@ -11,12 +11,14 @@ from hub.base import base_identity, locate_base
 from hub.facade import HubFacade
 from training.continual.embedding import EngineEmbed
 from training.continual.plan import ContinualPlan
+from training.continual.record import STATE, RunRecord
 from training.continual.run import Run
 from training.continual.scoring import EngineScorer, Exam
 from training.continual.stage import StageTrainer
-from training.continual.tasks import TaskData, prepare_data
+from training.continual.tasks import TaskData, prepare_data, text_of
+from training.errors import DataTooSmall
 from training.tasks import task_named
-from training.text_loss import read_text
+from training.text_loss import WINDOW_TOKENS, windows_of
 
 
 def make_run(
@@ -27,8 +29,14 @@ def make_run(
     console: Console,
     data: tuple[TaskData, ...] | None = None,
 ) -> Run:
-    """The run of `plan` in `directory`; `data` where it is read already. Raises what reading and building raise."""
+    """The run of `plan` in `directory`; `data` where it is read already.
+
+    Raises what reading and building raise, `RunMismatch` where the directory holds another plan's run, and
+    `DataTooSmall` where a text is too short to measure.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    if (directory / STATE).is_file():  # before anything is built there
+        RunRecord.read(directory).check_plan(directory, plan)
     data = data if data is not None else prepare_data(plan, directory)
     located = locate_base(plan.base).directory
     identity, _ = base_identity(plan.base)
@@ -42,11 +50,26 @@ def make_run(
         ),
         quantize=plan.quantize,
         threads=cores,
-        text=read_text(plan.directory / plan.text) if plan.text is not None else None,
+        text=_text(plan, "text", plan.text, located),
         text_windows=plan.text_windows,
-        keep_text=read_text(plan.directory / plan.keep_text) if plan.keep_text is not None else None,
+        keep_text=_text(plan, "keep_text", plan.keep_text, located),
         precision=plan.recipe.precision,
+        served_rank=plan.served_rank,
     )
     trainer = StageTrainer(identity, located, plan.method, plan.recipe, cores, plan.max_steps, plan.checkpoint_steps)
     embed = EngineEmbed(plan.base, plan.quantize, cores) if plan.strategy == "isolated" else None
     return Run(plan, directory, data, trainer, scorer, hub, console, embed)
+
+
+def _text(plan: ContinualPlan, key: str, name: str | None, base: Path) -> str | None:
+    """The text that the plan's `key` names, if any, cut once as it will be, so that one too short is known at once."""
+    text = text_of(plan, key, name)
+    if text is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(base))
+        try:
+            windows_of(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, WINDOW_TOKENS)
+        except DataTooSmall as error:
+            raise DataTooSmall(f"{key}: {name}: {error}") from error
+    return text

@@ -17,9 +17,10 @@ from typing import Final, TypeVar
 
 import numpy as np
 
+from training.continual.contract import Lesson, Outcome, Past, check_between
 from training.continual.factors import Factors, Pair, compressed, joined
 from training.continual.replay import Line, sample
-from training.continual.strategies import Lesson, Outcome, Past, Replay, check_between
+from training.continual.strategies import Replay
 
 E = TypeVar("E", bound=Line)
 STEPS: Final = (1.0, 0.75, 0.5, 0.25)  # λ; the first of equally good ones is taken
@@ -43,6 +44,10 @@ class PacedReplay:
     def _replay(self) -> Replay:
         return Replay(self.share, self.capacity, name=self.name)
 
+    def served_rank(self, rank: int, stages: int) -> int:
+        """A fresh adapter's."""
+        return rank
+
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """As `replay`."""
         return self._replay().lesson(past)
@@ -53,8 +58,8 @@ class PacedReplay:
         before = past.previous
         if before is None or not before.memory:
             return done
-        old = sample(before.memory, self.judges, f"judge:{past.seed}:{past.stage}")
-        new = sample(past.examples, self.judges, f"judge:{past.seed}:{past.stage}")
+        old = sample(past.readable(before.memory), self.judges, f"judge:{past.seed}:{past.stage}")
+        new = sample(past.readable(past.examples), self.judges, f"judge:{past.seed}:{past.stage}")
         points = [between(before.served, trained, step) for step in STEPS]
         losses = [weighed(each, len(old), past.stage) for each in past.losses([one for one, _ in points], (*old, *new))]
         best = int(np.argmin(losses))

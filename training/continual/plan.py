@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from hub.errors import HubError
-from hub.refs import AdapterRef
+from hub.refs import AdapterRef, Alias
 from server.config import Quantization
 from training.continual.errors import ContinualPlanInvalid
 from training.continual.gates import Gates
@@ -85,6 +85,18 @@ class ContinualPlan:
         """The tasks' labels, in order."""
         return tuple(task.label for task in self.tasks)
 
+    def adapter_name(self, label: str) -> str:
+        """What the hub calls the adapter of a task's stage: each its own with `isolated`, else one for all."""
+        return f"{self.name}-{label}" if self.strategy == "isolated" else self.name
+
+    @property
+    def served_rank(self) -> int:
+        """The largest rank that a stage serves."""
+        from training.continual.registry import strategy_named  # brings torch
+
+        strategy = strategy_named(self.strategy, self.options, self.reduce_intruders)
+        return strategy.served_rank(self.recipe.rank, len(self.tasks))
+
     @property
     def digest(self) -> str:
         """Of what the plan says, not of how its file is laid out."""
@@ -126,6 +138,8 @@ class ContinualPlan:
         """The plan in what YAML gave; raises `ContinualPlanInvalid`."""
         value = _mapping(value, "the plan", _KEYS)
         strategy = value.get("strategy")
+        if strategy is None:
+            raise ContinualPlanInvalid("strategy is missing: name one, such as replay")
         given = {"name": strategy} if isinstance(strategy, str) else dict(_mapping(strategy, "strategy", None))
         plan = cls(
             name=_adapter_name(value.get("name")),
@@ -138,15 +152,15 @@ class ContinualPlan:
             tasks=_tasks(value.get("tasks")),
             gates=_gates(value.get("gates", {})),
             directory=directory,
-            text=value.get("text") and _text(value, "text", ""),
+            text=_file(value, "text"),
             text_windows=_count(value, "text_windows", 64),
-            keep_text=value.get("keep_text") and _text(value, "keep_text", ""),
+            keep_text=_file(value, "keep_text"),
             quantize=_one_of(
                 value, "quantize", get_args(Quantization), "nf4" if value.get("method") == "qlora" else "none"
             ),
             intruders="last" if value.get("intruders") == "last" else _flag(value, "intruders", True),
             max_steps=_count(value, "max_steps", None),
-            checkpoint_steps=_count(value, "checkpoint_steps", 50),
+            checkpoint_steps=_given(value, "checkpoint_steps", 50),
         )
         if plan.gates.max_text_drift is not None and plan.text is None:
             raise ContinualPlanInvalid("gates: max_text_drift needs a text")
@@ -156,10 +170,36 @@ class ContinualPlan:
             raise ContinualPlanInvalid("set: variant: continual strategies combine plain LoRA only")
         if plan.recipe.init != "random":
             raise ContinualPlanInvalid("set: init: each adapter would hold the base's rounding, and sums of them twice")
-        from training.continual.registry import strategy_named  # brings torch; refuses unknown options
-
-        strategy_named(plan.strategy, plan.options, plan.reduce_intruders)
+        if plan.strategy == "isolated":
+            _check_names(plan)
+        _check_rank(plan)
         return plan
+
+
+def at_rank(recipe: Recipe, rank: int, **changes: Any) -> Recipe:
+    """The recipe for an adapter of another rank, whose scale stays what it was; raises `RecipeInvalid`."""
+    alpha = recipe.alpha * rank / recipe.rank
+    return recipe.but(rank=rank, alpha=int(alpha) if alpha.is_integer() else alpha, **changes)
+
+
+def _check_rank(plan: ContinualPlan) -> None:
+    """A strategy whose adapter grows must not outgrow what can be trained; refuses unknown options too."""
+    rank = plan.served_rank
+    try:
+        at_rank(plan.recipe, rank)
+    except RecipeInvalid as error:
+        raise ContinualPlanInvalid(
+            f"strategy {plan.strategy}: {len(plan.tasks)} tasks at rank {plan.recipe.rank} make an adapter of rank "
+            f"{rank}, and {error}; lower set: rank"
+        ) from error
+
+
+def _check_names(plan: ContinualPlan) -> None:
+    for label in plan.labels:
+        try:
+            AdapterRef.parse(plan.adapter_name(label))
+        except HubError as error:
+            raise ContinualPlanInvalid(f"tasks: the label {label!r} makes no adapter's name: {error}") from error
 
 
 def _recipe(value: Mapping[str, Any]) -> Recipe:
@@ -181,8 +221,10 @@ def _tasks(value: Any) -> tuple[TaskPlan, ...]:
     for number, one in enumerate(value, 1):
         where = f"tasks, number {number}"
         one = _mapping({"task": one} if isinstance(one, str) else one, where, _TASK_KEYS)
+        if one.get("task") is None:
+            raise ContinualPlanInvalid(f"{where}: say which task it is, such as task: sentiment")
         try:
-            task = task_named(str(one.get("task"))).name
+            task = task_named(str(one["task"])).name
         except UnknownTask as error:
             raise ContinualPlanInvalid(f"{where}: {error}") from error
         files = one.get("train_file"), one.get("eval_file")
@@ -191,7 +233,8 @@ def _tasks(value: Any) -> tuple[TaskPlan, ...]:
         label = one.get("label", task)
         if not isinstance(label, str) or not label.replace("-", "").isalnum() or label != label.lower():
             raise ContinualPlanInvalid(f"{where}: a label is lower-case letters, digits and dashes, not {label!r}")
-        tasks.append(TaskPlan(label, task, _count(one, "train", 400), _count(one, "eval", 200), *files))
+        count = _given if files[0] is None else _count  # numbers that nothing is built by may be null
+        tasks.append(TaskPlan(label, task, count(one, "train", 400), count(one, "eval", 200), *files))
     labels = [task.label for task in tasks]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ContinualPlanInvalid(f"tasks: {twice[0]} is there twice; give one of them another label")
@@ -201,10 +244,17 @@ def _tasks(value: Any) -> tuple[TaskPlan, ...]:
 def _gates(value: Any) -> Gates:
     value = _mapping(value, "gates", _GATE_KEYS)
     plain = Gates()
+    max_drop = _number(value, "max_drop", 0, 1, plain.max_drop)
+    if max_drop is None:
+        raise ContinualPlanInvalid("gates: max_drop is a number from 0 to 1; 1 allows every fall")
+    try:
+        alias = Alias.parse(_text(value, "alias", plain.alias)).name
+    except HubError as error:
+        raise ContinualPlanInvalid(f"gates: alias: {error}") from error
     return Gates(
-        max_drop=_number(value, "max_drop", 0, 1, plain.max_drop) or 0.0,
+        max_drop=max_drop,
         max_text_drift=_number(value, "max_text_drift", 0, 100, None),
-        alias=_text(value, "alias", plain.alias),
+        alias=alias,
         after_refusal=_one_of(value, "after_refusal", ("go-on", "stop"), plain.after_refusal),
     )
 
@@ -234,6 +284,13 @@ def _text(value: Mapping[str, Any], key: str, default: str) -> str:
     return found
 
 
+def _file(value: Mapping[str, Any], key: str) -> str | None:
+    found = value.get(key)
+    if found is not None and (not isinstance(found, str) or not found):
+        raise ContinualPlanInvalid(f"{key} is the name of a file, not {found!r}; leave it out where there is none")
+    return found
+
+
 def _one_of(value: Mapping[str, Any], key: str, known: tuple[str, ...], default: str) -> Any:
     found = value.get(key, default)
     if found not in known:
@@ -253,6 +310,12 @@ def _count(value: Mapping[str, Any], key: str, default: int | None, least: int =
     if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < least):
         raise ContinualPlanInvalid(f"{key} is a whole number from {least} up, not {found!r}")
     return found
+
+
+def _given(value: Mapping[str, Any], key: str, default: int) -> int:
+    if _count(value, key, default) is None:
+        raise ContinualPlanInvalid(f"{key} is a whole number from 1 up; leave it out for {default}")
+    return int(value.get(key, default))
 
 
 def _number(value: Mapping[str, Any], key: str, low: float, high: float, default: float | None) -> float | None:

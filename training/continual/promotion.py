@@ -7,17 +7,14 @@ from hub.facade import HubFacade
 from training.continual.record import RunRecord
 
 
-def promote(hub: HubFacade, name: str, number: int, alias: str, expected: int | None) -> tuple[str, ...]:
-    """Move the alias from what this run promoted last; why it could not be moved, if so.
+def promote(hub: HubFacade, name: str, number: int, alias: str, expected: int) -> tuple[str, ...]:
+    """Move the alias from the version that this run promoted last (0: none yet); why it could not be moved, if so.
 
-    Compare-and-swap: what somebody else promoted meanwhile is theirs, and is not overwritten. Where this run has
-    promoted nothing yet, whatever the alias holds is what is replaced.
+    Compare-and-swap: what somebody else promoted meanwhile is theirs, and is not overwritten.
     """
     held = hub.aliases(name).get(alias)
     if held is not None and held.version == number and len(held.targets) <= 1:
         return ()  # by this run, before it was stopped
-    if expected is None:
-        expected = held.version if held is not None else 0
     try:
         hub.tag(f"{name}@{number}", alias, expect=expected)
     except AliasMoved as error:
@@ -25,9 +22,9 @@ def promote(hub: HubFacade, name: str, number: int, alias: str, expected: int | 
     return ()
 
 
-def last_number(record: RunRecord, name: str) -> int | None:
-    """The version of `name` that this run promoted last."""
+def last_number(record: RunRecord, name: str) -> int:
+    """The version of `name` that this run promoted last, 0 before the first."""
     numbers = [
         int(s.version.rpartition("@")[2]) for s in record.stages if s.promoted and s.version.startswith(f"{name}@")
     ]
-    return numbers[-1] if numbers else None
+    return numbers[-1] if numbers else 0

@@ -43,7 +43,7 @@ class RunRecord:
 
     plan: Mapping[str, Any]
     plan_digest: str
-    data: Mapping[str, str]  # file → digest
+    data: Mapping[str, str]  # what it is made of → digest: "first/train", "text", "base"; early runs have files alone
     base_row: tuple[float, ...] = ()
     base_text_nats: float | None = None
     stages: tuple[StageRecord, ...] = ()
@@ -61,14 +61,25 @@ class RunRecord:
             raise RunMissing("no stage of this run is finished yet")
         return Matrix(self.labels, self.base_row, tuple(stage.row for stage in self.stages))
 
-    def check(self, directory: Path, plan: ContinualPlan, data: Mapping[str, str]) -> None:
-        """Raise `RunMismatch` unless the run in `directory` is of this plan and of files with these digests."""
-        if self.plan_digest != plan.digest:
-            known = plan.as_dict()
-            differs = sorted(key for key in known if json.loads(json.dumps(known[key])) != self.plan.get(key))
-            raise RunMismatch(f"{directory} holds a run of another plan (other: {', '.join(differs)})")
-        if changed := sorted(name for name in data if self.data.get(name) != data[name]):
+    def check_plan(self, directory: Path, plan: ContinualPlan) -> None:
+        """Raise `RunMismatch` unless the run in `directory` is of this plan, or of its first tasks."""
+        if self.plan_digest == plan.digest or self.begins(plan):
+            return
+        known = json.loads(json.dumps(plan.as_dict()))
+        differs = sorted(key for key in known.keys() | self.plan.keys() if known.get(key) != self.plan.get(key))
+        hint = "; tasks can be appended, those that are there stay" if differs == ["tasks"] else ""
+        raise RunMismatch(f"{directory} holds a run of another plan (other: {', '.join(differs)}){hint}")
+
+    def check_data(self, data: Mapping[str, str]) -> None:
+        """Raise `RunMismatch` where something of which this run knows the digest has another now."""
+        if changed := sorted(name for name in data if self.data.get(name, data[name]) != data[name]):
             raise RunMismatch(f"the data has changed since this run began: {', '.join(changed)}")
+
+    def begins(self, plan: ContinualPlan) -> bool:
+        """Whether `plan` is this run's with tasks appended and all else equal."""
+        known, count = json.loads(json.dumps(plan.as_dict())), len(self.labels)
+        tasks = known["tasks"]
+        return len(tasks) > count and {**known, "tasks": tasks[:count]} == self.plan
 
     def write(self, directory: Path) -> None:
         """Replace the state in `directory`."""

@@ -6,20 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from training.continual.aiming import Aimed
+from training.continual.contract import Strategy
 from training.continual.errors import ContinualPlanInvalid
 from training.continual.pacing import PacedReplay
-from training.continual.strategies import (
-    Isolated,
-    Joint,
-    Merge,
-    OLora,
-    Osf,
-    Reducing,
-    Replay,
-    Sequential,
-    Slao,
-    Strategy,
-)
+from training.continual.strategies import Isolated, Joint, Merge, OLora, Osf, Reducing, Replay, Sequential, Slao
 
 KINDS: Mapping[str, Callable[..., Strategy]] = {
     "isolated": Isolated,

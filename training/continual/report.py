@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from training.continual import answer_nats
+from training.continual.ending import read_intruders, read_routed
+from training.continual.errors import BoundMismatch
 from training.continual.intruders import SiteIntruders
 from training.continual.metrics import drift
 from training.continual.plots import draw_all
 from training.continual.record import RunRecord
-from training.continual.run import read_intruders, read_routed
 
 
 def summary(
@@ -69,15 +70,13 @@ def write_report(directory: Path, out: Path, single: Path | None = None, joint: 
     """Write report.md, report.json and the pictures of the run in `directory` to `out`; returns the numbers.
 
     `single` and `joint` are directories of runs over the same tasks whose strategies are `isolated` and `joint`: the
-    bounds. Raises `RunMissing`, and ValueError where a bound has other tasks.
+    bounds. Raises `RunMissing`, and `BoundMismatch` where one of them cannot be that.
     """
     record, intruders = RunRecord.read(directory), read_intruders(directory)
-    bounds = {}
-    for name, place in (("each task alone", single), ("all tasks at once", joint)):
-        if place is not None:
-            other = RunRecord.read(place)
-            scores = dict(zip(other.labels, other.matrix.last, strict=False))
-            bounds[name] = [scores[task] for task in record.labels if task in scores]
+    places = (("each task alone", "isolated", single), ("all tasks at once", "joint", joint))
+    bounds = {
+        name: _bound(record, RunRecord.read(place), strategy) for name, strategy, place in places if place is not None
+    }
     nats = answer_nats.read(directory, len(record.stages))
     told = summary(record, intruders, bounds, read_routed(directory), nats)
     out.mkdir(parents=True, exist_ok=True)
@@ -85,6 +84,31 @@ def write_report(directory: Path, out: Path, single: Path | None = None, joint: 
     (out / "report.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
     (out / "report.md").write_text(as_markdown(told, [picture.name for picture in pictures]), "utf-8")
     return told
+
+
+def _bound(record: RunRecord, other: RunRecord, strategy: str) -> list[float]:
+    """The scores of `other` on what the run has learned; raises `BoundMismatch` where they are no bound of it."""
+    found = other.plan["strategy"]["name"]
+    if found != strategy:
+        raise BoundMismatch(f"this bound is a run with the strategy {strategy}, and the one given has {found}")
+    bases = [(one.data["base"] if "base" in record.data and "base" in other.data else one.plan["base"])
+             for one in (record, other)]  # fmt: skip
+    if bases[0] != bases[1]:
+        raise BoundMismatch(f"the bound {strategy} has another base: {other.plan['base']}, not {record.plan['base']}")
+    scores = dict(zip(other.labels, other.matrix.last, strict=False))
+    learned = record.labels[: len(record.stages)]
+    if missing := [label for label in learned if label not in scores]:
+        raise BoundMismatch(f"the bound {strategy} has not learned {', '.join(missing)}")
+    kinds = [{task["label"]: task["task"] for task in one.plan["tasks"]} for one in (record, other)]
+    differ = [
+        label
+        for label in learned
+        if kinds[0][label] != kinds[1][label]
+        or any(record.data[f"{label}/{part}"] != other.data[f"{label}/{part}"] for part in ("train", "eval"))
+    ]
+    if differ:
+        raise BoundMismatch(f"the bound {strategy} has other data for {', '.join(differ)}")
+    return [scores[label] for label in learned]
 
 
 def as_markdown(told: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
@@ -99,7 +123,8 @@ def as_markdown(told: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     worst = told["worst"]
     lines += ["", "| | |", "|---|---|"]
-    lines += [f"| {name} | {_number(told[key])} |" for name, key in _METRICS]
+    lines += [f"| ACC | {told['acc']:.3f} |"]
+    lines += [f"| {name} | {_change(told[key])} |" for name, key in _METRICS]
     lines += [f"| ACC minus {name} | {value:+.3f} |" for name, value in told["below"].items()]
     if worst is not None:
         lines.append(f"| worst task | {worst['task']} {worst['change']:+.3f} |")
@@ -136,7 +161,6 @@ def as_markdown(told: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
 
 
 _METRICS = (
-    ("ACC", "acc"),
     ("BWT", "bwt"),
     ("FWT", "fwt"),
     ("forgetting", "forgetting"),
@@ -155,5 +179,5 @@ def intruder_totals(sites: Sequence[SiteIntruders]) -> dict[str, float] | None:
     }
 
 
-def _number(value: float | None) -> str:
+def _change(value: float | None) -> str:
     return "–" if value is None else f"{value:+.3f}"

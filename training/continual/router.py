@@ -14,7 +14,7 @@ from server.router import Router
 from training import output
 
 _HELD = 4  # every fourth prompt of a task is held out for its threshold
-_LEAST = 12  # prompts of a task, so that some can be held out
+LEAST_PROMPTS = 12  # prompts of a task, so that some can be held out
 _SHRINK = 0.1  # towards an even covariance: few prompts say little of one
 
 
@@ -34,8 +34,8 @@ def fit(
     """
     if len(embeddings) < 2:
         raise RouterInvalid("a router chooses between at least two tasks")
-    if few := [name for name, rows in embeddings.items() if len(rows) < _LEAST]:
-        raise RouterInvalid(f"{few[0]} has fewer than {_LEAST} prompts")
+    if few := [name for name, rows in embeddings.items() if len(rows) < LEAST_PROMPTS]:
+        raise RouterInvalid(f"{few[0]} has fewer than {LEAST_PROMPTS} prompts")
     if not 0 < miss < 1:
         raise RouterInvalid(f"miss lies between 0 and 1, not at {miss}")
     held = {name: rows.double()[::_HELD] for name, rows in embeddings.items()}

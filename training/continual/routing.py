@@ -9,7 +9,7 @@ from server.errors import RouterInvalid
 from server.router import Router
 from training.continual.embedding import Embed
 from training.continual.record import RunRecord
-from training.continual.router import fit
+from training.continual.router import LEAST_PROMPTS, fit
 from training.continual.tasks import TaskData
 
 Names = tuple[str | None, ...]  # by task: the reference of what answers it; None: the base, nothing was promoted
@@ -45,6 +45,8 @@ def route(data: Sequence[TaskData], names: Names, embed: Embed) -> Routed:
     if sum(name is not None for name in names) < 2:
         raise RouterInvalid("a router chooses between at least two tasks whose adapters were promoted")
     done = data[: len(names)]
+    if few := [name for name, task in zip(names, done, strict=True) if name and len(task.train) < LEAST_PROMPTS]:
+        raise RouterInvalid(f"{few[0]} has fewer than {LEAST_PROMPTS} prompts")  # before all are read
     read = embed([*(task.train.examples for task in done), *(task.evaluation.examples for task in done)])
     seen, held = read.groups[: len(done)], read.groups[len(done) :]
     rows = {name: group for name, group in zip(names, seen, strict=True) if name is not None}

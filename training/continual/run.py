@@ -29,25 +29,21 @@ from hub.facade import HubFacade
 from hub.facts import FACTS_FILE, Facts
 from training import output
 from training.base_weights import matrices
-from training.continual import answer_nats
+from training.continual.beginning import begin
+from training.continual.contract import Lesson, Outcome, Past, Strategy
 from training.continual.embedding import Embed
-from training.continual.errors import RunMissing
+from training.continual.ending import conclude
 from training.continual.factors import Factors, read_factors, write_factors
 from training.continual.gates import judge
-from training.continual.intruders import SiteIntruders, count
+from training.continual.inputs import readable
 from training.continual.plan import ContinualPlan
 from training.continual.promotion import last_number, promote
 from training.continual.record import RunRecord, StageRecord
 from training.continual.registry import strategy_named
-from training.continual.router import write_router
-from training.continual.routing import alias_names, route
-from training.continual.scoring import Scorer
+from training.continual.scoring import Scorer, headline
 from training.continual.stage import StageTrainer, replace_file
-from training.continual.strategies import Lesson, Outcome, Past, Strategy
-from training.continual.tasks import TaskData, digests
+from training.continual.tasks import TaskData
 from training.data import Example, digest_of, read_jsonl, write_jsonl
-
-INTRUDERS, ROUTED, ROUTER = "intruders.json", "routed.json", "router"
 
 
 @dataclass(frozen=True)
@@ -64,97 +60,26 @@ class Run:
     embed: Embed | None = None  # None: no router is fitted
 
     def __call__(self) -> RunRecord:
-        """Run what is left of the plan; returns the whole record.
+        """Run what is left of the plan; returns the whole record. Where tasks were appended to the plan, they follow.
 
-        Raises `RunMismatch` where the directory holds another plan's run or the data has changed since, and what
-        training, scoring and the hub raise; then the same call goes on later.
+        Raises what `beginning.begin` raises before anything is trained, and what training, scoring and the hub raise;
+        then the same call goes on later.
         """
-        record = self._begin()
         strategy = strategy_named(self.plan.strategy, self.plan.options, self.plan.reduce_intruders)
+        record = begin(self, strategy)
         for index in range(len(record.stages), len(self.plan.tasks)):
             if record.stopped:
+                said = f"{record.stages[-1].version} was refused, and the plan ends there (gates: after_refusal: stop)"
+                self.console.print(said, highlight=False)
                 break
             record = _Stage(self, strategy, record, index).run()
             record.write(self.directory)
-        if self.plan.intruders and record.stages:
-            self._count_intruders(record)
-        if record.stages and answer_nats.read(self.directory, len(record.stages)) is None:
-            self._measure_answers(record, strategy)
-        if self.embed is not None and not strategy.evolving:
-            self._route(record, self.embed)
-        return record
-
-    def _begin(self) -> RunRecord:
-        now = digests(self.data)
-        try:
-            record = RunRecord.read(self.directory)
-        except RunMissing:
-            record = RunRecord(self.plan.as_dict(), self.plan.digest, now)
-            record.write(self.directory)
-        record.check(self.directory, self.plan, now)
+        conclude(self, record, strategy.evolving)
         return record
 
     def stage_directory(self, index: int) -> Path:
         """Where stage `index` (from 0) lies."""
         return self.directory / "stages" / f"{index + 1}-{self.plan.labels[index]}"
-
-    def _route(self, record: RunRecord, embed: Embed) -> None:
-        """Fit the router over all promoted adapters, and score every task with each question answered as it chooses."""
-        place, names = self.directory / ROUTED, alias_names(record)
-        if place.is_file() and json.loads(place.read_text("utf-8"))["names"] == list(names):
-            return
-        if sum(name is not None for name in names) < 2:
-            return
-        routed = route(self.data, names, embed)
-        shutil.rmtree(self.directory / ROUTER, ignore_errors=True)
-        write_router(routed.router, self.directory / ROUTER)
-        adapters = {name: self.stage_directory(index) / "adapter" for index, name in enumerate(names)}
-        scores = self.scorer.routed([[adapters[name] if name else None for name in one] for one in routed.chosen])
-        told = {
-            "names": list(names),
-            "scores": [_headline(one) for one in scores],
-            "oracle": list(record.stages[-1].row[: len(names)]),
-            "right": list(routed.right),
-            "to_base": list(routed.to_base),
-        }
-        replace_file(place, json.dumps(told).encode())
-
-    def _measure_answers(self, record: RunRecord, strategy: Strategy) -> None:
-        own = [self.stage_directory(index) / "adapter" for index in range(len(record.stages))]
-        last = own[-1] if strategy.evolving else None
-        told = answer_nats.measure(self.scorer, self.data[: len(own)], own, last)
-        answer_nats.write(self.directory, told, len(own))
-
-    def _count_intruders(self, record: RunRecord) -> None:
-        place = self.directory / INTRUDERS
-        wanted = list(enumerate(stage.task for stage in record.stages))
-        if self.plan.intruders == "last":
-            wanted = wanted[-1:]
-        if place.is_file() and list(json.loads(place.read_text("utf-8"))) == [name for _, name in wanted]:
-            return
-        adapters = {name: read_factors(self.stage_directory(index) / "adapter") for index, name in wanted}
-        modules = list(dict.fromkeys(module for factors in adapters.values() for module in factors))
-        self.console.print(f"counting intruder dimensions in {len(modules)} matrices", highlight=False)
-        weights = matrices(self.trainer.base_directory, modules)
-        found = count(weights, adapters, self.plan.recipe.seed)
-        told = {name: [vars(site) for site in sites] for name, sites in found.items()}
-        replace_file(place, json.dumps(told).encode())
-
-
-def read_intruders(directory: Path) -> dict[str, list[SiteIntruders]]:
-    """What was counted at the end of the run in `directory`, by task; empty where nothing was."""
-    place = directory / INTRUDERS
-    if not place.is_file():
-        return {}
-    told = json.loads(place.read_text("utf-8"))
-    return {name: [SiteIntruders(**site) for site in sites] for name, sites in told.items()}
-
-
-def read_routed(directory: Path) -> dict[str, list[Any]] | None:
-    """How the router of the run in `directory` did, by task; None where there is none."""
-    place = directory / ROUTED
-    told: dict[str, list[Any]] | None = json.loads(place.read_text("utf-8")) if place.is_file() else None
-    return told
 
 
 @dataclass(frozen=True)
@@ -215,6 +140,7 @@ class _Stage:
             outcomes=tuple(self.outcome(index) for index in range(self.index)),
             earlier=tuple(task.train.examples for task in data[: self.index]),
             answers=lambda _, examples: self._answers(examples),
+            readable=lambda examples: readable(base, examples),
             losses=self._losses,
             inputs=self._inputs,
             train=train,
@@ -274,23 +200,23 @@ class _Stage:
 
     def _scores(self) -> dict[str, Any]:
         """{"row", "metrics", "text", and in the first stage "base", "base_text"}: asked once, in one batch."""
-        place = self.directory / "scores.json"
+        place, count_ = self.directory / "scores.json", len(self.run_.plan.tasks)
         if place.is_file():
             told: dict[str, Any] = json.loads(place.read_text("utf-8"))
-            return told
-        count_, served = len(self.run_.plan.tasks), self.directory / "outcome" / "served"
-        first = self.index == 0
+            if len(told["row"]) == count_:  # else tasks were appended to the plan since
+                return told
+        served, first = self.directory / "outcome" / "served", self.index == 0
         exams = range(count_) if self.strategy.evolving else [self.index]
         cells = [*((exam, None) for exam in range(count_) if first), *((exam, served) for exam in exams)]
         found = self.run_.scorer.scores(cells)
-        base = [_headline(one) for one in found[:count_]] if first else list(self.record.base_row)
+        base = [headline(one) for one in found[:count_]] if first else list(self.record.base_row)
         own = found[count_:] if first else found
         if self.strategy.evolving:
-            row, metrics = [_headline(one) for one in own], own[self.index]
+            row, metrics = [headline(one) for one in own], own[self.index]
         else:
             # What an earlier task's own adapter does has not changed; what no task has learned yet, the base answers.
             before = self.record.stages[-1].row if self.record.stages else base
-            row, metrics = [*before[: self.index], _headline(own[0]), *base[self.index + 1 :]], own[0]
+            row, metrics = [*before[: self.index], headline(own[0]), *base[self.index + 1 :]], own[0]
         told = {"row": row, "metrics": metrics, "base": base, "text": None, "base_text": self.record.base_text_nats}
         if self.run_.plan.text is not None:
             nats = self.run_.scorer.text_nats([None, served] if first else [served])
@@ -341,7 +267,7 @@ class _Stage:
         run, plan = self.run_, self.run_.plan
         before = self.record.stages[-1] if self.record.stages else None
         parent = before.version if before is not None and self.strategy.inherits else None
-        name = plan.name if self.strategy.evolving else f"{plan.name}-{self.label}"
+        name = plan.adapter_name(self.label)
         place = self.directory / "adapter"
         version = run.hub.push(place, name, base=plan.base, parents=[parent] if parent else []).version
         rows = [*(stage.row for stage in self.record.stages), tuple(scores["row"])]
@@ -349,8 +275,7 @@ class _Stage:
         text = (scores["base_text"], scores["text"]) if scores["text"] is not None else None
         refusals = tuple(fall.text for fall in judge(plan.gates, plan.labels, rows, promoted, text))
         if not refusals:
-            expected = last_number(self.record, name)
-            refusals = promote(run.hub, name, version.number, plan.gates.alias, expected)
+            refusals = promote(run.hub, name, version.number, plan.gates.alias, last_number(self.record, name))
         for words in refusals:
             run.console.print(f"{version.text} is not promoted: {words}", highlight=False, soft_wrap=True)
         if not refusals:
@@ -392,7 +317,3 @@ def _with_times_of(first: Facts, further: Sequence[Facts]) -> Facts:
         if name in first.metrics
     }
     return replace(first, metrics={**first.metrics, **added})
-
-
-def _headline(metrics: dict[str, float]) -> float:
-    return next(iter(metrics.values()))

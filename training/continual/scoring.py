@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch import Tensor
 
 from server.config import EngineLimits, ModelConfig, Quantization
+from server.engine.engine import Engine
 from training.data import Example, Message
-from training.evaluate import Generator, Prompt
+from training.engine_generator import EngineGenerator, find_adapters
+from training.evaluate import Prompt
 from training.metrics import Measured
 from training.tasks import Task
+
+if TYPE_CHECKING:
+    from server.model.base import BaseModel
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Exam:
     examples: tuple[Example, ...]
 
 
+A = TypeVar("A")
 Cell = tuple[int, Path | None]  # (which exam, an adapter's directory or the base)
 
 
@@ -37,11 +44,11 @@ class Scorer(Protocol):
         ...
 
     def answers(self, adapter: Path, examples: Sequence[Example]) -> list[Example]:
-        """The same prompts with the adapter's own answers; those it answers with nothing are left out."""
+        """The same prompts with the adapter's own answers, without those it does not answer, or does not end."""
         ...
 
     def losses(self, adapters: Sequence[Path], examples: Sequence[Example]) -> list[list[float]]:
-        """Nats a token of each example's own answer, with each of the adapters."""
+        """Nats a token of each example's own answer, with each of the adapters; NaN where it is too long to read."""
         ...
 
     def inputs(self, adapter: Path, groups: Sequence[tuple[float, Sequence[Example] | None]]) -> dict[str, Tensor]:
@@ -70,6 +77,7 @@ class EngineScorer:
     text_windows: int = 64
     keep_text: str | None = None  # the text itself on which the base is to be kept
     precision: str = "auto"  # in which inputs are read: the recipe's
+    served_rank: int = 0  # the largest of any adapter asked; what a server takes by default always goes
 
     def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
         """See `Scorer`."""
@@ -90,7 +98,7 @@ class EngineScorer:
                 for one, adapter in zip(asked.examples, adapters, strict=True)
             ]
             spans.append(slice(begin, len(prompts)))
-        answers = self._ask(prompts)
+        answers = self._asked(prompts, EngineGenerator.generate)
         return [
             headline_first(
                 self.exams[exam].task, self.exams[exam].task.measure(self.exams[exam].examples, answers[span])
@@ -99,13 +107,14 @@ class EngineScorer:
         ]
 
     def answers(self, adapter: Path, examples: Sequence[Example]) -> list[Example]:
-        """See `Scorer`."""
+        """See `Scorer`; an answer that the longest of the tasks' limits cut off would teach to stop in the middle."""
         longest = max(exam.task.max_new_tokens for exam in self.exams)
-        said = self._ask([Prompt(one.prompt, str(adapter), longest) for one in examples])
+        asked = [Prompt(one.prompt, str(adapter), longest) for one in examples]
+        said = self._asked(asked, EngineGenerator.ended)
         return [
             Example((*one.prompt, Message("assistant", answer)), one.gold)
             for one, answer in zip(examples, said, strict=True)
-            if answer.strip()
+            if answer is not None and answer.strip()
         ]
 
     def losses(self, adapters: Sequence[Path], examples: Sequence[Example]) -> list[list[float]]:
@@ -114,7 +123,9 @@ class EngineScorer:
 
         named = {f"adapter{number}": directory for number, directory in enumerate(adapters)}
         found = answer_losses(self.base_directory, named, examples, quantized=self.quantize == "nf4", with_base=False)
-        return [list(found[name].of_totals(found[name].counts)) for name in named]
+        return [
+            [nats / tokens if tokens else math.nan for nats, tokens in found[name].counts.tolist()] for name in named
+        ]
 
     def inputs(self, adapter: Path, groups: Sequence[tuple[float, Sequence[Example] | None]]) -> dict[str, Tensor]:
         """See `Scorer`; see `training.continual.inputs`."""
@@ -128,7 +139,6 @@ class EngineScorer:
 
     def text_nats(self, adapters: Sequence[Path | None]) -> list[float]:
         """See `Scorer`; in float32, each model by itself, see `training.text_loss`."""
-        from training.engine_generator import find_adapters
         from training.text_loss import text_losses
 
         assert self.text is not None
@@ -138,28 +148,43 @@ class EngineScorer:
         losses = text_losses(self.base_directory, files, self.text, self.text_windows)
         return [losses[None if one is None else str(one)].value for one in adapters]
 
-    def _ask(self, prompts: Sequence[Prompt]) -> list[str]:
-        from server.engine.engine import Engine
-        from training.engine_generator import EngineGenerator, find_adapters
+    def _asked(self, prompts: Sequence[Prompt], how: Callable[[EngineGenerator, Sequence[Prompt]], list[A]]) -> list[A]:
+        from server.model.base import load_base
 
         names = list(dict.fromkeys(prompt.adapter for prompt in prompts if prompt.adapter is not None))
         adapters = find_adapters(names, None)
         config = ModelConfig(base=self.base, quantization=self.quantize, threads=self.threads)
-        with closing(Engine.build(config, EngineLimits(), adapters.fetch)) as engine:
-            return answers_in_order(prompts, EngineGenerator(engine, adapters.uses))
+        base = load_base(config)
+        with closing(Engine(base, _limits(base, self.served_rank), adapters.fetch)) as engine:
+            generator = EngineGenerator(engine, adapters.uses)
+            return in_order_of_length(prompts, lambda ordered: how(generator, ordered))
 
 
-def answers_in_order(prompts: Sequence[Prompt], generator: Generator) -> list[str]:
+def _limits(base: BaseModel, rank: int) -> EngineLimits:
+    """The default limits, with room for one adapter of `rank` where that is more."""
+    from server.adapters.arena import blocks, row_bytes
+
+    usual = EngineLimits()
+    if rank <= usual.max_adapter_rank:
+        return usual
+    shapes = {site: (matrix.out_features, matrix.in_features) for site, matrix in base.linears().items()}
+    rows = blocks(rank) * row_bytes(shapes, base.dtype)
+    return replace(usual, max_adapter_rank=rank, adapter_memory_bytes=max(usual.adapter_memory_bytes, rows))
+
+
+def in_order_of_length(prompts: Sequence[Prompt], generate: Callable[[Sequence[Prompt]], list[A]]) -> list[A]:
     """The answers, asked shortest prompt first with neighbours of all tasks and adapters, so that batches are full."""
     order = sorted(range(len(prompts)), key=lambda index: sum(len(m.content) for m in prompts[index].messages))
-    said = generator.generate([prompts[index] for index in order])
-    answers = [""] * len(prompts)
-    for index, answer in zip(order, said, strict=True):
-        answers[index] = answer
-    return answers
+    said = dict(zip(order, generate([prompts[index] for index in order]), strict=True))
+    return [said[index] for index in range(len(prompts))]
 
 
 def headline_first(task: Task, measured: Mapping[str, Measured]) -> dict[str, float]:
     """The metrics by name, the one that the matrix holds first."""
     names = [task.headline, *(name for name in measured if name != task.headline)]
     return {name: measured[name].value for name in names}
+
+
+def headline(metrics: Mapping[str, float]) -> float:
+    """The metric that the matrix holds, see `headline_first`."""
+    return next(iter(metrics.values()))

@@ -22,10 +22,11 @@ from hub.facts import FACTS_FILE, Facts
 from training import finetune
 from training.base_weights import matrices
 from training.checkpoints import Checkpoints
+from training.continual.contract import Lesson
 from training.continual.errors import FactorsUnsupported
 from training.continual.factors import Pair, read_factors
+from training.continual.plan import at_rank
 from training.continual.rules import SiteRule, govern, held
-from training.continual.strategies import Lesson
 from training.data import Example
 from training.recipe import Recipe
 from training.trainable import Method
@@ -98,12 +99,9 @@ class StageTrainer:
         if len(ranks) != 1:
             raise FactorsUnsupported(f"training goes on from one rank, not from {sorted(ranks)}")
         rank = ranks.pop() + (self.recipe.rank if lesson.grow else 0)
-        alpha = self.recipe.alpha * rank / self.recipe.rank  # the scale stays what it was
         # Weight decay is no gradient, so nothing would hold it off rows that are to stay.
         decay = 0.0 if any(rule.frozen or rule.still for rule in lesson.rules.values()) else None
-        return self.recipe.but(
-            rank=rank, alpha=int(alpha) if alpha.is_integer() else alpha, weight_decay=decay, epochs=passes
-        )
+        return at_rank(self.recipe, rank, weight_decay=decay, epochs=passes)
 
     def _prepare(self, model: Any, lesson: Lesson[Example], rules: dict[str, SiteRule]) -> None:
         layers = {

@@ -1,4 +1,4 @@
-"""Ways to learn task after task, behind one contract.
+"""Ways to learn task after task, behind one contract (`training.continual.contract`).
 
 A strategy says what a stage trains (a `Lesson`) and what becomes of the result (an `Outcome`). It knows neither the
 trainer nor the model: a `Lesson` is examples, values to begin with, and rules for the factors; whoever trains it gives
@@ -7,13 +7,14 @@ back factors. One suite (tests/training/continual/test_strategies.py) runs over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
 from training.continual import intruders
+from training.continual.contract import Lesson, Outcome, Past, Strategy, check_between
 from training.continual.errors import ContinualPlanInvalid
 from training.continual.factors import Factors, Pair
 from training.continual.merging import HOWS, How, merge
@@ -21,92 +22,6 @@ from training.continual.replay import Line, draw, remember
 from training.continual.rules import SiteRule
 
 E = TypeVar("E", bound=Line)
-Weights = Callable[[Sequence[str]], Any]  # modules → pairs (module, W [out, in] float32), in that order
-
-
-@dataclass(frozen=True)
-class Outcome(Generic[E]):
-    """What a stage leaves behind."""
-
-    served: Factors  # what answers; its bytes are the adapter's
-    kept: Mapping[str, Factors] = field(default_factory=dict)  # what later stages need besides
-    memory: tuple[E, ...] = ()  # examples kept for replay
-    notes: Mapping[str, float] = field(default_factory=dict)  # numbers for the report
-
-
-@dataclass(frozen=True)
-class Past(Generic[E]):
-    """What a stage starts from."""
-
-    stage: int  # from 0
-    examples: tuple[E, ...]  # the new task's
-    outcomes: tuple[Outcome[E], ...]  # of all stages before, in order
-    earlier: tuple[tuple[E, ...], ...]  # all examples of all tasks before; only `joint` may look at them
-    answers: Callable[[Factors, Sequence[E]], Sequence[E]]  # the same prompts with an adapter's own answers
-    # nats a token of each example's own answer, with each of the adapters
-    losses: Callable[[Sequence[Factors], Sequence[E]], Sequence[Sequence[float]]]
-    # Σ weight · E[x xᵀ] of the inputs of every matrix that an adapter adapts, over groups of examples; None is the text
-    # to keep, and nothing where the plan has no such text. Empty where there is nothing to read.
-    inputs: Callable[[Factors, Sequence[tuple[float, Sequence[E] | None]]], Mapping[str, torch.Tensor]]
-    train: Callable[[Lesson[E]], Factors]  # a further lesson of this stage, after the first; its factors
-    weights: Weights
-    seed: int
-
-    @property
-    def previous(self) -> Outcome[E] | None:
-        """The stage before, if any."""
-        return self.outcomes[-1] if self.outcomes else None
-
-
-@dataclass(frozen=True)
-class Lesson(Generic[E]):
-    """What one stage trains."""
-
-    examples: tuple[E, ...]
-    start: Factors | None = None  # values to begin with; None: a fresh adapter
-    grow: bool = False  # add a fresh adapter's rows after those of `start`
-    rules: Mapping[str, SiteRule] = field(default_factory=dict)  # by module
-    rule: Callable[[str, Any], SiteRule | None] | None = field(default=None, repr=False)  # for modules without `start`
-    passes: float = 1.0  # over the examples, as a multiple of the recipe's
-    notes: Mapping[str, float] = field(default_factory=dict)
-
-
-class Strategy(Protocol):
-    """The contract.
-
-    `lesson` and `finish` are functions of their arguments alone, so that a stage that was cut short is begun again, or
-    gone on with, to the same end. `finish` gets the factors that training gave back: of `start`'s ranks (plus a fresh
-    adapter's with `grow`), with the rules kept. Where one lesson is not enough it has others trained by `past.train`,
-    always in the same order. What it returns as `served` is a plain LoRA, to be served by anyone alone; `memory` and
-    `kept` are all that later stages see of this one's data and weights. Past examples are used by the strategies that
-    declare it only: `earlier` by none but `joint`, which is a bound and no method.
-
-    `evolving`: one adapter, the newest, answers every task. Otherwise each task is answered by its own stage's, and
-    tasks yet to come by the base. `inherits`: a stage is made from the one before, its parent in the hub.
-    """
-
-    @property
-    def name(self) -> str:
-        """As plans name it."""
-        ...
-
-    @property
-    def evolving(self) -> bool:
-        """See above."""
-        ...
-
-    @property
-    def inherits(self) -> bool:
-        """See above."""
-        ...
-
-    def lesson(self, past: Past[E]) -> Lesson[E]:
-        """What to train."""
-        ...
-
-    def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
-        """What becomes of it."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -116,6 +31,10 @@ class Isolated:
     name: str = "isolated"
     evolving: bool = False
     inherits: bool = False
+
+    def served_rank(self, rank: int, stages: int) -> int:
+        """A fresh adapter's."""
+        return rank
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The task, from nothing."""
@@ -134,6 +53,10 @@ class Joint:
     evolving: bool = True
     inherits: bool = False
 
+    def served_rank(self, rank: int, stages: int) -> int:
+        """A fresh adapter's."""
+        return rank
+
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """Every example there ever was."""
         return Lesson(tuple(one for task in (*past.earlier, past.examples) for one in task))
@@ -150,6 +73,10 @@ class Sequential:
     name: str = "sequential"
     evolving: bool = True
     inherits: bool = True
+
+    def served_rank(self, rank: int, stages: int) -> int:
+        """A fresh adapter's."""
+        return rank
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task, from the adapter so far."""
@@ -174,6 +101,10 @@ class Replay:
     def __post_init__(self) -> None:
         check_between(self.name, "share", self.share, 0, 0.5)
         check_between(self.name, "capacity", self.capacity, 0, 1_000_000)
+
+    def served_rank(self, rank: int, stages: int) -> int:
+        """A fresh adapter's."""
+        return rank
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task and a draw from the memory.
@@ -214,6 +145,10 @@ class OLora:
     def __post_init__(self) -> None:
         check_between(self.name, "weight", self.weight, 0, 1e9)
 
+    def served_rank(self, rank: int, stages: int) -> int:
+        """A fresh adapter's more every stage."""
+        return rank * stages
+
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task, in new rows."""
         if past.previous is None:
@@ -238,6 +173,10 @@ class Slao:
     name: str = "slao"
     evolving: bool = True
     inherits: bool = True
+
+    def served_rank(self, rank: int, stages: int) -> int:
+        """A fresh adapter's."""
+        return rank
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task, from the last trained factors with a made orthonormal."""
@@ -272,6 +211,10 @@ class Osf:
 
     def __post_init__(self) -> None:
         check_between(self.name, "keep", self.keep, 0.01, 0.99)
+
+    def served_rank(self, rank: int, stages: int) -> int:
+        """A fresh adapter's more every stage."""
+        return rank * stages
 
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The new task, in new rows outside the strongest directions."""
@@ -310,6 +253,13 @@ class Merge:
         if self.how not in HOWS:
             raise ContinualPlanInvalid(f"strategy merge: how is one of {', '.join(HOWS)}, not {self.how!r}")
 
+    def served_rank(self, rank: int, stages: int) -> int:
+        """The merge's, from the second stage on."""
+        return rank if stages < 2 else max(rank, self._merged_rank(rank))
+
+    def _merged_rank(self, rank: int) -> int:
+        return max(1, round(rank * self.rank_factor))
+
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The task, from nothing."""
         return Lesson(past.examples)
@@ -319,7 +269,7 @@ class Merge:
         kept = {"trained": trained}
         if past.previous is None:
             return Outcome(trained, kept)
-        rank = max(1, round(max(pair.rank for pair in trained.values()) * self.rank_factor))
+        rank = self._merged_rank(max(pair.rank for pair in trained.values()))
         merged = merge([*(one.kept["trained"] for one in past.outcomes), trained], self.how, rank, self.density)
         return Outcome(merged.factors, kept, notes={"merge_error": merged.error})
 
@@ -344,6 +294,10 @@ class Reducing:
         object.__setattr__(self, "evolving", self.inner.evolving)
         object.__setattr__(self, "inherits", self.inner.inherits)
 
+    def served_rank(self, rank: int, stages: int) -> int:
+        """The inner strategy's."""
+        return self.inner.served_rank(rank, stages)
+
     def lesson(self, past: Past[E]) -> Lesson[E]:
         """The inner strategy's."""
         return self.inner.lesson(past)
@@ -362,11 +316,3 @@ def orthonormal(a: torch.Tensor) -> torch.Tensor:
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
     rows: torch.Tensor = (q * signs).T.contiguous()
     return rows
-
-
-def check_between(strategy: str, option: str, value: float, low: float, high: float) -> None:
-    """Raise `ContinualPlanInvalid` where an option's value lies outside."""
-    if not low <= value <= high:
-        raise ContinualPlanInvalid(
-            f"strategy {strategy}: {option} must lie between {low:g} and {high:g}, not {value:g}"
-        )

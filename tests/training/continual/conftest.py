@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
+from hub.hub import Hub
+from tests.training.continual.scripted import THREE, ScriptedScorer, ScriptedTrainer
+from training.continual.plan import ContinualPlan
+from training.continual.run import Run
+from training.continual.tasks import prepare_data
 from training.data import Example, write_jsonl
 
 WORDS = {"first": ("positive", "negative"), "second": ("neutral", "mixed"), "third": ("positive", "mixed")}
@@ -51,3 +58,24 @@ def write_plan(tiny_base: Path, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub.open(str(tmp_path / "hub")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def make_run(write_plan: Callable[..., Path], tiny_base: Path, tmp_path: Path, hub: Hub) -> Callable[..., Run]:
+    """make_run(scorer, directory name, **changes of the plan); `labels` of its tasks, three if not told."""
+
+    def make(scorer: ScriptedScorer, place: str = "run", /, **changes: Any) -> Run:
+        changes.setdefault("intruders", False)
+        plan = ContinualPlan.read(write_plan(changes.pop("labels", THREE), **changes))
+        directory = tmp_path / place
+        directory.mkdir(exist_ok=True)
+        trainer: Any = ScriptedTrainer(tiny_base)
+        return Run(plan, directory, prepare_data(plan, directory), trainer, scorer, hub, Console(file=io.StringIO()))
+
+    return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from tests.training.continual import toy as toys
 from tests.training.continual.test_stage import fresh
 from training import trainable
 from training.continual.aiming import TIMES, aimed, energy
+from training.continual.contract import Strategy
 from training.continual.factors import Factors, Pair, joined, write_factors
-from training.continual.inputs import input_moments
+from training.continual.inputs import input_moments, readable
 from training.continual.registry import strategy_named
 from training.continual.replay import sample
-from training.continual.strategies import Strategy
 from training.data import Example
 
 
@@ -305,3 +306,38 @@ def test_the_scorer_reads_the_text_to_keep_where_there_is_one(tiny_base: Path, t
         assert float((found[module] - moments).diagonal().min()) >= -1e-6
         assert float((found[module] - moments).trace()) > 0.1 * float(moments.trace())
     assert without.inputs(tmp_path, [(1.0, None)]) == {}
+
+
+def test_examples_too_long_to_read_are_left_out(tiny_base: Path, tmp_path: Path) -> None:
+    from training.answer_loss import LONGEST
+    from training.continual.scoring import EngineScorer
+
+    write_factors(tmp_path, fresh(tiny_base, 4), "tiny-base")
+    short = tuple(Example.of(user=f"question {n}", answer="yes") for n in range(5))
+    mixed = (*short[:2], Example.of(user="too long " * LONGEST, answer="yes"), *short[2:])
+    assert readable(tiny_base, mixed) == short == readable(tiny_base, short)
+    found = input_moments(tiny_base, tmp_path, [(1.0, mixed)], quantized=False)
+    for module, moments in input_moments(tiny_base, tmp_path, [(1.0, short)], quantized=False).items():
+        assert torch.equal(found[module], moments)
+    [losses] = EngineScorer("tiny", tiny_base, ()).losses([tmp_path], mixed)
+    assert [math.isnan(one) for one in losses] == [one not in short for one in mixed]
+
+
+@pytest.mark.parametrize("name", ["aimed", "paced-replay"])
+def test_only_what_can_be_read_is_sampled(name: str, model: Any, overlapping: list[Any]) -> None:
+    """And where everything can be, the sample is the one that it always was."""
+    strategy = strategy_named(name, {"judges": 8})
+    outcomes = model.learn(strategy, overlapping[:1])
+    past = model.past(1, overlapping, outcomes)
+    trained = model.fit(strategy.lesson(past))
+    asked: list[Any] = []
+
+    def losses(adapters: Any, rows: Any) -> list[list[float]]:
+        asked.extend(rows)
+        return model.losses(adapters, rows)  # type: ignore[no-any-return]
+
+    strategy.finish(replace(past, losses=losses), trained)
+    usual, banned = set(asked), asked[-1]
+    asked.clear()
+    strategy.finish(replace(past, losses=losses, readable=lambda rows: [r for r in rows if r != banned]), trained)
+    assert banned not in asked and len(usual & set(asked)) == len(usual) - 1

@@ -20,13 +20,14 @@ from tests.training.continual.scripted import THREE, ScriptedScorer, ScriptedTra
 from tests.training.continual.test_run import embedded
 from training.cells import Cells
 from training.cli_compare import Expected
-from training.continual.compare.figures import arms_of, wanted
+from training.continual.compare.figures import _kept_examples, arms_of, wanted
 from training.continual.compare.page import write_page
 from training.continual.compare.plan import Case, Comparison
 from training.continual.compare.run import Kept, alone, run_cases
 from training.continual.errors import ContinualPlanInvalid, WorkTaken
+from training.continual.registry import strategy_named
 from training.continual.run import Run
-from training.errors import PlanInvalid
+from training.errors import DataInvalid, PlanInvalid
 
 BACK = tuple(reversed(THREE))
 ARMS: dict[str, Any] = {
@@ -261,6 +262,22 @@ def test_changed_data_or_text_is_another_run(compare: Callable[..., Any], tmp_pa
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
     data = keys()
     assert not before & text and not text & data and not data & keys("sha256:other")
+
+
+def test_a_text_that_is_not_there_is_said(write: Callable[..., Path], tmp_path: Path) -> None:
+    file = write()
+    (tmp_path / "held.txt").unlink()
+    result = CliRunner().invoke(group, ["continual", "compare", str(file), "--out", str(tmp_path / "out"), "--dry-run"])
+    assert isinstance(result.exception, DataInvalid)
+    assert "text: cannot read held.txt" in str(result.exception)
+
+
+def test_what_an_arm_reads_stands_beside_what_it_trains_on() -> None:
+    told = {
+        "sequential": (0.0, 0), "replay": (0.05, 0), "on-policy-replay": (0.05, 0), "paced-replay": (0.05, 32),
+        "aimed": (0.0, 24),
+    }  # fmt: skip
+    assert {name: _kept_examples(strategy_named(name, {})) for name in told} == told
 
 
 def test_what_is_left_is_told_by_what_an_arm_took(write: Callable[..., Path]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from rich.console import Console
 
 from hub.cli import group
 from hub.hub import Hub
@@ -27,7 +26,7 @@ from tests.training.continual.scripted import FORGETS, GOOD, THREE, ScriptedScor
 from training.continual import answer_nats
 from training.continual import run as run_module
 from training.continual.embedding import Embedded
-from training.continual.errors import RunMismatch, RunMissing
+from training.continual.errors import BoundMismatch, RunMismatch, RunMissing
 from training.continual.gates import Gates, judge
 from training.continual.plan import ContinualPlan
 from training.continual.record import RunRecord
@@ -37,27 +36,6 @@ from training.continual.run import Run
 from training.continual.scoring import Cell
 from training.continual.tasks import prepare_data
 from training.data import Example
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with Hub.open(str(tmp_path / "hub")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def make_run(write_plan: Callable[..., Path], tiny_base: Path, tmp_path: Path, hub: Hub) -> Callable[..., Run]:
-    """make_run(scorer, directory name, **changes of the plan)."""
-
-    def make(scorer: ScriptedScorer, place: str = "run", /, **changes: Any) -> Run:
-        changes.setdefault("intruders", False)
-        plan = ContinualPlan.read(write_plan(THREE, **changes))
-        directory = tmp_path / place
-        directory.mkdir(exist_ok=True)
-        trainer: Any = ScriptedTrainer(tiny_base)
-        return Run(plan, directory, prepare_data(plan, directory), trainer, scorer, hub, Console(file=io.StringIO()))
-
-    return make
 
 
 def said(run: Run) -> str:
@@ -251,6 +229,17 @@ def test_answers_are_measured_with_each_tasks_own_adapter_and_the_last(make_run:
     assert asked[3:] == [[0], [1], [2]] and answer_nats.read(apart.directory, 3) == {**told, "last": told["own"]}
 
 
+def test_questions_too_long_for_answer_nats_are_left_out_and_said(make_run: Callable[..., Run]) -> None:
+    class Long(ScriptedScorer):
+        def losses(self, adapters: Sequence[Path], examples: Sequence[Example]) -> list[list[float]]:
+            return [[math.nan, *[2.0] * (len(examples) - 1)] for _ in adapters]
+
+    run = make_run(Long(GOOD))
+    run()
+    assert answer_nats.read(run.directory, 3) == {"own": [2.0] * 3, "last": [2.0] * 3}
+    assert "second: 1 questions are too long" in said(run)
+
+
 def test_isolated_runs_fit_and_score_a_router(make_run: Callable[..., Run], tmp_path: Path) -> None:
     run = make_run(ScriptedScorer(GOOD), strategy="isolated")
     replace(run, embed=embedded)()
@@ -300,9 +289,37 @@ def test_the_report_has_table_pictures_and_numbers(make_run: Callable[..., Run],
     assert told["below"]["each task alone"] == pytest.approx(0.7 - 0.8)
     page = (tmp_path / "out" / "report.md").read_text()
     assert "| third | 0.500 | 0.700 | **0.900** |" in page and "no: first fell by 0.300" in page
+    assert "| ACC | 0.700 |" in page and "| BWT | -0.150 |" in page
     assert "![matrix.png](matrix.png)" in page and "| worst task | first -0.300 |" in page
     assert told["stages"][0]["intruders"]["relative_norm"] > 0
     assert told["stages"][0]["adapter_bytes"] > 1000 and told["stages"][2]["seconds"] == 2.0
+
+
+def test_a_bound_is_of_the_same_tasks_and_base(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    two = ("first", "second")
+    run = make_run(ScriptedScorer(GOOD))
+    record = run()
+    bound = make_run(ScriptedScorer(FORGETS), "bound", strategy="joint", name="team/bound")
+    joint = bound()
+    places = run.directory, tmp_path / "out"
+    told = write_report(*places, joint=bound.directory)["below"]["all tasks at once"]
+    assert told == pytest.approx(sum(GOOD[2]) / 3 - 0.7)
+    with pytest.raises(BoundMismatch, match="the strategy isolated, and the one given has joint"):
+        write_report(*places, single=bound.directory)
+    make_run(ScriptedScorer(FORGETS), "less", strategy="joint", name="team/less", labels=two)()
+    with pytest.raises(BoundMismatch, match="has not learned third"):
+        write_report(*places, joint=tmp_path / "less")
+    # Half a run is held to what it has learned, by label whatever the order.
+    replace(record, stages=record.stages[:1]).write(run.directory)
+    turned = {**joint.plan, "tasks": list(reversed(joint.plan["tasks"]))}
+    replace(joint, plan=turned).write(bound.directory)
+    assert write_report(*places, joint=bound.directory)["below"]["all tasks at once"] == pytest.approx(0.8 - 0.9)
+    replace(joint, data={**joint.data, "first/eval": "sha256:other"}).write(bound.directory)
+    with pytest.raises(BoundMismatch, match="other data for first"):
+        write_report(*places, joint=bound.directory)
+    replace(joint, plan={**joint.plan, "base": "other"}).write(bound.directory)
+    with pytest.raises(BoundMismatch, match="another base: other"):
+        write_report(*places, joint=bound.directory)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +340,19 @@ def test_the_report_has_table_pictures_and_numbers(make_run: Callable[..., Run],
         ({"set": {"init": "qera"}}, "set: init: each adapter would hold"),
         ({"quantize": "int2"}, "one of nf4"),
         ({"reduce_intruders": 2}, "from 0 to 1"),
+        ({"strategy": None}, "strategy is missing"),
+        ({"strategy": "o-lora", "set": {"rank": 600}}, "2 tasks at rank 600 make an adapter of rank 1200"),
+        ({"gates": {"alias": "Prod Live!"}}, "gates: alias: 'Prod Live!'"),
+        ({"gates": {"max_drop": None}}, "1 allows every fall"),
+        ({"text": ""}, "text is the name of a file, not ''"),
+        ({"text": False}, "text is the name of a file, not False"),
+        ({"keep_text": False}, "keep_text is the name of a file, not False"),
+        ({"checkpoint_steps": None}, "leave it out for 50"),
+        ({"tasks": [{"task": "sentiment", "train": None}]}, "leave it out for 400"),
+        ({"tasks": [{"label": "mine"}]}, "number 1: say which task it is"),
+        ({"strategy": "isolated", "tasks": [{"task": "sentiment", "label": "größe"}]}, "makes no adapter's name"),
+        ({"strategy": "isolated", "tasks": [{"task": "sentiment", "label": "x²"}]}, "makes no adapter's name"),
+        ({"strategy": "isolated", "tasks": [{"task": "sentiment", "label": "a" * 70}]}, "makes no adapter's name"),
     ],
 )
 def test_plans_say_what_is_wrong_with_them(write_plan: Callable[..., Path], changes: dict[str, Any], said: str) -> None:
@@ -390,6 +420,7 @@ def test_the_verb_routes_isolated_adapters_and_measures_drift(write_plan: Callab
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["routed"]["names"] == ["team/stream-first:prod", "team/stream-second:prod"]
+    assert len(told["answer_nats"]["own"]) == 2
     assert told["text_drift_nats"] is not None and told["stages"][0]["text_nats"] > 0
     assert told["stages"][1]["intruders"]["relative_norm"] > 0
     assert "intruders_reduced" in told["stages"][0]["notes"]

@@ -15,12 +15,12 @@ from hub.adapter_dir import parse_adapter
 from hub.base import BaseIdentity
 from tests.training.continual.conftest import WORDS
 from training.base_weights import matrices
+from training.continual.contract import Lesson, Outcome, Past
 from training.continual.factors import Factors, Pair, read_factors, relative_difference, write_factors
 from training.continual.inputs import input_moments
 from training.continual.registry import KINDS, strategy_named
 from training.continual.rules import SiteRule, govern
 from training.continual.stage import StageTrainer
-from training.continual.strategies import Lesson, Outcome, Past
 from training.data import Example
 from training.errors import TrainingError
 from training.recipe import Recipe

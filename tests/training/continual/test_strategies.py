@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from tests.training.continual import toy as toys
+from training.continual.contract import Strategy
 from training.continual.errors import ContinualPlanInvalid
 from training.continual.factors import Factors, read_factors, relative_difference, write_factors
 from training.continual.merging import merged_delta
 from training.continual.pacing import STEPS, between
 from training.continual.registry import KINDS, strategy_named
-from training.continual.strategies import Osf, Reducing, Slao, Strategy, orthonormal
+from training.continual.strategies import Osf, Reducing, Slao, orthonormal
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "replay": {"share": 0.3, "capacity": 40},
@@ -89,6 +90,16 @@ def test_what_is_served_is_a_plain_lora_of_all_sites(
     size = write_factors(tmp_path, served, "toy")
     assert size == sum(4 * (p.a.numel() + p.b.numel()) for p in served.values())
     assert relative_difference(served, read_factors(tmp_path)) < 1e-6
+
+
+@pytest.mark.parametrize("strategy", every(), ids=names)
+def test_the_served_rank_is_known_beforehand(model: Any, against: list[Any], strategy: Strategy) -> None:
+    """Merges may be of less: a toy's matrices have no more."""
+    for stages, outcome in enumerate(model.learn(strategy, against), 1):
+        told = strategy.served_rank(toys.RANK, stages)
+        assert max(pair.rank for pair in outcome.served.values()) == min(
+            told, toys.OUT if "merge" in strategy.name else told
+        )
 
 
 @pytest.mark.parametrize("strategy", every(), ids=names)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.continual.contract import Lesson, Outcome, Past, Strategy
 from training.continual.factors import Factors, Pair
 from training.continual.rules import SiteRule, govern
-from training.continual.strategies import Lesson, Outcome, Past, Strategy
 
 SITES = ("layers.0.first", "layers.1.second")
 IN, OUT, RANK = 6, 5, 3
@@ -133,6 +133,7 @@ class Toy:
             outcomes=tuple(outcomes[:stage]),
             earlier=tuple(tuple(task) for task in tasks[:stage]),
             answers=self.answers,
+            readable=lambda rows: rows,
             losses=self.losses,
             inputs=self.inputs,
             train=self.fit,

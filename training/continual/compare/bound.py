@@ -7,13 +7,14 @@ from typing import Any
 from hub.facts import Facts
 from training.base_weights import matrices
 from training.continual import answer_nats
+from training.continual.contract import Past
 from training.continual.factors import read_factors, write_factors
 from training.continual.intruders import count
 from training.continual.metrics import drift
 from training.continual.registry import strategy_named
 from training.continual.report import intruder_totals
 from training.continual.run import Run
-from training.continual.strategies import Past
+from training.continual.scoring import headline
 from training.data import Example
 
 
@@ -30,6 +31,7 @@ def joint_bound(run: Run) -> tuple[dict[str, Any], Facts]:
         outcomes=(),
         earlier=tuple(task.train.examples for task in run.data[:-1]),
         answers=lambda *_: (),
+        readable=lambda examples: examples,
         losses=lambda *_: (),
         inputs=lambda *_: {},
         train=lambda _: {},
@@ -44,7 +46,7 @@ def joint_bound(run: Run) -> tuple[dict[str, Any], Facts]:
     size = write_factors(served, outcome.served, run.trainer.base.name or "")
     exams = range(len(plan.tasks))
     found = run.scorer.scores([*((exam, None) for exam in exams), *((exam, served) for exam in exams)])
-    scores = [next(iter(one.values())) for one in found]
+    scores = [headline(one) for one in found]
     base, row = scores[: len(exams)], scores[len(exams) :]
     nats = run.scorer.text_nats([None, served]) if plan.text is not None else [None, None]
     answers = answer_nats.measure(run.scorer, run.data, [served] * len(run.data), None)

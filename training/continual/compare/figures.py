@@ -6,8 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from training.continual.aiming import Aimed
 from training.continual.compare.plan import ANY_ORDER, Case, Comparison
+from training.continual.contract import Strategy
 from training.continual.metrics import Matrix
+from training.continual.pacing import PacedReplay
+from training.continual.registry import strategy_named
+from training.continual.strategies import Replay
 
 Record = Mapping[str, Any]  # a finished run's
 MAX_REPLAY: Final = 0.05  # of a stage's examples, for an arm that the figures may choose
@@ -45,7 +50,8 @@ class Arm:
 
     name: str
     evolving: bool  # one adapter that answers all tasks, and no bound
-    replay: float  # the share of kept examples
+    replay: float  # the share of kept examples among those that a stage trains on
+    reads: int  # kept examples that are read again and not trained on: of each earlier task, or of all (paced-replay)
     runs: tuple[tuple[Case, Record], ...]
     measures: Mapping[str, Spread]  # without those that none of the runs has
 
@@ -77,13 +83,25 @@ def arms_of(comparison: Comparison, records: Mapping[Case, Record]) -> list[Arm]
         runs = tuple((case, records[case]) for case in comparison.cases if case.arm == name and case in records)
         if not runs:
             continue
-        strategy, options = runs[0][0].plan.strategy, runs[0][0].plan.options
-        share = float(options.get("share", 0.05)) if "replay" in strategy else 0.0
+        strategy = runs[0][0].plan.strategy
+        share, reads = _kept_examples(strategy_named(strategy, runs[0][0].plan.options))
         told = [
             _measured(record, joint.get(case.seed, _Bound()), single.get(case.seed, _Bound())) for case, record in runs
         ]
-        found.append(Arm(name, strategy not in ("joint", "isolated"), share, runs, _spreads(told)))
+        found.append(Arm(name, strategy not in ("joint", "isolated"), share, reads, runs, _spreads(told)))
     return found
+
+
+def _kept_examples(strategy: Strategy) -> tuple[float, int]:
+    """(the share of kept examples that a stage trains on, how many more it reads)."""
+    match strategy:
+        case Replay():
+            return strategy.share, 0
+        case PacedReplay():
+            return strategy.share, strategy.judges
+        case Aimed():
+            return 0.0, strategy.reads
+    return 0.0, 0
 
 
 def wanted(arms: Sequence[Arm]) -> list[Wanted]:

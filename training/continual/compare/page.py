@@ -10,6 +10,7 @@ from training.continual.compare.figures import Arm, Record, Spread, Wanted, arms
 from training.continual.compare.pictures import draw
 from training.continual.compare.plan import Case, Comparison
 from training.continual.metrics import Matrix
+from training.continual.plan import ContinualPlan
 from training.continual.tasks import TaskData
 
 _POINTS = ("acc", "below_joint", "below_single", "bwt", "fwt", "forgetting", "worst")
@@ -90,7 +91,7 @@ def _data(data: Sequence[TaskData]) -> list[str]:
 
 def _arms(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
     """What each arm is: its strategy's options, and where its recipe is not the comparison's."""
-    lines = ["| arm | strategy | options |", "|---|---|---|"]
+    lines = ["| arm | strategy | options | kept examples |", "|---|---|---|---|"]
     usual = comparison.cases[0].plan.recipe.as_dict()
     for arm in arms:
         plan = comparison.plan_of(arm.name)
@@ -98,8 +99,18 @@ def _arms(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
         told += ["with the text to keep"] if plan.keep_text is not None else []
         told += [f"{plan.reduce_intruders:g} of each intruder out"] if plan.reduce_intruders is not None else []
         told += [f"{name} {value}" for name, value in plan.recipe.as_dict().items() if value != usual.get(name)]
-        lines.append(_row((arm.name, plan.strategy, ", ".join(told))))
+        lines.append(_row((arm.name, plan.strategy, ", ".join(told), _kept(arm, plan))))
     return lines
+
+
+def _kept(arm: Arm, plan: ContinualPlan) -> str:
+    """What an arm does with examples of earlier tasks."""
+    if plan.strategy == "joint":
+        return "all"
+    said = [f"{100 * arm.replay:g} % of a stage, trained on"] if arm.replay else []
+    if arm.reads:
+        said.append(f"{arm.reads} {'in all' if arm.replay else 'a task'}, read and not trained on")
+    return "; ".join(said)
 
 
 def _table(arms: Sequence[Arm]) -> list[str]:
@@ -149,7 +160,8 @@ def _figures(found: Sequence[Wanted]) -> list[str]:
     lines = [
         "## What was wanted",
         "",
-        "Of one evolving adapter with at most 5 % replay, but for the router. By means over the finished runs.",
+        "Of one evolving adapter whose stages train on at most 5 % kept examples, but for the router. What is kept to",
+        "be read and not trained on is not counted; it stands beside each arm above. By means over the finished runs.",
         "",
         *_head(("wanted", "reached", "by", "best")),
     ]

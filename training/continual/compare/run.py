@@ -9,7 +9,6 @@ Killed at any point, the same command goes on: a run by itself goes on where it 
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,13 +27,14 @@ from training.continual import answer_nats
 from training.continual.compare.bound import joint_bound
 from training.continual.compare.plan import Case
 from training.continual.compare.shared import sharing
+from training.continual.ending import read_intruders, read_routed
 from training.continual.errors import WorkTaken
 from training.continual.factors import read_factors
+from training.continual.lock import held
 from training.continual.making import make_run
 from training.continual.report import summary
-from training.continual.run import Run, read_intruders, read_routed
-from training.continual.tasks import TaskData, digests, prepare_data
-from training.data import digest_of
+from training.continual.run import Run
+from training.continual.tasks import TaskData, digests, prepare_data, text_digests
 from training.sitting import processor
 
 Make = Callable[[Case, Path, tuple[TaskData, ...]], Any]  # a context manager that gives a Run
@@ -85,11 +85,8 @@ class Kept:
 def alone(work: Path) -> Iterator[None]:
     """Hold the work directory, which is made where it is not there; raises `WorkTaken` where another process does."""
     _made(work)
-    with (work / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise WorkTaken(f"another comparison is at work in {work}; give one of them another --work") from error
+    taken = WorkTaken(f"another comparison is at work in {work}; give one of them another --work")
+    with held(work, taken):
         yield
 
 
@@ -170,6 +167,5 @@ def _made(work: Path) -> None:
 
 def _text_digests(case: Case) -> tuple[str | None, str | None]:
     """Of the held-out text and of the text to keep."""
-    files = [case.plan.directory / name if name is not None else None for name in (case.plan.text, case.plan.keep_text)]
-    held_out, keep = (digest_of(file.read_bytes()) if file is not None else None for file in files)
-    return held_out, keep
+    found = text_digests(case.plan)
+    return found.get("text"), found.get("keep_text")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from training import output
 from training.cells import key_of, made_of_recipe, read_json, write_json
+from training.continual.contract import Lesson
 from training.continual.scoring import Cell, EngineScorer, Scorer
 from training.continual.stage import StageTrainer, Trained
-from training.continual.strategies import Lesson
 from training.data import Example, digest_of
 
 
