@@ -98,7 +98,7 @@ def test_two_stages_of_every_strategy(
     outcomes: list[Outcome[Example]] = []
     for stage, examples in enumerate(tasks):
         past = Past(
-            stage, examples, tuple(outcomes), tuple(tasks[:stage]), answers, losses, inputs, train,
+            stage, examples, tuple(outcomes), tuple(tasks[:stage]), answers, lambda rows: rows, losses, inputs, train,
             lambda modules: matrices(tiny_base, modules), 0,
         )  # fmt: skip
         lesson = strategy.lesson(past)
