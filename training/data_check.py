@@ -258,9 +258,9 @@ class _Checks:
         low, high = HOLD_OUT
         if evaluation is None:
             few = max(1, round(low * train))
-            many = max(few, round(high * train))
-            message = (
-                f"to {many} of {train} examples ({low:.0%} to {high:.0%}) should be held out, before "
+            many = round(high * train)
+            message = (f"to {many} " if many > few else "") + (
+                f"of {train} examples ({low:.0%} to {high:.0%}) should be held out, before "
                 "anything is cleaned or balanced: name that file with --eval, or let `hub train --hold-out` do it"
             )
             self._advise("hold_out", few, message)

@@ -219,7 +219,7 @@ def test_the_size_of_the_hold_out(held: int | None, advised: str | None, check: 
 
 def test_the_advice_of_a_small_file_has_its_numbers_in_order(check: Callable[..., Report]) -> None:
     [advice] = [one for one in check(clean("short", 4)).advice if one.check == "hold_out"]
-    assert advice.count == 1 and advice.message.startswith("to 1 of 4 examples")
+    assert advice.count == 1 and advice.message.startswith("of 4 examples")
 
 
 def test_one_example_is_counted_once_and_what_is_kept_is_clean(check: Callable[..., Report], tmp_path: Path) -> None:
