@@ -17,7 +17,7 @@ from training.continual.record import RunRecord
 from training.continual.router import LEAST_PROMPTS
 from training.continual.scoring import Cell, headline
 from training.continual.tasks import digests, text_digests
-from training.errors import DataInvalid, DataTooSmall, TrainingError
+from training.errors import DataInvalid, DataTooSmall
 from training.tasks import task_named
 
 if TYPE_CHECKING:
@@ -86,16 +86,10 @@ def _check_new(run: Run, strategy: Strategy, first: int) -> None:
     """See the module; `first` is the first task that is new to the run."""
     _check_aliases(run, strategy, first)
     for task, data in zip(run.plan.tasks[first:], run.data[first:], strict=True):
-        examples = data.evaluation.examples
         try:
-            task_named(task.task).measure(examples, [one.answer for one in examples])
-        except TrainingError as error:
+            task_named(task.task).check(data.evaluation.examples)
+        except DataInvalid as error:
             raise DataInvalid(f"{task.label}, evaluation: {error}") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataInvalid(
-                f"{task.label}, evaluation: the task {task.task} cannot score these examples ({error!r}); `hub data "
-                "check` finds what is wrong, and own-label, own-json and own-text are for data of any kind"
-            ) from error
     if run.embed is not None and not strategy.evolving and len(run.data) > 1:
         few = [data.label for data in run.data[first:] if len(data.train) < LEAST_PROMPTS]
         if few:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -91,10 +92,10 @@ class EngineScorer:
         prompts: list[Prompt] = []
         spans: list[slice] = []
         for exam, adapters in cells:
-            asked = self.exams[exam]
-            begin = len(prompts)
+            asked, begin = self.exams[exam], len(prompts)
+            limit = asked.task.answer_limit(asked.examples, self._count_tokens)
             prompts += [
-                Prompt(one.prompt, None if adapter is None else str(adapter), asked.task.max_new_tokens)
+                Prompt(one.prompt, None if adapter is None else str(adapter), limit)
                 for one, adapter in zip(asked.examples, adapters, strict=True)
             ]
             spans.append(slice(begin, len(prompts)))
@@ -108,7 +109,7 @@ class EngineScorer:
 
     def answers(self, adapter: Path, examples: Sequence[Example]) -> list[Example]:
         """See `Scorer`; an answer that the longest of the tasks' limits cut off would teach to stop in the middle."""
-        longest = max(exam.task.max_new_tokens for exam in self.exams)
+        longest = max(exam.task.answer_limit(exam.examples, self._count_tokens) for exam in self.exams)
         asked = [Prompt(one.prompt, str(adapter), longest) for one in examples]
         said = self._asked(asked, EngineGenerator.ended)
         return [
@@ -116,6 +117,15 @@ class EngineScorer:
             for one, answer in zip(examples, said, strict=True)
             if answer is not None and answer.strip()
         ]
+
+    def _count_tokens(self, text: str) -> int:
+        return len(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(self.base_directory))
 
     def losses(self, adapters: Sequence[Path], examples: Sequence[Example]) -> list[list[float]]:
         """See `Scorer`; in float32, see `training.answer_loss`."""

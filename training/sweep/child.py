@@ -75,7 +75,9 @@ def score_group(spec: dict[str, Any]) -> dict[str, Any]:
     examples = read_jsonl(Path(spec["eval"])).examples
     started = time.monotonic()
     with closing(Engine.build(config, EngineLimits(), adapters.fetch)) as engine:
-        found = evaluate(task_named(spec["task"]), examples, wanted, EngineGenerator(engine, adapters.uses))
+        task, generator = task_named(spec["task"]), EngineGenerator(engine, adapters.uses)
+        limit = task.answer_limit(examples, generator.count_tokens)
+        found = evaluate(task, examples, wanted, generator, limit)
     answered = time.monotonic() - started
     losses = answer_losses(
         locate_base(spec["base"]).directory,

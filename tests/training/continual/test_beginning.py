@@ -191,7 +191,7 @@ def test_answers_that_a_task_cannot_score_are_known_before_training(
         run()
     write_jsonl(tmp_path / "odd.jsonl", [Example.of(user="x", answer="y")])
     odd = [{"task": "iam-policy", "label": "odd", "train_file": "first-train.jsonl", "eval_file": "odd.jsonl"}]
-    with pytest.raises(DataInvalid, match="odd, evaluation: the task iam-policy cannot score"):
+    with pytest.raises(DataInvalid, match="odd, evaluation: the answer of example 1 is no JSON object"):
         make_run(ScriptedScorer(GOOD), tasks=odd)()
     assert not run.trainer.lessons and not (run.directory / "state.json").exists()  # type: ignore[attr-defined]
 

@@ -39,3 +39,21 @@ def test_own_answers_that_are_empty_or_cut_off_are_left_out(tmp_path: Path, monk
     examples = tuple(Example.of(user=f"{n}", answer="positive") for n in range(3))
     scorer = EngineScorer("tiny", tmp_path, (Exam("first", task_named("sentiment"), examples),))
     assert scorer.answers(tmp_path, examples) == [Example.of(user="0", answer="mixed")]
+
+
+def test_the_users_own_answers_have_room(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    def asked(self: EngineScorer, prompts: Sequence[Prompt], how: Any) -> list[str]:
+        limits.extend(prompt.max_new_tokens for prompt in prompts)
+        return ["" for _ in prompts]
+
+    monkeypatch.setattr(EngineScorer, "_asked", asked)
+    long, short = (task_named(name) for name in ("own-label", "sentiment"))
+    exams = (
+        Exam("mine", long, (Example.of(user="x", answer="refund " * 30),)),
+        Exam("theirs", short, (Example.of(user="x", answer="positive"),)),
+    )
+    EngineScorer("tiny", tiny_base, exams).scores([(0, None), (1, None)])
+    assert limits[0] > 30 > long.max_new_tokens
+    assert limits[1] == short.max_new_tokens
