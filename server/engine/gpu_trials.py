@@ -36,7 +36,8 @@ class _Nobody:
 def trials(
     limits: EngineLimits, pages: int, page_tokens: int, context_tokens: int, adapter_rows: int
 ) -> Iterator[list[Share]]:
-    """Prompts of several lengths, alone and beside answers; answers that are long; with adapters and without.
+    """Prompts of several lengths, alone and beside answers; answers alone, which are not captured where they are too
+    long or have too many adapters; all of it with adapters and without.
 
     They write to pages that nobody has yet, of which answers share the first, and take adapters' rows that hold zeros.
     """
@@ -56,6 +57,7 @@ def trials(
             for count in beside:
                 if count + length <= limits.max_batch_tokens:
                     yield [*_answers(count, 1, page_tokens, rows), prompt]
+        yield from (_answers(count, 1, page_tokens, rows) for count in counts)
         if min(context_tokens, pages * page_tokens) <= _LONG:
             continue
         prompt = _share(2, 0, [1, 1], rows)
