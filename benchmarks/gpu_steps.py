@@ -142,24 +142,29 @@ def _lora(cut: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _plain() -> Iterator[None]:
-    """What variants are measured against, whatever the command line turned on."""
-    with _early(False), patch.object(nf4_cuda, "MOST_ROWS", nf4_cuda.MOST_ALONE):
+def _plain(*changes: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """Nothing early and nothing wide, whatever serving does and the command line says; then these changes."""
+    with _early(False), patch.object(nf4_cuda, "MOST_ROWS", nf4_cuda.MOST_ALONE), _all(*changes):
         yield
 
 
 def variants(bench: Bench) -> Report:
-    """The decode step again with one thing changed at a time, in the same process and over the same memory."""
-    as_is: dict[str, Change] = {"as it is": contextlib.nullcontext, "early": lambda: _early(True)}
+    """The decode step again, as it is served and with one thing at a time added to the plain one, in the same process
+    and over the same memory."""
+    as_is: dict[str, Change] = {
+        "as it is": contextlib.nullcontext,
+        "plain": _plain,
+        "early": lambda: _plain(_early(True)),
+    }
     products: dict[str, Change] = {
-        "measured cuts": lambda: measured_cuts(bench),
-        "measured cuts, early": lambda: _all(measured_cuts(bench), _early(True)),
-        "measured cuts, early, x by registers": lambda: _all(
+        "measured cuts": lambda: _plain(measured_cuts(bench)),
+        "measured cuts, early": lambda: _plain(measured_cuts(bench), _early(True)),
+        "measured cuts, early, x by registers": lambda: _plain(
             measured_cuts(bench), _early(True), _each_cut(by_registers=True)
         ),
     }
     adapters: dict[str, Change] = {
-        "measured cuts, early, LoRA in Triton": lambda: _all(measured_cuts(bench), _early(True), _lora(lora._TILING))
+        "measured cuts, early, LoRA in Triton": lambda: _plain(measured_cuts(bench), _early(True), _lora(lora._TILING))
     }
     seen: dict[str, Change] = {
         f"measured cuts, early, attention: {', '.join(f'{key} {value}' for key, value in fields.items())}": partial(
@@ -176,9 +181,11 @@ def variants(bench: Bench) -> Report:
     cases: list[tuple[int, int, bool, dict[str, Change]]]  # rows, adapters, whether NF4
     if bench.tiny:
         few = {
-            name: change for name, change in (products | adapters).items() if "early" not in name or "Triton" in name
+            name: change
+            for name, change in (as_is | products | adapters).items()
+            if "early" not in name or "Triton" in name
         }
-        cases = [(2, 2, True, as_is | few)]
+        cases = [(2, 2, True, few)]
     else:
         cases = [
             (32, 0, True, as_is | products | seen),
@@ -194,33 +201,32 @@ def variants(bench: Bench) -> Report:
         _compile_all(bench)
     rows: list[dict[str, object]] = []
     shape, context = (TINY, 40) if bench.tiny else (LLAMA_8B, 320)
-    with _plain():
-        for batch, count, packed, changes in cases:
-            step = Step(shape, batch, context, bench.device, packed=packed, adapters=count)
-            size = step.weight_bytes() + step.cache_bytes() + (step.adapter_bytes if count else 0)
-            tokens = step.run()
-            for name, change in changes.items():
-                if bench.left() < 3:
-                    return {"rows": rows, "cut": f"no time left before {batch} rows, {name}"}
-                base = "NF4" if packed else "bf16"
-                row: dict[str, object] = {"base": base, "rows": batch, "adapters": count, "change": name}
-                try:
-                    with change():
-                        taken = bench.seconds([step.run], 5)
-                        same = float((step.run() == tokens).double().mean())
-                    share = bench.share_of_bandwidth(size, taken)
-                    row |= {"ms": taken * 1e3, "times the floor": 1 / share if share else None, "same tokens": same}
-                except Exception as error:  # one variant that cannot be launched hides no other
-                    row["failure"] = f"{type(error).__name__}: {str(error)[:200]}"
-                rows.append(row)
-            del step
-            if bench.device == "cuda":
-                torch.cuda.empty_cache()
+    for batch, count, packed, changes in cases:
+        step = Step(shape, batch, context, bench.device, packed=packed, adapters=count)
+        size = step.weight_bytes() + step.cache_bytes() + (step.adapter_bytes if count else 0)
+        tokens = step.run()
+        for name, change in changes.items():
+            if bench.left() < 3:
+                return {"rows": rows, "cut": f"no time left before {batch} rows, {name}"}
+            base = "NF4" if packed else "bf16"
+            row: dict[str, object] = {"base": base, "rows": batch, "adapters": count, "change": name}
+            try:
+                with change():
+                    taken = bench.seconds([step.run], 5)
+                    same = float((step.run() == tokens).double().mean())
+                share = bench.share_of_bandwidth(size, taken)
+                row |= {"ms": taken * 1e3, "times the floor": 1 / share if share else None, "same tokens": same}
+            except Exception as error:  # one variant that cannot be launched hides no other
+                row["failure"] = f"{type(error).__name__}: {str(error)[:200]}"
+            rows.append(row)
+        del step
+        if bench.device == "cuda":
+            torch.cuda.empty_cache()
     return {"rows": rows}
 
 
 def _attention(bench: Bench, fields: dict[str, int]) -> contextlib.AbstractContextManager[Any]:
-    return _all(
+    return _plain(
         measured_cuts(bench), _early(True), *(patch.object(attention, name, value) for name, value in fields.items())
     )
 

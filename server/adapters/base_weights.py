@@ -6,7 +6,7 @@ it here unpacks it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from server.adapters.kv_reach import behind_kv
 from server.errors import UnsupportedAdapter
+from server.model.coded import CodedLinear
 from server.model.packed import PackedLinear
+
+_AT_ONCE = 1 << 20  # weights unpacked at a time: some 20 MB meanwhile, and several adapters may be read together
 
 
 class BaseWeights:
@@ -57,6 +60,16 @@ class BaseWeights:
             dense: Tensor = weight.detach().float() * (scales.float() / 127.0)[:, None]
             return dense
         raise UnsupportedAdapter(f"the weight of {path} is stored in a form that cannot be read back, which DoRA needs")
+
+    def dense_rows(self, path: str) -> Iterator[Tensor]:
+        """`dense` in stretches of rows, one after the other; short ones where a GPU would have to unpack them."""
+        module = self._modules[path]
+        if not isinstance(module, CodedLinear):
+            yield self.dense(path)
+            return
+        count = max(1, _AT_ONCE // module.in_features)
+        for first in range(0, module.out_features, count):
+            yield module.unpacked(first, first + count).float()
 
     @torch.inference_mode()
     def settle(self) -> None:

@@ -14,6 +14,7 @@ from hub.lora_config import LoraConfig
 from server.adapters.base_weights import BaseWeights
 from server.adapters.parts import NO_PARTS, AdapterParts, LowRank, ModuleParts, TokenRows
 from server.errors import RankTooLarge, TensorUnbound, UnsupportedAdapter
+from server.model.coded import CodedLinear
 from server.model.packed import PackedEmbedding, PackedLinear
 
 # (kind, parameter) of `hub.tensor_names.TensorSite` -> tensor
@@ -179,10 +180,16 @@ class _Binder:
 
     def _dora(self, path: str, magnitude: Tensor, pair: tuple[Tensor, Tensor], scaling: float) -> Tensor:
         """c [out] = m / |W + s·BA| by output row, in float32 on the CPU."""
-        weight = self._base.dense(path)
-        a, b = (half.float().to(weight.device) for half in pair)
-        norms = torch.linalg.norm(torch.addmm(weight, b, a, alpha=scaling), dim=1)
-        factor: Tensor = _fitting(path, magnitude, tuple(norms.shape)).float() / norms.cpu()
+        a, b = (half.float() for half in pair)
+        found: list[Tensor] = []
+        first = 0
+        for weight in self._base.dense_rows(path):
+            last = first + weight.shape[0]
+            a, rows = a.to(weight.device), b[first:last].to(weight.device)
+            found.append(torch.linalg.norm(torch.addmm(weight, rows, a, alpha=scaling), dim=1))
+            first = last
+        norms = torch.cat(found).cpu()
+        factor: Tensor = _fitting(path, magnitude, tuple(norms.shape)).float() / norms
         if not torch.isfinite(factor).all():
             raise UnsupportedAdapter(f"DoRA on {path}: a row of the adapted weight is zero, so it has no direction")
         return factor
@@ -245,6 +252,8 @@ class _Binder:
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, PackedLinear | PackedEmbedding):
             own["weight"] = nn.Parameter(module.weight, requires_grad=False)
+        elif isinstance(module, CodedLinear):
+            own["weight"] = nn.Parameter(module.codes, requires_grad=False)  # as the layers of bitsandbytes have it
         if not self._replaceable(path, module):
             raise UnsupportedAdapter(
                 f"modules_to_save lists {path}, a {type(module).__name__}: only linear layers that every token passes, "

@@ -28,7 +28,7 @@ class GpuAdapters(ActiveAdapters):
         prompts = max_sequences + -(-max_batch_tokens // PROMPT_TOKENS)
         self._decode = LoraPlan(gpu.device, tokens=DECODE_TOKENS, groups=max_sequences, pieces=PIECES * max_sequences)
         self._prompt = LoraPlan(gpu.device, tokens=PROMPT_TOKENS, groups=prompts, pieces=PIECES * prompts)
-        self._planned: tuple[tuple[Segment, ...], int] = ((), 0)
+        self._planned: tuple[tuple[Segment, ...], int] | None = None
         self._plans: tuple[LoraPlan, ...] = ()
         self._h = torch.empty(0, dtype=torch.float32, device=gpu.device)
 
@@ -45,11 +45,12 @@ class GpuAdapters(ActiveAdapters):
         self.plain = plain
         if (segments, decodes) == self._planned:
             return
-        self._planned = (segments, decodes)
+        self._planned = None  # nothing, should the plans not get filled
         rows = [segment for segment in segments if segment[1] <= decodes]
         spans = [segment for segment in segments if segment[1] > decodes]
         plans = (_filled(self._decode, rows) if rows else None, _filled(self._prompt, spans) if spans else None)
         self._plans = tuple(plan for plan in plans if plan is not None)
+        self._planned = (segments, decodes)
 
     @property
     def captured(self) -> bool:

@@ -37,18 +37,18 @@ class JointLinear:
         self.group = group
         self._active = active
         self._workspace = gpu.workspace
-        self._packed: nf4.Nf4Weight | None = None
+        self.packed: nf4.Nf4Weight | None = None
         self._dense: Tensor | None = None
         if all(isinstance(linear, Nf4Linear) for linear in linears):
-            self._packed = _join_packed(linears)
+            self.packed = _join_packed(linears)
         else:
             self._dense = _join_dense(linears)
         self._bias = _join_biases(linears)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, in] → [T, sum of out]."""
-        if self._packed is not None:
-            y = nf4.matmul(x, self._packed, self._workspace, self._bias)
+        if self.packed is not None:
+            y = nf4.matmul(x, self.packed, self._workspace, self._bias)
         else:
             y = functional.linear(x, cast(Tensor, self._dense), self._bias)
         self._active.add(x, self.group, y)
@@ -90,6 +90,12 @@ class GpuDecoder:
         self._width = int(attention.head_dim)
         self._heads = attention.o_proj.base.in_features // self._width
         self._scale = float(attention.scaling)
+
+    @property
+    def packed(self) -> list[nf4.Nf4Weight]:
+        """The weights in NF4 that a step multiplies by, of all layers."""
+        joined = [j.packed for layer in self._layers for j in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        return [weight for weight in joined if weight is not None]
 
     @property
     def groups(self) -> list[SiteGroup]:

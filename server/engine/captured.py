@@ -95,7 +95,8 @@ class CapturedSteps:
         return self._last[2:]
 
     def capture_all(self, adapters: bool) -> None:
-        """Capture the steps of the shortest context now, before anybody waits for them."""
+        """Capture the steps of the shortest context now, before anybody waits for them, and compile what longer ones
+        take, which are captured when they come."""
         started = time.monotonic()
         for some in (False, True) if adapters else (False,):
             # Whose rows these are does not matter: nobody reads what comes out.
@@ -103,6 +104,10 @@ class CapturedSteps:
             self._rows.clear()
             for rows in reversed(self.buckets):
                 self._captured_for(rows, self.contexts[0], some)
+        self._active.use((), 1)
+        for context in self.contexts[1:]:
+            for rows in self.buckets:
+                self._decoder.run(self._rows.batch(rows, context), self._kv, self._logits[:rows])
         log.info("%d decode steps captured in %.1f s", len(self._captured), time.monotonic() - started)
 
     def _captured_for(self, rows: int, context: int, adapters: bool) -> Callable[[], Tensor]:

@@ -32,7 +32,7 @@ from server.engine.kv_cache import PageTable
 from server.engine.memory_plan import fit
 from server.engine.observer import EngineObserver, EngineSnapshot, SchedulerReports, Unobserved
 from server.engine.offline import Completion, run_all
-from server.engine.open_gpu import open_gpu
+from server.engine.open_gpu import make_current, open_gpu
 from server.engine.outbox import Outbox
 from server.engine.pace import Pace
 from server.engine.reading import PackedReader, Reader, RowReader
@@ -63,6 +63,7 @@ class Engine:
         fetch: AdapterFetch,
         observer: EngineObserver | None = None,
     ) -> None:
+        make_current(base.device)
         self.base = base
         self.limits = limits
         self.text = Text(base)
@@ -175,7 +176,7 @@ class Engine:
         )
         if gpu is not None:
             gpu.meanwhile = self._loop.deliver
-        self._thread = threading.Thread(target=self._loop.run, name="loraplex-engine", daemon=True)
+        self._thread = threading.Thread(target=self._steps, name="loraplex-engine", daemon=True)
 
     @classmethod
     def build(
@@ -261,6 +262,10 @@ class Engine:
         self._scheduler.check_integrity()
 
     # -- the engine's thread --------------------------------------------------------------------------------------
+
+    def _steps(self) -> None:
+        make_current(self.base.device)
+        self._loop.run()
 
     def _run_packed(self, shares: Seq[Share], between: Between | None = None) -> tuple[StepBatch, Tensor]:
         batch = lay_out(shares, self.limits.page_tokens, self.base.device, self._listed_tokens)

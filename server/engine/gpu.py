@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +23,13 @@ from server.engine.batch import StepBatch
 from server.engine.captured import CapturedSteps, contexts
 from server.engine.device_sampler import DeviceSampler
 from server.engine.gpu_batch import lay_out
+from server.engine.gpu_trials import trials
 from server.engine.rows import StepOfRows
 from server.engine.scheduler import Share
-from server.engine.sequence import Sequence
+from server.kernels.gpu import nf4_cuda
 from server.kernels.gpu.attention import scratch_bytes
 from server.kernels.gpu.door import GpuKernels
+from server.kernels.gpu.graphs import KEPT_BYTES
 from server.kernels.gpu.nf4 import PARTS
 from server.kernels.gpu.pages import PageCheck
 from server.model.base import BaseModel
@@ -37,22 +37,6 @@ from server.model.gpu_linear import convert
 from server.model.runner import PackedBatch, Runner
 
 log = logging.getLogger(__name__)
-
-_FIRST_PROMPTS = (24, 200)  # tokens: of few rows products read NF4 as it is, for more it is made dense
-
-
-@dataclass
-class _Nobody:
-    """What a step needs of a sequence."""
-
-    tokens: list[int]
-    computed: int
-    pages: list[int]
-    adapter_rows: tuple[tuple[int, int, float], ...]
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.computed
 
 
 class GpuSteps:
@@ -83,7 +67,7 @@ class GpuSteps:
         held = standing_bytes(limits.max_sequences, limits.max_batch_tokens)
         held += 4 * PARTS + min(STAGED_BYTES, limits.adapter_memory_bytes)
         if self._decodable and self._gpu.graphs is not None:
-            held += limits.max_sequences * base.vocabulary_size * 4  # logits
+            held += limits.max_sequences * base.vocabulary_size * 4 + KEPT_BYTES  # logits, and what libraries keep
             held += sum(
                 scratch_bytes(limits.max_sequences, longest, self._heads, base.head_width)
                 for longest in contexts(base.context_tokens)
@@ -128,33 +112,25 @@ class GpuSteps:
 
     def warm_up(self) -> None:
         """Capture the commonest steps, and compile what prompts take, before requests come."""
+        if self._decoder is not None:
+            nf4_cuda.prepare(((weight.codes, weight.scales) for weight in self._decoder.packed), self._base.dtype)
         if self._captured is not None:
-            with self._here(), torch.inference_mode():
+            with torch.inference_mode():
                 self._captured.capture_all(bool(self._arena.rows))
         self.first_prompts()
 
     @torch.inference_mode()
     def first_prompts(self) -> None:
-        """Steps with prompts, a short and a longer one, alone and beside an answer, with adapters and without: nobody
-        reads what comes of them. They write to pages that nobody has yet, and take rows that hold zeros."""
+        """Steps with prompts, and the look at a page after them; nobody reads what comes of these."""
         started = time.monotonic()
-        kv, limits = self._runner.kv, self._limits
-        most = min(limits.max_batch_tokens - 1, (kv.pages - 1) * kv.page_tokens, self._base.context_tokens)
-        uses: list[tuple[tuple[int, int, float], ...]] = [()]
-        if self._arena.rows:
-            uses.append(((0, min(8, self._arena.rows), 1.0),))
+        kv, context = self._runner.kv, self._base.context_tokens
         steps = 0
-        for length in {min(length, most) for length in _FIRST_PROMPTS if most > 1}:
-            for rows in uses:
-                pages = list(range(1, 1 + -(-length // kv.page_tokens)))
-                prompt = Share(cast(Sequence, _Nobody([0] * length, 0, pages, rows)), length)
-                answer = Share(cast(Sequence, _Nobody([0, 0], 1, [0], rows)), 1)
-                for shares in ([prompt], [prompt, answer]):
-                    batch = lay_out(shares, kv.page_tokens, self._base.device, self._heads, self._base.head_width)
-                    with self._here():
-                        self.active.use(batch.segments, batch.decodes)
-                        self.forward(batch.packed)
-                    steps += 1
+        for shares in trials(self._limits, kv.pages, kv.page_tokens, context, self._arena.rows):
+            batch = self._lay_out(shares)
+            self.active.use(batch.segments, batch.decodes)
+            self.forward(batch.packed)
+            steps += 1
+        kv.finite([0])
         if self._base.device.startswith("cuda"):
             torch.cuda.synchronize(self._base.device)
         log.info("%d steps with prompts tried in %.1f s", steps, time.monotonic() - started)
@@ -162,24 +138,20 @@ class GpuSteps:
     @torch.inference_mode()
     def run(self, shares: Seq[Share], launch: Callable[[StepBatch], Tensor]) -> tuple[StepOfRows | StepBatch, Tensor]:
         """The step and its logits [S, vocabulary]; `launch` sets a batch's adapters up and calls `forward`."""
-        with self._here():
-            plain = self.capturing and not any(share.sequence.parts for share in shares)
-            if plain and self._captured is not None:
-                done = self._captured.run(shares)
-                if done is not None:
-                    return done
-            kv = self._runner.kv
-            batch = lay_out(shares, kv.page_tokens, self._base.device, self._heads, self._base.head_width)
-            return batch, launch(batch)
+        plain = self.capturing and not any(share.sequence.parts for share in shares)
+        if plain and self._captured is not None:
+            done = self._captured.run(shares)
+            if done is not None:
+                return done
+        batch = self._lay_out(shares)
+        return batch, launch(batch)
+
+    def _lay_out(self, shares: Seq[Share]) -> StepBatch:
+        base = self._base
+        return lay_out(shares, self._runner.kv.page_tokens, base.device, self._heads, base.head_width)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """One pass: by our own layers where no adapter has parts within them, else by transformers'."""
         if self._decoder is not None and self.active.plain:
             return self._decoder.run(batch, self._runner.kv)
         return self._runner.run(batch)
-
-    def _here(self) -> contextlib.AbstractContextManager[Any]:
-        """Triton launches on the thread's current device."""
-        return (
-            torch.cuda.device(self._base.device) if self._base.device.startswith("cuda") else contextlib.nullcontext()
-        )

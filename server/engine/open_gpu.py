@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from server.config import EngineLimits
 from server.errors import BaseUnavailable, DeterminismUnavailable
 from server.kernels.gpu import door
@@ -29,3 +31,10 @@ def open_gpu(base: BaseModel, limits: EngineLimits) -> GpuSteps | None:
     from server.engine.gpu import GpuSteps  # needs Triton
 
     return GpuSteps(base, limits, kernels)
+
+
+def make_current(device: str) -> None:
+    """Make a GPU that is named by its number the calling thread's own: Triton launches, and events are recorded, on
+    whichever that is, not on the one where the tensors lie."""
+    if torch.device(device).type == "cuda" and torch.device(device).index is not None:
+        torch.cuda.set_device(device)

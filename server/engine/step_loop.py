@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from server.engine.front_door import FAILED, FrontDoor
@@ -29,6 +30,7 @@ from server.errors import Cancelled, Draining, EngineFailed, NonFiniteLogits
 log = logging.getLogger(__name__)
 
 SWITCH_SECONDS = 0.0005
+_OUT_OF_MEMORY = 2  # CUDA's number for it; what failed for this alone may do better the next time
 
 
 class ComputedStep(Protocol):
@@ -175,7 +177,9 @@ class StepLoop:
             return
         try:
             step(shares)
-        except Exception:
+        except Exception as error:
+            if _is_lost(error):
+                raise
             log.exception("an engine step failed")
             for share in shares:
                 self._end(share.sequence, EngineFailed("the step failed; the request may be sent again"))
@@ -294,3 +298,9 @@ class StepLoop:
             waiting_adapters=frozenset(u.version for s in scheduler.waiting for u in s.request.adapters),
         )
         self._door.count_waiting(Counter(scheduler.waiting.waiting_of()))
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether the device is lost to this process, as after an illegal access or a fault of its memory: all that is
+    asked of it afterwards fails too."""
+    return isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) != _OUT_OF_MEMORY

@@ -9,24 +9,26 @@ from torch import Tensor, nn
 
 from server.kernels.gpu import nf4
 from server.kernels.gpu.nf4 import Nf4Weight, Workspace
+from server.model.coded import CodedLinear
 
 
-class Nf4Linear(nn.Linear):
-    """bitsandbytes' 4-bit layer turned, in place, into one of ours over the same codes; made by `convert` only.
-
-    Its `weight` is no parameter any more: reading it unpacks a dense copy.
-    """
+class Nf4Linear(CodedLinear):
+    """bitsandbytes' 4-bit layer turned, in place, into one of ours over the same codes; made by `convert` only."""
 
     packed: Nf4Weight
     workspace: Workspace
     dtype: torch.dtype
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """[out, in], what the codes mean. By torch alone: any thread may ask, whatever runs on the device."""
-        packed = self.packed
-        codes = torch.stack([packed.codes >> 4, packed.codes & 15], -1).flatten(1).int()
-        scales = packed.scales.float().repeat_interleave(nf4.BLOCK, 1)
+    def codes(self) -> Tensor:
+        """See `CodedLinear.codes`."""
+        return self.packed.codes
+
+    def unpacked(self, first: int, last: int) -> Tensor:
+        """See `CodedLinear.unpacked`. By torch alone: any thread may ask, whatever runs on the device."""
+        packed, rows = self.packed, self.packed.codes[first:last]
+        codes = torch.stack([rows >> 4, rows & 15], -1).flatten(1).int()
+        scales = packed.scales[first:last].float().repeat_interleave(nf4.BLOCK, 1)
         return (packed.levels[codes] * scales).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

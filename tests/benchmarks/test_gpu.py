@@ -70,6 +70,30 @@ def test_an_engine_with_wrong_answers_is_not_timed(
     capsys.readouterr()
 
 
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [(["answers"], "peft is not installed"), ([], "the section `answers` was not asked for")],
+)
+def test_figures_of_an_engine_that_was_not_checked_say_so(
+    asked: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(bench: Bench) -> Report:
+        raise ModuleNotFoundError(name="peft")
+
+    def figures(bench: Bench) -> Report:
+        return {"rows": [{"base": "NF4", "step ms": 1.0}, {"base": "bf16", "step ms": 2.0}]}
+
+    monkeypatch.setitem(gpu_sections.SECTIONS, "answers", gpu_sections.Section(lacking, 10))
+    monkeypatch.setitem(gpu_sections.SECTIONS, "engine", gpu_sections.Section(figures, 10, engine=True))
+    monkeypatch.setitem(gpu_sections.SECTIONS, "steps", gpu_sections.Section(figures, 10))
+    files = ["--json", str(tmp_path / "gpu.json"), "--markdown", str(tmp_path / "gpu.md")]
+    sections = gpu.main(["--tiny", "--sections", *asked, "engine", "steps", *files])["sections"]
+    assert [row["answers"] for row in sections["engine"]["rows"]] == [f"not checked: {why}"] * 2
+    assert not any("answers" in row for row in sections["steps"]["rows"])
+    assert (tmp_path / "gpu.md").read_text().count(f"not checked: {why}") == 2
+    capsys.readouterr()
+
+
 def test_a_different_token_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_engine, "_generated", lambda *_: [1, 2, 3])
     with pytest.raises(AssertionError, match="the engine's tokens are not PEFT's"):

@@ -16,7 +16,7 @@ from server.kernels.gpu.launch import early_start, power_of_two, precision, proc
 STEP = 64  # stored positions in one tile
 MOST = 32  # parts at most, into which a sequence is cut
 _PROGRAMS = 16  # of a processor at most; where there are more parts, a program takes several, one after the other
-_ROWS = 64  # sequences a program looks through for its own part, at least
+ROWS = 64  # sequences a program looks through for its own part, at least; more: the next power of two
 _WARPS = 4
 _STAGES = 2
 _REGISTERS: int | None = None
@@ -163,7 +163,7 @@ def _launch(
         MOST=MOST,
         AT_ONCE=max(1, 8 * _WARPS >> (each - 1).bit_length()),
         LONG=-(-longest // STEP) > MOST,
-        ROWS=1 if rows == 1 else max(_ROWS, power_of_two(rows)),
+        ROWS=1 if rows == 1 else max(ROWS, power_of_two(rows)),
         WINDOW=window or 0,
         SOFTCAP=softcap is not None,
         ROTATE=rotation is not None,

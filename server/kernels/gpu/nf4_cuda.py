@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ MOST_ALONE = 16  # rows for warps that multiply by themselves; beyond it, on an 
 LEAST_FOURS = 9  # rows from which fours of warps, where the card has them, are faster
 MOST_ROWS = 64  # for fours of warps
 _MOST = 256  # tiles that one group walks
+_COMPILERS = 8  # threads at most
 _RESERVED = 1024  # bytes of every group's shared memory, by the driver
 
 
@@ -179,14 +182,11 @@ def product(
     addresses, no room."""
     rows, width = x.shape
     out = codes.shape[0]
-    narrow = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and scales.dtype == torch.float16)
-    wgmma = rows >= LEAST_FOURS and has_fours(x.device)
-    if rows > (MOST_ROWS if wgmma else MOST_ALONE) and given is None:
-        return None
-    if not narrow or x.stride(0) % 8 or x.data_ptr() % 16 or codes.data_ptr() % 16 or not cuda.available():
+    odd = x.stride(0) % 8 or x.data_ptr() % 16 or codes.data_ptr() % 16
+    if odd or not _narrow(x.dtype, scales.dtype) or not cuda.available():
         return None
     count = processors(x.device)
-    cut = given or best(_rounded(rows), out, width, count, _shared_limit(x.device), wgmma)
+    cut = given or cut_for(rows, out, width, x.device)
     if cut is None or cut.parts(out, width) > parts.numel() or cut.tiles(out) > counters.numel():
         return None
     walkers = cut.walkers(out, width, count)
@@ -201,6 +201,36 @@ def product(
         early=dependent(x.device),
     )  # fmt: skip
     return y
+
+
+def cut_for(rows: int, out: int, width: int, device: torch.device) -> Cut | None:
+    """How a product of so many rows is cut on this card; None where another kernel is faster, or there is no room."""
+    wgmma = rows >= LEAST_FOURS and has_fours(device)
+    if rows > (MOST_ROWS if wgmma else MOST_ALONE):
+        return None
+    return best(_rounded(rows), out, width, processors(device), _shared_limit(device), wgmma)
+
+
+def prepare(weights: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+    """Compile, several at a time, what `product` takes for any number of rows of `dtype` with these codes and scales,
+    so that no first launch waits for it."""
+    wanted: set[tuple[Cut, int, bool, bool, torch.device]] = set()
+    for codes, scales in weights:
+        if not cuda.available() or not _narrow(dtype, scales.dtype):
+            continue
+        out, width = codes.shape[0], 2 * codes.shape[1]
+        for power in range(MOST_ROWS.bit_length()):
+            cut = cut_for(1 << power, out, width, codes.device)
+            if cut is not None:
+                wanted.add((cut, width, dtype == torch.float16, scales.dtype == torch.float32, codes.device))
+    with ThreadPoolExecutor(_COMPILERS, thread_name_prefix="loraplex-compile") as pool:
+        for done in [pool.submit(_function, *one) for one in wanted]:
+            done.result()
+
+
+def _narrow(dtype: torch.dtype, scales: torch.dtype) -> bool:
+    """Whether the kernel takes rows of `dtype` with such scales."""
+    return dtype == torch.bfloat16 or (dtype == torch.float16 and scales == torch.float16)
 
 
 def constants(cut: Cut, width: int, half: bool, wide: bool) -> tuple[tuple[str, int], ...]:

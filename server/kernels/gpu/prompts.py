@@ -139,7 +139,7 @@ def _weigh(top, total, scores, scale, SOFTCAP: tl.constexpr, EMPTY: tl.constexpr
     return new, total * fade + tl.sum(weights, 1), weights, fade
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["page_stride"])  # it follows the longest prompt
 def _prefill(
     q,
     k,

@@ -17,6 +17,7 @@ from server.engine.captured import CapturedSteps
 from server.engine.engine import Completion
 from server.engine.gpu import GpuSteps
 from server.engine.request import Sampling
+from tests.equivalence.kinds import KINDS
 from tests.equivalence.reference import ask, assert_same, load, write_moved_adapter
 from tests.equivalence.test_families import FAMILIES, LLAMA_LINEARS, write_family
 from tests.server.engine.gpu.pretend import build
@@ -102,6 +103,28 @@ def test_an_nf4_base_is_read_as_bitsandbytes_packed_it(
         engine.close()
     for kind, prompt, answer in zip(("a", None), prompts, answers, strict=True):
         assert_same(answer, dequantized(tiny_base, adapters[kind] if kind else None), prompt, kind)
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning")
+def test_parts_on_an_nf4_base(pretend_gpu: TapeGraphs, tiny_base: Path, tmp_path: Path, directory_fetch: Fetch) -> None:
+    """Linear layers that an adapter replaces, and norms of weights that are unpacked for them."""
+    kinds = ["saved-linear", "dora"]
+    adapters = {
+        kind: write_moved_adapter(
+            tiny_base,
+            tmp_path / kind,
+            **{"lora_alpha": 16, "target_modules": list(LLAMA_LINEARS), **KINDS[kind]},
+        )
+        for kind in kinds
+    }
+    prompts = {kind: random_prompt(3, 9) for kind in kinds}
+    engine = build(tiny_base, directory_fetch(adapters), quantization="nf4")
+    try:
+        answers = engine.generate([ask(prompt, kind) for kind, prompt in prompts.items()])
+    finally:
+        engine.close()
+    for (kind, prompt), answer in zip(prompts.items(), answers, strict=True):
+        assert_same(answer, dequantized(tiny_base, adapters[kind]), prompt, kind)
 
 
 @pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning")
@@ -228,7 +251,7 @@ def test_prompts_are_tried_before_anybody_waits(
             FIRST_PROMPTS(steps)
             assert tried == []
         FIRST_PROMPTS(steps)
-        assert sorted(tried) == [15, 15, 16, 16]  # the budget of a step is 16 tokens
+        assert sorted(tried) == [1, 1, 2, 2, 12, 12, 13, 13, 14, 14, 16, 16]  # the budget of a step is 16 tokens
         answers = engine.generate([ask(prompt, "a"), ask(prompt)])
         engine.check_integrity()
     finally:

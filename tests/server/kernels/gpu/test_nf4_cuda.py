@@ -7,7 +7,9 @@ import functools
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +163,53 @@ def test_cuts_that_were_timed_on_a_card_are_taken_there() -> None:
     assert few is not None and few.rows == 4 and few.blocks == nf4_cuda.best(8, 28672, 4096, 132, 228 << 10).blocks  # type: ignore[union-attr]
     without = nf4_cuda.best(16, 28672, 4096, 132, 228 << 10, wgmma=False)
     assert without is not None and not without.wgmma
+
+
+@pytest.mark.parametrize("fours", [True, False])
+@pytest.mark.parametrize("dtype", TYPES, ids=["bfloat16", "float16"])
+def test_all_that_a_product_will_take_is_compiled_together(
+    dtype: torch.dtype, fours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card that is pretended: what `product` asks for, at any number of rows, has been asked for before, once, and
+    by several threads."""
+    asked: list[Any] = []
+    launched: list[Any] = []
+    first, another = iter([True]), threading.Event()
+
+    def function(*constants: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            if next(first, False):
+                assert another.wait(60), "one after the other"
+            else:
+                another.set()
+        asked.append(constants)
+        return lambda *arguments, **_: launched.append(arguments)
+
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    monkeypatch.setattr(nf4_cuda, "processors", lambda device: 132)
+    monkeypatch.setattr(nf4_cuda, "_shared_limit", lambda device: 228 << 10)
+    monkeypatch.setattr(nf4_cuda, "has_fours", lambda device: fours)
+    monkeypatch.setattr(nf4_cuda, "_function", function)
+    weights = [weight_of(out, 576, False) for out in (960, 70, 960, 1536, 130)]
+    nf4_cuda.prepare([(weight.codes, weight.scales) for weight in weights], dtype)
+    prepared = set(asked)
+    assert len(prepared) == len(asked) > 0
+    asked.clear()
+    workspace = nf4.Workspace("cpu", parts=1 << 22)
+    for weight in weights:
+        for rows in range(1, nf4.FUSED_ROWS + 1):
+            x = torch.zeros(rows, 576, dtype=dtype)
+            nf4_cuda.product(x, weight.codes, weight.scales, None, workspace.parts, workspace.counters)
+    assert set(asked) == prepared
+    assert launched
+
+
+def test_nothing_is_compiled_for_rows_that_the_product_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4_cuda, "cut_for", lambda *_: pytest.fail("nobody takes it"))
+    weight = weight_of(64, 128, False)
+    for available, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        monkeypatch.setattr(cuda, "available", lambda available=available: available)
+        nf4_cuda.prepare([(weight.codes, weight.scales)], dtype)
 
 
 @pytest.mark.skipif(not cuda.compilable(), reason="no NVRTC")

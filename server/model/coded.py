@@ -1,0 +1,23 @@
+"""Linear layers whose weight is kept in codes, as adapters see them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class CodedLinear(nn.Linear):
+    """A linear layer whose `weight` is no parameter: reading it unpacks a dense copy."""
+
+    @property
+    def codes(self) -> Tensor:
+        """What is stored: integers, not of the weight's shape."""
+        raise NotImplementedError
+
+    def unpacked(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` of the weight [out, in], what the codes mean."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """[out, in], all of it."""
+        return self.unpacked(0, self.out_features)
