@@ -106,21 +106,20 @@ def test_an_nf4_base_is_read_as_bitsandbytes_packed_it(
 
 
 @pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning")
-def test_parts_on_an_nf4_base(pretend_gpu: TapeGraphs, tiny_base: Path, tmp_path: Path, directory_fetch: Fetch) -> None:
-    """Linear layers that an adapter replaces, and norms of weights that are unpacked for them."""
-    kinds = ["saved-linear", "dora"]
+def test_every_kind_of_adapter_on_an_nf4_base(
+    pretend_gpu: TapeGraphs, tiny_base: Path, tmp_path: Path, directory_fetch: Fetch
+) -> None:
     adapters = {
         kind: write_moved_adapter(
-            tiny_base,
-            tmp_path / kind,
-            **{"lora_alpha": 16, "target_modules": list(LLAMA_LINEARS), **KINDS[kind]},
+            tiny_base, tmp_path / kind, **{"lora_alpha": 16, "target_modules": list(LLAMA_LINEARS), **settings}
         )
-        for kind in kinds
+        for kind, settings in KINDS.items()
     }
-    prompts = {kind: random_prompt(3, 9) for kind in kinds}
-    engine = build(tiny_base, directory_fetch(adapters), quantization="nf4")
+    prompts = {kind: random_prompt(3) for kind in adapters}
+    engine = build(tiny_base, directory_fetch(adapters), quantization="nf4", adapter_memory_bytes=8 << 20)
     try:
         answers = engine.generate([ask(prompt, kind) for kind, prompt in prompts.items()])
+        engine.check_integrity()
     finally:
         engine.close()
     for (kind, prompt), answer in zip(prompts.items(), answers, strict=True):

@@ -24,7 +24,7 @@ from tests.server.engine.gpu.tape import TapeGraphs
 
 CAPTURE_ALL = CapturedSteps.capture_all
 FIRST_PROMPTS = GpuSteps.first_prompts
-SEQUENCES, TOKENS, CONTEXT, PAGE = 70, 256, 4096, 8
+TOKENS, CONTEXT, PAGE = 256, 4096, 8
 _LAUNCH = {"num_warps", "num_stages", "maxnreg", "launch_pdl"}
 
 
@@ -49,10 +49,10 @@ def random_rows(limit: int) -> tuple[tuple[int, int, float], ...]:
     return random.choice([(), ((start, random.randint(start + 1, min(limit, start + 40)), 0.5),)])
 
 
-def random_step(pages: int, adapter_rows: int) -> list[Any]:
+def random_step(sequences: int, pages: int, adapter_rows: int) -> list[Any]:
     """Up to all sequences: some with one token, some with a stretch of a prompt, as a scheduler might put together."""
     prompts = random.choice([0, 1, 1, 2, 3])
-    answers = random.choice([0 if prompts else 1, 1, 2, 3, random.randint(1, SEQUENCES - prompts)])
+    answers = random.choice([0 if prompts else 1, 1, 2, random.randint(1, sequences - prompts)])
     shares, left = [], TOKENS - answers
     for place in range(answers + prompts):
         computed = random.choice([0, 1, 7, 100, random.randrange(CONTEXT - TOKENS)])
@@ -67,7 +67,9 @@ def random_step(pages: int, adapter_rows: int) -> list[Any]:
     return shares
 
 
+@pytest.mark.parametrize("sequences", [5, 70])
 def test_a_mix_of_traffic_asks_for_nothing_that_was_not_compiled(
+    sequences: int,
     pretend_gpu: TapeGraphs,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -78,7 +80,7 @@ def test_a_mix_of_traffic_asks_for_nothing_that_was_not_compiled(
     write_tiny_llama(base, num_hidden_layers=1, max_position_embeddings=CONTEXT)
     write_byte_tokenizer(base)
     engine = build(
-        base, directory_fetch({}), quantization="nf4", max_sequences=SEQUENCES, max_batch_tokens=TOKENS,
+        base, directory_fetch({}), quantization="nf4", max_sequences=sequences, max_batch_tokens=TOKENS,
         page_tokens=PAGE, kv_memory_bytes=2 << 20,
     )  # fmt: skip
 
@@ -95,7 +97,7 @@ def test_a_mix_of_traffic_asks_for_nothing_that_was_not_compiled(
         known = set(asked)
         with torch.inference_mode():
             for _ in range(60):
-                shares = random_step(kv.pages, engine.adapters.rows_total)
+                shares = random_step(sequences, kv.pages, engine.adapters.rows_total)
                 step = [share.tokens for share in shares]
                 batch = steps._lay_out(shares)
                 steps.active.use(batch.segments, batch.decodes)
