@@ -57,7 +57,10 @@ def diff(a: str, b: str, tensors: bool, hub_url: str | None, as_json: bool) -> N
         print_table(
             ["tensor", "|A|", "|B|", "cosine", "|B-A|"],
             [
-                [t.name.removeprefix(PREFIX), *map(_number, (t.norm_a, t.norm_b, t.cosine, t.change))]
+                [
+                    t.name.removeprefix(PREFIX).removesuffix(".weight"),
+                    *map(_number, (t.norm_a, t.norm_b, t.cosine, t.change)),
+                ]
                 for t in found.tensors[shown]
             ],
         )

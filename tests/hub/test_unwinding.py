@@ -13,6 +13,12 @@ from hub.hub import Hub
 from hub.unwinding import end_at_once, unwinding
 from tests.hub.making import lora_tensors, write_adapter
 
+# Whoever runs the tests may ignore signals (nohup, `&`), and what is ignored stays so in children.
+HEEDS = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
 # Says when bytes are about to be staged, and stays there.
 STAYS = """
 import sys, time
@@ -28,8 +34,9 @@ STATED = ("--metrics", "f1=0.5")
 
 
 def started(arguments: tuple[str, ...], *prefix: str) -> subprocess.Popen[str]:
+    program = STAYS if prefix else HEEDS + STAYS
     process = subprocess.Popen(
-        [*prefix, sys.executable, "-c", STAYS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*prefix, sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "staging\n"
