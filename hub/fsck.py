@@ -12,6 +12,7 @@ from hub.blobs import BlobStore
 from hub.catalog import Catalog, Record
 from hub.errors import BlobCorrupt, HubError, HubUnavailable
 from hub.manifest import Manifest
+from hub.past import all_events
 from hub.progress import Progress
 from hub.refs import Digest
 from hub.versions import Event, Problem
@@ -42,14 +43,6 @@ def check(blobs: BlobStore, catalog: Catalog, progress: Progress | None) -> list
                 Problem(text, what, "BLOB_CORRUPT", f"a {what} of {text} is missing from the hub's storage")
             )
     return problems
-
-
-def all_events(catalog: Catalog) -> list[Event]:
-    """Every event of the catalog, in order."""
-    events: list[Event] = []
-    while batch := catalog.events(events[-1].seq if events else 0, 10_000):
-        events += batch
-    return events
 
 
 def _journal(catalog: Catalog, events: list[Event]) -> Iterator[Problem]:

@@ -155,9 +155,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         publishing.check_manifest(manifest)
         publishing.check_profile(self.profile_file, manifest)
         record, outcome = publishing.publish(self._blobs, self._catalog, adapter, manifest, wanted, progress, stored)
-        warnings = warnings_of(adapter, identity)
-        if outcome == "restored":
-            warnings = (f"{record.text} was removed; it is restored, and :latest is {record.text} now", *warnings)
+        warnings = (*publishing.warnings_about(record, outcome), *warnings_of(adapter, identity))
         return PushResult(self._version(record), outcome == "created", warnings)
 
     def resolve(self, ref: AdapterRef | str, key: str | None = None) -> Version:

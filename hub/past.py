@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from hub.facade import HubFacade
+from typing import Protocol
+
 from hub.versions import Event
 
 
-def all_events(hub: HubFacade, since: int = 0, full_name: str | None = None) -> list[Event]:
+class Telling(Protocol):
+    """A hub, or the catalog of one."""
+
+    def events(self, since_seq: int, limit: int, full_name: str | None, /) -> list[Event]:
+        """Up to `limit` events after `since_seq`, in order; of one adapter or of all."""
+        ...
+
+
+def all_events(hub: Telling, since: int = 0, full_name: str | None = None) -> list[Event]:
     """Every event after number `since`, oldest first; of one adapter or (None) of all."""
     events: list[Event] = []
     while batch := hub.events(since, 1000, full_name):
@@ -15,7 +24,7 @@ def all_events(hub: HubFacade, since: int = 0, full_name: str | None = None) -> 
     return events
 
 
-def removals(hub: HubFacade) -> list[Event]:
+def removals(hub: Telling) -> list[Event]:
     """The removals of the versions that are removed and can be restored, by name and number."""
     removed: dict[tuple[str, int], Event] = {}
     for event in all_events(hub):

@@ -60,6 +60,13 @@ def publish(
     raise AssertionError("the last attempt returns or raises")
 
 
+def warnings_about(record: Record, outcome: Published) -> tuple[str, ...]:
+    """What whoever pushed may not expect of what became of it."""
+    if outcome == "restored":
+        return (f"{record.text} was removed; it is restored, and :latest is {record.text} now",)
+    return ()
+
+
 def check_manifest(manifest: Manifest) -> None:
     """Raise FactsMalformed where what people read in a manifest is no short line of text, or it is too large.
 

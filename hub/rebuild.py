@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Final
 
 import sqlalchemy as sa
@@ -25,10 +24,10 @@ from hub.catalog import Catalog
 from hub.catalog_rows import Record
 from hub.catalog_writer import Writer, insert_version
 from hub.errors import BlobCorrupt, BlobNotFound, HubError, HubNotFound, HubUnavailable
-from hub.fsck import all_events
 from hub.journal import Journal, decode, encode, read_events
 from hub.location import Place
 from hub.manifest import MAX_MANIFEST_BYTES, Manifest
+from hub.past import all_events
 from hub.refs import Digest
 from hub.replay import Key, State, replay
 from hub.verify import copy_checked
@@ -114,22 +113,31 @@ def _manifests(
     lost: list[Problem] = []
     for key, digest in state.versions.items():
         text = f"{key[0]}@{key[1]}"
-        data = bytearray()
         try:
-            size = blobs.info(digest).bytes
-            if size > MAX_MANIFEST_BYTES:
-                raise BlobCorrupt(f"the manifest of {text} is damaged in the hub's storage")
-            copy_checked(blobs, digest, size, f"the manifest of {text}", data.extend)
-            if Manifest.parse(bytes(data)).name != key[0]:
+            try:
+                data = _stored(blobs, digest, text)
+            except (BlobCorrupt, BlobNotFound):
+                if digest not in copies:
+                    raise
+                data = copies[digest]
+                blobs.put(io.BytesIO(data))
+            if Manifest.parse(data).name != key[0]:
                 raise BlobCorrupt(f"the manifest of {text} names another adapter")
         except (BlobCorrupt, BlobNotFound) as error:
-            if digest not in copies:
-                lost.append(Problem(text, "manifest", "BLOB_CORRUPT", str(error)))
-                continue
-            data = bytearray(copies[digest])
-            blobs.put(io.BytesIO(data))
-        found[key] = bytes(data)
+            lost.append(Problem(text, "manifest", "BLOB_CORRUPT", str(error)))
+            continue
+        found[key] = data
     return found, lost
+
+
+def _stored(blobs: BlobStore, digest: Digest, text: str) -> bytes:
+    """The manifest of the version called `text`; raises BlobCorrupt, BlobNotFound."""
+    size = blobs.info(digest).bytes
+    if size > MAX_MANIFEST_BYTES:
+        raise BlobCorrupt(f"the manifest of {text} is damaged in the hub's storage")
+    data = bytearray()
+    copy_checked(blobs, digest, size, f"the manifest of {text}", data.extend)
+    return bytes(data)
 
 
 def _old_kept(place: Place) -> str | None:
@@ -151,12 +159,8 @@ def _old_kept(place: Place) -> str | None:
     name = f"{place.catalog.name}.damaged-{when}"
     for suffix in ("", "-wal", "-shm"):
         with suppress(FileNotFoundError):
-            _beside(place.catalog, suffix).rename(place.catalog.with_name(name + suffix))
+            place.catalog.with_name(place.catalog.name + suffix).rename(place.catalog.with_name(name + suffix))
     return name
-
-
-def _beside(file: Path, suffix: str) -> Path:
-    return file.with_name(file.name + suffix)
 
 
 def _fill(catalog: Catalog, state: State, events: Sequence[Event], manifests: Mapping[Key, bytes]) -> int:
@@ -182,30 +186,33 @@ def _fill(catalog: Catalog, state: State, events: Sequence[Event], manifests: Ma
                 catalog_signatures.insert(connection, full_name, number, signature)
         connection.execute(sa.insert(tables.events), [_row(event) for event in events])
         for (full_name, alias), (held, generation) in state.aliases.items():
-            _alias(writer, full_name, alias, held, generation, state)
+            left = tuple((number, weight) for number, weight in held if (full_name, number) in manifests)
+            _enter_alias(writer, state, (full_name, alias), held, left, generation)
         for (full_name, number), digest in lost.items():
             _purged(connection, full_name, number, digest, writer.time)
             writer.append("purge", Record(full_name, number, digest, b""), note=LOST)
-
-    def _alias(writer: Writer, full_name: str, alias: str, held: Held, generation: int, state: State) -> None:
-        left = tuple((number, weight) for number, weight in held if (full_name, number) in manifests)
-        number = max(left or held, key=lambda item: (item[1], -item[0]))[0]
-        record = Record(full_name, number, state.versions[full_name, number], b"")
-        if not left:
-            writer.append("untag", record, alias, before=held, note=LOST)
-            return
-        if left != held:
-            generation = writer.append("tag", record, alias, before=held, after=left, note=LOST)
-        key = {"full_name": full_name, "alias": alias}
-        writer.connection.execute(sa.insert(tables.aliases).values(**key, generation=generation))
-        for number, weight in left:
-            writer.connection.execute(sa.insert(tables.targets).values(**key, number=number, weight=weight))
 
     catalog.replace(fill)
     return sum(
         any((full_name, number) in manifests for number, _ in held)
         for (full_name, _), (held, _) in state.aliases.items()
     )
+
+
+def _enter_alias(writer: Writer, state: State, name: tuple[str, str], held: Held, left: Held, generation: int) -> None:
+    """An alias that held `held`, with what is `left` of that, and the event of what it lost."""
+    full_name, alias = name
+    number = max(left or held, key=lambda item: (item[1], -item[0]))[0]
+    record = Record(full_name, number, state.versions[full_name, number], b"")
+    if not left:
+        writer.append("untag", record, alias, before=held, note=LOST)
+        return
+    if left != held:
+        generation = writer.append("tag", record, alias, before=held, after=left, note=LOST)
+    key = {"full_name": full_name, "alias": alias}
+    writer.connection.execute(sa.insert(tables.aliases).values(**key, generation=generation))
+    targets = [{**key, "number": number, "weight": weight} for number, weight in left]
+    writer.connection.execute(sa.insert(tables.targets), targets)
 
 
 def _purged(connection: sa.Connection, full_name: str, number: int, digest: Digest, when: str) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from hub.cli_options import examples, json_option
-from hub.cli_output import print_json, print_table, printable
+from hub.cli_output import print_json, print_table, printable, progress_bar
 from training.data import digest_of, read_jsonl
 from training.errors import OutputExists
 from training.presets import named_recipe
@@ -21,7 +20,6 @@ from training.tasks import MODULES, Answers, task_named
 from training.token_counter import token_counter
 
 if TYPE_CHECKING:
-    from training.data_check import Progress
     from training.data_report import Finding, Report
 
 _SHOWN_CHARS = 160
@@ -100,7 +98,7 @@ def check(
     told = task or known_answers(file)
     if answers is None and told in MODULES:
         answers = task_named(told).answers
-    with _bars() as progress:
+    with progress_bar("items") as progress:
         report = check_file(
             file,
             token_counter(base),
@@ -122,26 +120,6 @@ def check(
             click.secho(f"{fixed}: {len(report.kept)} examples, {written}", bold=True)
     if not report.ok and written is None:
         sys.exit(1)
-
-
-@contextmanager
-def _bars() -> Iterator[Progress]:
-    """Draws one bar a check on stderr while inside; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(check: str, done: int, total: int) -> None:
-            if check not in tasks:
-                tasks[check] = bars.add_task(check, total=total)
-            bars.update(tasks[check], completed=done)
-
-        yield report
 
 
 def _write(path: Path, report: Report) -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 
-class CodedLinear(nn.Linear):
+class CodedLinear(nn.Linear, ABC):
     """A linear layer whose `weight` is no parameter: reading it unpacks a dense copy."""
 
     @property
+    @abstractmethod
     def codes(self) -> Tensor:
         """What is stored: integers, not of the weight's shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpacked(self, first: int, last: int) -> Tensor:
         """Rows `first` to `last` of the weight [out, in], what the codes mean."""
-        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
