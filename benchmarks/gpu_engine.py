@@ -149,11 +149,12 @@ def nf4_steps(bench: Bench) -> Report:
     cases = [(2, 0), (2, 2)] if bench.tiny else [(1, 0), (8, 0), (32, 0), (32, 32), (64, 0), (64, 64)]
     report = _measured(bench, world, cases)
     steps: Any = world.engine._gpu
-    if not bench.tiny and bench.left() > 10:
-        steps.capturing = False
-        rows = _measured(bench, world, [(32, 0), (32, 32)])["rows"]
-        steps.capturing = True
-        report["rows"] += [row | {"base": "NF4, uncaptured"} for row in rows]
+    without = {"early": "NF4, none launched ahead", "capturing": "NF4, uncaptured"}
+    for switch, name in without.items():
+        if bench.tiny or bench.left() > 10:
+            setattr(steps, switch, False)
+            report["rows"] += _measured(bench, world, cases[:1] if bench.tiny else [(32, 0), (32, 32)], name)["rows"]
+            setattr(steps, switch, True)
     if bench.device == "cuda":
         report["memory"] = {"plan": str(world.engine.memory), "peak bytes": torch.cuda.max_memory_reserved()}
     return report
@@ -178,11 +179,11 @@ def close_worlds(bench: Bench) -> None:
     bench.kept.clear()
 
 
-def _measured(bench: Bench, world: World, cases: list[tuple[int, int]]) -> Report:
+def _measured(bench: Bench, world: World, cases: list[tuple[int, int]], name: str = "") -> Report:
     prompt, new = (3, 3) if bench.tiny else (PROMPT, NEW)
     rows: list[dict[str, object]] = []
     alone: dict[int, float] = {}
-    name = "NF4" if world.base.quantization == "nf4" else "bf16"
+    name = name or ("NF4" if world.base.quantization == "nf4" else "bf16")
     for batch, adapters in cases:
         if bench.left() < 8:
             return {"rows": rows, "cut": f"no time left before {batch} rows with {adapters} adapters"}

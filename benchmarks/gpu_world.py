@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -148,10 +148,15 @@ class World:
         return answers, taken
 
     def decode_seconds(self, rows: int) -> float:
-        """The median of the last run's steps in which `rows` sequences got one token each."""
-        own = sorted(s.seconds for s in self.steps.seen if s.sequences == rows and s.tokens == rows)
+        """The median time from the end of one of the last run's steps in which `rows` sequences got one token each to
+        the end of the next: all that lies between two tokens of a sequence."""
+        own = sorted(
+            after.ended - before.ended
+            for before, after in pairwise(self.steps.seen)
+            if (before.sequences, before.tokens) == (after.sequences, after.tokens) == (rows, rows)
+        )
         if not own:
-            raise RuntimeError(f"no step had {rows} rows of one token")
+            raise RuntimeError(f"no two steps in turn had {rows} rows of one token")
         return own[len(own) // 2]
 
     def weight_bytes(self) -> int:

@@ -7,6 +7,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,6 +30,34 @@ _CONTEXTS = (1024, 4096, 16384)  # tokens; longer ones are launched piece by pie
 
 _Arrangement = tuple[list[Sequence], list[tuple[tuple[int, int, float], ...]], list[int], tuple[Segment, ...]]
 """Sequences, their adapters' rows, their places in the order of these, and the segments."""
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A step that was launched before the one in front of it was answered."""
+
+    rows: tuple[Sequence, ...]
+    at: dict[int, int]  # by id of the sequences that take part: which of their tokens it computes
+    logits: Tensor
+
+    def answers(self, shares: Seq[Share]) -> bool:
+        """Whether it computes these, perhaps among others."""
+        return all(share.tokens == 1 and self.at.get(id(share.sequence)) == share.sequence.computed for share in shares)
+
+
+def _step(rows: Seq[Sequence], shares: Seq[Share], logits: Tensor) -> tuple[StepOfRows, Tensor]:
+    """A step that computed `rows`, for these shares of it, in the rows' order; and the logits of who samples."""
+    by = {id(share.sequence): share for share in shares}
+    placed = [(row, by[id(sequence)]) for row, sequence in enumerate(rows) if id(sequence) in by]
+    sampling = [(row, share) for row, share in placed if share.samples]
+    if len(sampling) == len(rows):
+        wanted = logits[: len(rows)]
+    else:
+        index = torch.tensor([row for row, _ in sampling], dtype=torch.int64)
+        if logits.is_cuda:
+            index = index.pin_memory()  # or the copy waits for the step
+        wanted = logits.index_select(0, index.to(logits.device, non_blocking=True))
+    return StepOfRows(tuple(share for _, share in placed), tuple(share for _, share in sampling)), wanted
 
 
 class CapturedSteps:
@@ -61,12 +90,18 @@ class CapturedSteps:
         self._logits = torch.empty(max_sequences, vocabulary, dtype=torch.float32, device=device)
         self._captured: dict[tuple[int, int, bool], Callable[[], Tensor]] = {}
         self._last: _Arrangement | None = None
+        self._ran: tuple[Sequence, ...] = ()  # the rows of the step that ran last, where it was captured
+        self._ahead: _Ahead | None = None
 
     def run(self, shares: Seq[Share]) -> tuple[StepOfRows, Tensor] | None:
         """The step and the logits [S, vocabulary] of those that sample; None for what is not captured.
 
         Nobody of these has parts beside rank rows.
         """
+        ahead = self.forget()
+        if ahead is not None and ahead.answers(shares):
+            self._ran = ahead.rows
+            return _step(ahead.rows, shares, ahead.logits)
         longest = max(share.sequence.computed for share in shares) + 1
         if any(share.tokens > 1 for share in shares) or longest > self.contexts[-1]:
             return None
@@ -75,13 +110,41 @@ class CapturedSteps:
         self._active.use(segments, len(ordered))
         if not self._active.captured:
             return None
-        rows = self.buckets[bisect_left(self.buckets, len(ordered))]
-        context = self.contexts[bisect_left(self.contexts, longest)]
-        self._rows.fill(ordered, rows)
-        logits = self._captured_for(rows, context, bool(segments))()
-        sampling = [row for row, share in enumerate(ordered) if share.samples]
-        wanted = logits[: len(ordered)] if len(sampling) == len(ordered) else logits[sampling]
-        return StepOfRows(tuple(ordered), tuple(ordered[row] for row in sampling)), wanted
+        key = self._size(len(ordered), longest, bool(segments))
+        self._rows.fill(ordered, key[0])
+        logits = self._captured_for(*key)()
+        self._ran = tuple(share.sequence for share in ordered)
+        return _step(self._ran, ordered, logits)
+
+    def ahead(self, sequences: Seq[Sequence], tokens: Tensor) -> bool:
+        """Launch the next step of these rows of the step that ran last, before anybody knows what that one chose;
+        whether it was. `run` answers with it when it is asked for them, or for some of them.
+
+        tokens: [S] int64 on the device, what was chosen for all rows of the step.
+        """
+        if not self._ran or len(self._ran) != len(tokens) or self._last is None:
+            return False
+        going_on = set(map(id, sequences))
+        rows = [sequence if id(sequence) in going_on else None for sequence in self._ran]
+        longest = max((s.computed for s in rows if s is not None), default=0) + 1
+        if longest == 1 or longest > self.contexts[-1]:
+            return False
+        key = self._size(len(rows), longest, bool(self._last[3]))
+        if key not in self._captured:
+            return False
+        self._rows.advance(rows, tokens, key[0])
+        self._ahead = _Ahead(self._ran, {id(s): s.computed for s in rows if s is not None}, self._captured[key]())
+        return True
+
+    def forget(self) -> _Ahead | None:
+        """What was launched ahead, of which `run` knows no more."""
+        ahead, self._ahead, self._ran = self._ahead, None, ()
+        return ahead
+
+    def _size(self, rows: int, longest: int, adapters: bool) -> tuple[int, int, bool]:
+        """The captured step that has room for so many rows of up to so many tokens."""
+        rows_for = self.buckets[bisect_left(self.buckets, rows)]
+        return rows_for, self.contexts[bisect_left(self.contexts, longest)], adapters
 
     def _arranged(self, sequences: list[Sequence]) -> tuple[list[int], tuple[Segment, ...]]:
         """Places in the order of their adapters, and the segments of that; the last step's where nobody has changed."""

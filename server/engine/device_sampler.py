@@ -31,10 +31,11 @@ class _Edits(NamedTuple):
 class DeviceSampler:
     """Chooses tokens as `sampler.sample` does: the same rule, the same draws from the same seeds.
 
-    `meanwhile`, where given, is called in every step between the last launch and the wait for the device.
+    `meanwhile`, where given, is called in every step between the last launch and the wait for what was chosen, with
+    that: tokens [S] int64 on the device. What it launches comes behind the step, and is not waited for.
     """
 
-    def __init__(self, device: str, meanwhile: Callable[[], None] | None = None) -> None:
+    def __init__(self, device: str, meanwhile: Callable[[Tensor], None] | None = None) -> None:
         self._device = device
         self._cuda = device.startswith("cuda")
         self._meanwhile = meanwhile
@@ -43,8 +44,7 @@ class DeviceSampler:
     def __call__(self, logits: Tensor, states: Sequence[SamplerState]) -> list[Choice]:
         """The next token of every row; logits: [S, vocabulary] float32, one state a row, changed in place.
 
-        When it returns, the device has done all that was launched before: whoever frees memory afterwards frees it
-        behind the step.
+        When it returns, the device has done all that was launched before it was called.
         """
         self._edit(logits, states)
         # A NaN anywhere makes max NaN; +inf shows as inf. Only -inf is legitimate (forbidden tokens).
@@ -56,7 +56,7 @@ class DeviceSampler:
         asked = [row for row, state in enumerate(states) if state.logprobs is not None]
         best = max((states[row].logprobs or 0 for row in asked), default=0)
         parts = [healthy.int(), possible.int(), tokens.int(), *_logprobs(logits, tokens, asked, best)]
-        flat = self._fetched(torch.cat([part.reshape(-1) for part in parts]))
+        flat = self._fetched(torch.cat([part.reshape(-1) for part in parts]), tokens)
         count = len(states)
         given = _Given(flat[3 * count :], len(asked), best)
         choices = []
@@ -147,18 +147,18 @@ class DeviceSampler:
     def _sent(self, host: Tensor) -> Tensor:
         return host.pin_memory().to(self._device, non_blocking=True) if self._cuda else host
 
-    def _fetched(self, result: Tensor) -> list[int]:
+    def _fetched(self, result: Tensor, tokens: Tensor) -> list[int]:
         """The only wait of a step."""
         if not self._cuda:
             if self._meanwhile is not None:
-                self._meanwhile()
+                self._meanwhile(tokens)
             return list(result.tolist())
         host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
         host.copy_(result, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         if self._meanwhile is not None:
-            self._meanwhile()
+            self._meanwhile(tokens)
         done.synchronize()
         return list(host.tolist())
 

@@ -172,10 +172,10 @@ class Engine:
             # Another step would change longrope's rotation under the one at rest.
             resting=self._run_packed if fused and rope is None and not limits.deterministic else None,
             read=self._read,
-            late=gpu is not None,
+            ahead=None if gpu is None else gpu.ahead,
         )
         if gpu is not None:
-            gpu.meanwhile = self._loop.deliver
+            gpu.meanwhile = self._loop.meanwhile
         self._thread = threading.Thread(target=self._steps, name="loraplex-engine", daemon=True)
 
     @classmethod

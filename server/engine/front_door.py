@@ -97,6 +97,11 @@ class FrontDoor:
         """Whether somebody called `wake` since the last call of `cancelled`."""
         return self._awake
 
+    @property
+    def crowded(self) -> bool:
+        """Whether somebody arrived since the last call of `arrivals`."""
+        return bool(self._arrivals)
+
     def arrivals(self) -> list[Sequence]:
         """Who arrived since the last call."""
         with self._changed:

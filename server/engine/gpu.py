@@ -26,6 +26,7 @@ from server.engine.gpu_batch import lay_out
 from server.engine.gpu_trials import trials
 from server.engine.rows import StepOfRows
 from server.engine.scheduler import Share
+from server.engine.sequence import Sequence
 from server.kernels.gpu import nf4_cuda
 from server.kernels.gpu.attention import scratch_bytes
 from server.kernels.gpu.door import GpuKernels
@@ -57,8 +58,9 @@ class GpuSteps:
         self._decoder: GpuDecoder | None = None
         self._captured: CapturedSteps | None = None
         self.capturing = True  # False: every step is launched piece by piece
-        self.meanwhile: Callable[[], None] = lambda: None  # called in every step while the device computes
-        self.sampler = DeviceSampler(base.device, lambda: self.meanwhile())
+        self.early = True  # False: no step is launched before the one in front of it is answered
+        self.meanwhile: Callable[[Tensor], None] = lambda tokens: None  # called in every step while the device computes
+        self.sampler = DeviceSampler(base.device, lambda tokens: self.meanwhile(tokens))
 
     @property
     def standing_bytes(self) -> int:
@@ -138,13 +140,24 @@ class GpuSteps:
     @torch.inference_mode()
     def run(self, shares: Seq[Share], launch: Callable[[StepBatch], Tensor]) -> tuple[StepOfRows | StepBatch, Tensor]:
         """The step and its logits [S, vocabulary]; `launch` sets a batch's adapters up and calls `forward`."""
-        plain = self.capturing and not any(share.sequence.parts for share in shares)
-        if plain and self._captured is not None:
-            done = self._captured.run(shares)
-            if done is not None:
-                return done
+        if self._captured is not None:
+            if self.capturing and not any(share.sequence.parts for share in shares):
+                done = self._captured.run(shares)
+                if done is not None:
+                    return done
+            else:
+                self._captured.forget()
         batch = self._lay_out(shares)
         return batch, launch(batch)
+
+    @torch.inference_mode()
+    def ahead(self, sequences: Seq[Sequence], tokens: Tensor) -> bool:
+        """Launch the next step of these, which took part in the one that ran last; see `CapturedSteps.ahead`.
+
+        What is freed before that step ends is free all the same: pages are written again by launches behind it, and
+        the rows of an adapter that nobody holds are read for answers that nobody reads.
+        """
+        return self.early and self._captured is not None and self._captured.ahead(sequences, tokens)
 
     def _lay_out(self, shares: Seq[Share]) -> StepBatch:
         base = self._base

@@ -125,6 +125,30 @@ class Scheduler:
             self._charge(share.sequence, share.sequence.computed + share.tokens)
         return shares
 
+    def foresee(self, sequences: Seq[Sequence]) -> list[Sequence]:
+        """Which of these, whose next token is being chosen, will take part with one token in the step after that unless
+        it ends them; they have the pages for it. Nobody, where somebody would have to give up pages for it."""
+        going_on = [sequence for sequence in sequences if not sequence.ends_next and sequence.refused is None]
+        for sequence in going_on:
+            if sequence.computed // self._pages.page_tokens == len(sequence.pages):
+                more = self._pages.allocate(1)
+                if more is None:
+                    return []
+                sequence.pages += more
+        return going_on
+
+    def again(self, sequences: Seq[Sequence]) -> list[Share]:
+        """The step that was foreseen: of these, who still runs, with one token each. Nobody joins it."""
+        if not sequences:
+            return []
+        self.waiting.tick()
+        foreseen = set(map(id, sequences))
+        going_on = [s for s in self.running if id(s) in foreseen and s.pending == 1 and s.refused is None]
+        shares = [Share(sequence, 1) for sequence in going_on]
+        for share in shares:
+            self._charge(share.sequence, share.sequence.computed + share.tokens)
+        return shares
+
     @property
     def crowded(self) -> bool:
         """Whether a tenant has requests waiting although it runs several."""

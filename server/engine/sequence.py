@@ -68,6 +68,11 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def ends_next(self) -> bool:
+        """Whether its next token is its last, whatever that is."""
+        return self.produced + 1 >= self.request.stopping.max_new_tokens
+
+    @property
     def reads(self) -> bool:
         """Whether its prompt is only read."""
         return self.request.read_layer is not None

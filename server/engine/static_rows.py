@@ -6,13 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 import torch
+from torch import Tensor
 
 from server.engine.batch import slot
 from server.engine.scheduler import Share
+from server.engine.sequence import Sequence
 from server.kernels.gpu.attention import DecodeScratch
 from server.model.attention import AttentionPlan
 from server.model.gpu_attention import GpuAttention
 from server.model.runner import PackedBatch
+
+_PADDING = (0, -1, 0)  # position, slot, length
 
 
 class StaticRows:
@@ -26,8 +30,8 @@ class StaticRows:
         self.rows = rows
         self._page_tokens = page_tokens
         self._shape = (heads, width)
-        self._host = torch.zeros(4, rows, dtype=torch.int32, pin_memory=device.startswith("cuda"))
-        self._image = self._host.numpy()
+        # Two by turns: a copy that the device has not come to may still read the other.
+        self._images = [torch.zeros(4, rows, dtype=torch.int32, pin_memory=device.startswith("cuda")) for _ in range(2)]
         self._device = torch.zeros(4, rows, dtype=torch.int32, device=device)
         self._pages = torch.zeros(rows, -(-longest // page_tokens), dtype=torch.int32, device=device)
         # Of each row: the list of pages that was sent, and how many of it. A sequence's list only ever grows.
@@ -46,15 +50,35 @@ class StaticRows:
         Two copies to the device at most: what every step changes, and the pages that are new to their row.
         """
         sequences = [share.sequence for share in shares]
-        at = [sequence.computed for sequence in sequences]
-        ids = [sequence.tokens[position] for sequence, position in zip(sequences, at, strict=True)]
-        slots = [slot(s.pages, position, self._page_tokens) for s, position in zip(sequences, at, strict=True)]
-        count = len(shares)
-        # ids, positions, slots, lengths
-        self._image[:, :count] = ids, at, slots, [position + 1 for position in at]
-        self._image[:, count:rows] = [[0], [0], [-1], [0]]
-        self._device.copy_(self._host, non_blocking=True)
+        image = self._draw([self._place(sequence) for sequence in sequences], rows)
+        image.numpy()[0, : len(sequences)] = [sequence.tokens[sequence.computed] for sequence in sequences]
+        self._device.copy_(image, non_blocking=True)
         self._send_pages([sequence.pages for sequence in sequences])
+
+    def advance(self, sequences: Seq[Sequence | None], tokens: Tensor, rows: int) -> None:
+        """Put the same sequences' next tokens into the same rows, padding where there is None and up to `rows`;
+        tokens: [S] on the device, one for every sequence or None.
+
+        What is read of these buffers by launches before this call may still be about to be read.
+        """
+        image = self._draw([_PADDING if s is None else self._place(s) for s in sequences], rows)
+        self._device[1:].copy_(image[1:], non_blocking=True)
+        self._device[0, : len(sequences)] = tokens
+        self._send_pages([[] if s is None else s.pages for s in sequences])
+
+    def _place(self, sequence: Sequence) -> tuple[int, int, int]:
+        """Position, slot and length of a sequence's next token."""
+        at = sequence.computed
+        return at, slot(sequence.pages, at, self._page_tokens), at + 1
+
+    def _draw(self, places: Seq[tuple[int, int, int]], rows: int) -> Tensor:
+        """Positions, slots and lengths of the first rows, and padding up to `rows`; the ids are left to the caller."""
+        self._images.reverse()
+        lines = self._images[0].numpy()
+        if places:
+            lines[1:, : len(places)] = list(zip(*places, strict=True))
+        lines[:, len(places) : rows] = [[0], *([number] for number in _PADDING)]
+        return self._images[0]
 
     def batch(self, rows: int, longest: int) -> PackedBatch:
         """The first `rows` rows as a batch, whose sequences have up to `longest` tokens; always the same memory."""

@@ -52,6 +52,10 @@ RestingForward = Callable[[Seq[Share], Callable[[], None]], tuple[ComputedStep, 
 """The same; calls its second argument now and then between two layers, which may compute other shares meanwhile."""
 
 
+Ahead = Callable[[Seq[Sequence], Tensor], bool]
+"""Launches the step after the one that ran last, for these of its sequences, by the tokens [S] on the device that it
+chose for all of them; whether it did. Whoever is asked to compute them next has done so then."""
+
 Read = Callable[[Seq[Share]], Iterable[tuple[Share, Tensor]]]
 """Computes prompts that are only read: each share with the states [tokens, hidden] of its tokens in float32."""
 
@@ -59,8 +63,9 @@ Read = Callable[[Seq[Share]], Iterable[tuple[Share, Tensor]]]
 class StepLoop:
     """Runs steps of `scheduler` by `forward`. `long_from`: the length at which all keys of a sequence change, or None
     where the model has none (see `model.longrope`). `resting`: `forward` in a way that newcomers need not wait for,
-    where there is one (see `interlude.py`). `read`: the way of prompts that are only read (see `reading.py`). `late`:
-    what a step chose is handed out while the next one runs, by somebody who calls `deliver` then."""
+    where there is one (see `interlude.py`). `read`: the way of prompts that are only read (see `reading.py`). `ahead`:
+    where there is a device that computes by itself; somebody calls `meanwhile` while it does, and what a step chose is
+    handed out then."""
 
     def __init__(
         self,
@@ -75,7 +80,7 @@ class StepLoop:
         choose: Choose = sample,
         resting: RestingForward | None = None,
         read: Read = lambda shares: (),
-        late: bool = False,
+        ahead: Ahead | None = None,
     ) -> None:
         self.observer = observer
         self.snapshot = EngineSnapshot(kv_pages_total=pages.pages)
@@ -90,7 +95,10 @@ class StepLoop:
         self._resting = resting
         self._read = read
         self._interludes = Interludes()
-        self._late = late
+        self._ahead = ahead
+        self._foreseen: list[Sequence] = []  # whose next step was launched already
+        self._chosen_for: Seq[Share] = ()  # whose tokens are being chosen
+        self._scheduled = True  # the step that runs; it was not foreseen
         self._told: list[tuple[Sequence, Taken]] = []  # chosen, and not yet handed out
         self._noted = True
         self.ended = threading.Event()  # set when `run` is over, for whatever reason
@@ -129,16 +137,39 @@ class StepLoop:
     def advance(self) -> None:
         """Take in what came, run one step if there is something to run, note the state; never waits."""
         self._take_in()
-        crowded = self._resting is not None and self._scheduler.crowded
+        foreseen, self._foreseen = self._foreseen, []
+        shares = self._scheduler.again(foreseen)
+        self._scheduled = not shares
+        crowded = self._scheduled and self._resting is not None and self._scheduler.crowded
         if crowded:
             self._let_in()
-        shares = self._scheduler.schedule()
+        if self._scheduled:
+            shares = self._scheduler.schedule()
         if not shares:
             self.deliver()
         self._compute(shares, may_rest=crowded)
         self._noted = False
-        if not self._late:
+        if self._ahead is None:
             self.deliver()
+
+    def meanwhile(self, tokens: Tensor) -> None:
+        """While the device computes a step: launch the one behind it, and hand out what the one before it chose.
+
+        tokens: [S] on the device, what the step will have chosen.
+        """
+        self._look_ahead(tokens)
+        self.deliver()
+
+    def _look_ahead(self, tokens: Tensor) -> None:
+        """Launch the next step of the same sequences before anybody knows what this one chose. Whom a token ends has
+        then computed one more in vain. Who waits, waits one step longer, but never for two such steps in turn."""
+        waits = self._door.crowded or len(self._scheduler.waiting) > 0
+        shares = self._chosen_for
+        if self._ahead is None or (waits and not self._scheduled) or any(share.tokens > 1 for share in shares):
+            return
+        going_on = self._scheduler.foresee([share.sequence for share in shares])
+        if going_on and self._ahead(going_on, tokens):
+            self._foreseen = going_on
 
     def deliver(self) -> None:
         """Hand out what the last step chose, and note the state, where that has not been done."""
@@ -246,6 +277,7 @@ class StepLoop:
     def _postprocess(self, step: ComputedStep, logits: Tensor) -> None:
         for share in step.shares:
             share.sequence.computed += share.tokens
+        self._chosen_for = step.sampling if len(step.sampling) == len(step.shares) else ()
         choices = self._choose(logits, [share.sequence.sampler for share in step.sampling])
         for share, choice in zip(step.sampling, choices, strict=True):
             sequence = share.sequence
@@ -261,7 +293,7 @@ class StepLoop:
             if taken.reason is not None:
                 self._leave(sequence)
             self._told.append((sequence, taken))
-        if not self._late:
+        if self._ahead is None:
             self.deliver()
 
     def _take_in(self) -> None:

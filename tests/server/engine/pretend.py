@@ -30,7 +30,8 @@ from server.engine.engine import Engine
 from server.engine.observer import Unobserved
 from server.engine.outbox import Outbox
 from server.engine.request import AdapterUse, Delta, Request, Sampling, Stopping
-from server.engine.sampler import SamplerState, sample
+from server.engine.sampler import Choice, SamplerState, sample
+from server.engine.sequence import Sequence
 from server.model.base import BaseModel
 
 VOCABULARY = 40
@@ -167,11 +168,14 @@ class Reader(Outbox):
 
 
 class PretendEngine:
-    """An engine whose steps the test makes, one by one. `rests`: they rest once each, when `at_rest` is called."""
+    """An engine whose steps the test makes, one by one. `rests`: they rest once each, when `at_rest` is called.
+    `ahead`: they are launched ahead, as on a GPU, by a device that does what it is told in the order of launches."""
 
     POISON = "poison"  # an adapter of this name computes NaN
 
-    def __init__(self, *, pages: int = 64, adapters: int = 4, rests: bool = False, **limits: Any) -> None:
+    def __init__(
+        self, *, pages: int = 64, adapters: int = 4, rests: bool = False, ahead: bool = False, **limits: Any
+    ) -> None:
         self.hub = PretendHub()
         self.counts = Counts()
         self.engine = Engine(
@@ -193,6 +197,18 @@ class PretendEngine:
         self.at_rest: Callable[[], None] = lambda: None
         if rests:
             self.engine._loop._resting = self.engine._run_packed
+        self.launched: list[list[tuple[Sequence, int]]] = []  # steps launched ahead: who, and the slot it wrote
+        self._ahead: list[tuple[Sequence, int]] = []  # of those, what the next step finds
+        if ahead:
+            loop = self.engine._loop
+            choose, loop._ahead = loop._choose, self._launch_ahead
+
+            def chosen(logits: Tensor, states: Seq[SamplerState]) -> list[Choice]:
+                choices = choose(logits, states)
+                loop.meanwhile(torch.tensor([choice.token_id or 0 for choice in choices]))
+                return choices
+
+            loop._choose = chosen
         self.engine._run = self._run  # type: ignore[method-assign]
         self.engine._runner.kv.finite = self._finite  # type: ignore[method-assign]
         self.engine._runner.kv.scrub = self._scrub  # type: ignore[method-assign]
@@ -251,12 +267,18 @@ class PretendEngine:
 
     def _run(self, batch: StepBatch, between: Callable[[], None] | None = None) -> Tensor:
         arena = self.residency._arena
+        ahead = {id(sequence): at for sequence, at in self._ahead}
+        self._ahead = []
+        found = [id(share.sequence) in ahead for share in batch.shares]
+        assert all(found) or not any(found), "somebody joined a step that was launched ahead"
         for share in batch.shares:
             sequence = share.sequence
+            if id(sequence) in ahead:
+                assert share.tokens == 1
+                assert slot(sequence.pages, sequence.computed, PAGE_TOKENS) == ahead[id(sequence)]
+                continue  # what was written is looked at below
             for position in range(sequence.computed, sequence.computed + share.tokens):
-                at = slot(sequence.pages, position, PAGE_TOKENS)
-                content = (who(sequence.request), sequence.tokens[position], position)
-                self.memory[at] = float("nan") if self._poisoned(sequence.request) else content
+                self._write(sequence, position, sequence.tokens[position])
         if between is not None:
             self.at_rest()
             between()
@@ -280,6 +302,22 @@ class PretendEngine:
             for s in batch.sampling
         ]
         return torch.stack(rows) if rows else torch.zeros(0, VOCABULARY)
+
+    def _launch_ahead(self, sequences: Seq[Sequence], tokens: Tensor) -> bool:
+        chosen_for = [share.sequence for share in self.engine._loop._chosen_for]
+        self._ahead = [
+            (sequence, self._write(sequence, sequence.computed, token))
+            for sequence, token in zip(chosen_for, tokens.tolist(), strict=True)
+            if any(sequence is other for other in sequences)
+        ]
+        self.launched.append(self._ahead)
+        return True
+
+    def _write(self, sequence: Sequence, position: int, token: int) -> int:
+        at = slot(sequence.pages, position, PAGE_TOKENS)
+        content = (who(sequence.request), token, position)
+        self.memory[at] = float("nan") if self._poisoned(sequence.request) else content
+        return at
 
     def _poisoned(self, asked: Request) -> bool:
         return any(use.digest == self.POISON for use in asked.adapters)

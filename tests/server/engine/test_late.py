@@ -13,18 +13,8 @@ from tests.server.engine.pretend import PretendEngine, expected, request
 
 @pytest.fixture
 def late() -> PretendEngine:
-    """An engine whose steps hand out, between launch and choice, what the step before them chose."""
-    pretend = PretendEngine()
-    loop = pretend.engine._loop
-    loop._late = True
-    choose = loop._choose
-
-    def chosen(logits, states):  # type: ignore[no-untyped-def]
-        loop.deliver()
-        return choose(logits, states)
-
-    loop._choose = chosen
-    return pretend
+    """An engine whose steps hand out, while they are computed, what the step before them chose."""
+    return PretendEngine(ahead=True)
 
 
 def test_a_steps_token_comes_with_the_next_step(late: PretendEngine) -> None:
@@ -104,9 +94,9 @@ def test_seeds_and_steps_are_as_ever(late: PretendEngine) -> None:
 @pytest.mark.parametrize("at_the_end", [False, True])
 @pytest.mark.parametrize("is_late", [False, True])
 def test_a_token_without_words_ends_its_own_answer_alone(
-    at_the_end: bool, is_late: bool, late: PretendEngine, monkeypatch: pytest.MonkeyPatch
+    at_the_end: bool, is_late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late.engine._loop._late = is_late
+    late = PretendEngine(ahead=is_late)
     asked, other = request("a", new=1 if at_the_end else 9), request("b", new=4)
     begin = late.engine._sequence
 

@@ -4,13 +4,22 @@ import random
 import threading
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hub.errors import HubUnavailable
 from server.engine.request import Request, Sampling
-from server.errors import AdapterInUse, Cancelled, NonFiniteLogits, QueueFull, RequestTooLarge, ServerError
+from server.errors import (
+    AdapterInUse,
+    Cancelled,
+    EngineFailed,
+    NonFiniteLogits,
+    QueueFull,
+    RequestTooLarge,
+    ServerError,
+)
 from tests.server.engine.pretend import PretendEngine, Reader, expected, request
 
 NAMES = ("a", "b", "c", "d", "wide", PretendEngine.POISON, "slow", "broken")
@@ -27,13 +36,14 @@ class EngineMachine(RuleBasedStateMachine):
         adapters=st.integers(1, 4),
         budget=st.integers(4, 40),
         cache=st.booleans(),
-        rests=st.booleans(),
+        kind=st.sampled_from(["", "rests", "ahead"]),
     )
-    def begin(self, pages: int, adapters: int, budget: int, cache: bool, rests: bool) -> None:
+    def begin(self, pages: int, adapters: int, budget: int, cache: bool, kind: str) -> None:
         self.pretend = PretendEngine(
             pages=pages,
             adapters=adapters,
-            rests=rests,
+            rests=kind == "rests",
+            ahead=kind == "ahead",
             max_batch_tokens=budget,
             prefix_cache=cache,
             max_waiting=12,
@@ -164,6 +174,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert reader.token_ids == expected(asked)
             return
         assert isinstance(reader.error, ServerError | HubUnavailable)
+        assert not isinstance(reader.error, EngineFailed)
         assert isinstance(reader.error, Cancelled) == (asked.id in self.cancelled) or not isinstance(
             reader.error, Cancelled
         )
@@ -179,10 +190,11 @@ TestEngineMachine.settings = settings(
 )
 
 
-def test_ten_thousand_cancels_leak_nothing() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_ten_thousand_cancels_leak_nothing(ahead: bool) -> None:
     """Cancelled before, while and after they load, wait, run, or were preempted."""
     rng = random.Random()
-    pretend = PretendEngine(pages=40, adapters=3, max_waiting=200, max_waiting_per_tenant=120)
+    pretend = PretendEngine(pages=40, adapters=3, ahead=ahead, max_waiting=200, max_waiting_per_tenant=120)
     cancels = 0
     inside: dict[str, Reader] = {}
     try:

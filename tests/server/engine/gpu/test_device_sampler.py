@@ -122,8 +122,13 @@ def test_a_structure_that_min_new_tokens_leaves_nothing_to() -> None:
 
 
 def test_no_rows_and_the_call_before_the_wait() -> None:
-    called = []
-    sampler = DeviceSampler("cpu", meanwhile=lambda: called.append(1))
+    called: list[list[int]] = []
+    sampler = DeviceSampler("cpu", meanwhile=lambda tokens: called.append(tokens.tolist()))
     with torch.inference_mode():
         assert sampler(torch.zeros(0, VOCABULARY), []) == []
-    assert called == [1]
+        assert called == [[]]
+        chosen = sampler(torch.randn(5, VOCABULARY), states(random.Random(), 5)())
+    tokens = [choice.token_id for choice in chosen]
+    assert [one for one, token in zip(called[1], tokens, strict=True) if token is not None] == [
+        token for token in tokens if token is not None
+    ]

@@ -217,6 +217,58 @@ def test_padding_and_other_peoples_pages_are_inert(
     assert pretend_gpu.replayed > 0
 
 
+def test_steps_launched_ahead_change_nothing(
+    pretend_gpu: TapeGraphs,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_base: Path,
+    tmp_path: Path,
+    make_adapter: MakeAdapter,
+    directory_fetch: Fetch,
+) -> None:
+    """Answers that end at different times, drawn, penalized, with log-probabilities; a page's end is passed while a
+    step is under way. Nearly all decode steps are launched ahead."""
+    kinds = ("a", "b")
+    adapters = {
+        kind: make_adapter(tiny_base, tmp_path / kind, seed=random.randrange(2**31), r=rank)
+        for kind, rank in zip(kinds, (8, 5), strict=True)
+    }
+    monkeypatch.setattr("tests.equivalence.reference.NEW_TOKENS", 9)
+    requests = [
+        replace(ask(random_prompt(3, 4), *uses), sampling=sampling, logprobs=logprobs)
+        for uses, sampling, logprobs in (
+            ((), Sampling(), 2),
+            (("a",), Sampling(temperature=1.0, seed=random.randrange(2**31)), None),
+            (("b",), Sampling(repetition_penalty=1.5, presence_penalty=0.5), None),
+            (("a",), Sampling(), None),
+        )
+    ]
+    requests[3] = replace(requests[3], stopping=replace(requests[3].stopping, max_new_tokens=4))
+    given, ahead = [], 0
+    for early in (False, True):
+        engine = build(tiny_base, directory_fetch(adapters))
+        steps: Any = engine._gpu
+        steps.early = early
+        launched: list[bool] = []
+        loop: Any = engine._loop
+        look = loop._ahead
+        loop._ahead = lambda *asked, look=look, launched=launched: (launched.append(look(*asked)), launched[-1])[1]
+        try:
+            # Loaded, and the steps of these sizes captured: what is not captured yet is not launched ahead.
+            for _ in range(2):
+                answers = engine.generate([replace(one, id=f"{one.id}-{len(launched)}") for one in requests])
+                ahead = sum(launched)
+                launched.clear()
+            engine.check_integrity()
+        finally:
+            engine.close()
+        assert [answer.error for answer in answers] == [None] * 4
+        given.append([(a.token_ids, [one.logprob for d in a.deltas for one in d.logprobs]) for a in answers])
+        assert ahead >= 5 if early else ahead == 0
+    for (plain, logprobs), (early_plain, early_logprobs) in zip(*given, strict=True):
+        assert plain == early_plain
+        assert logprobs == pytest.approx(early_logprobs, abs=1e-5)
+
+
 def test_what_a_sequence_cannot_fit_is_launched_piece_by_piece(
     pretend_gpu: TapeGraphs, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, directory_fetch: Fetch
 ) -> None:
