@@ -22,6 +22,7 @@ from server.kernels.gpu.lora_plan import DECODE_TOKENS, LoraPlan
 from server.kernels.gpu.selfcheck import PAGE, random_weight
 
 BF16 = torch.bfloat16
+_NOT_TIMED = ("rows", "by_registers", "ahead")  # of a cut's fields, by the section `cuts`
 
 
 def nf4_products(bench: Bench) -> Report:
@@ -136,7 +137,7 @@ def nf4_cuts(bench: Bench) -> Report:
             if bench.left() < 3:
                 return {"rows": rows, "cut": f"no time left at {name}, {m} rows"}
             row: dict[str, object] = {"product": name, "rows": m, "Triton us": plain * 1e6}
-            row |= {field: value for field, value in asdict(cut).items() if field not in ("rows", "by_registers")}
+            row |= {field: value for field, value in asdict(cut).items() if field not in _NOT_TIMED}
             rows.append(row)
             try:
                 calls = [partial(_cut_product, x, w, workspace, cut) for w in weights[name]]
@@ -171,7 +172,7 @@ def _different_cuts(rows: int, out: int, width: int, wgmma: bool) -> list[nf4_cu
 def written_cuts(bench: Bench, path: Path) -> None:
     """The fastest cuts by an earlier call's JSON, as if the section `cuts` had run."""
     quickest = bench.cuts
-    fields = [field.name for field in dataclass_fields(nf4_cuda.Cut) if field.name != "by_registers"]
+    fields = [field.name for field in dataclass_fields(nf4_cuda.Cut) if field.name not in _NOT_TIMED[1:]]
     for row in json.loads(path.read_text(encoding="utf-8"))["sections"]["cuts"]["rows"]:
         key = (row["rows"], *LLAMA_8B.linears[row["product"]])
         quickest.setdefault(key, (row["Triton us"] / 1e6, None))

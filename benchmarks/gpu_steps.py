@@ -109,17 +109,35 @@ def _all(*changes: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
         yield
 
 
+Changed = Callable[[nf4_cuda.Cut, int, int, int], nf4_cuda.Cut]  # of a cut, for out, width and processors
+
+
 @contextlib.contextmanager
-def _each_cut(**fields: Any) -> Iterator[None]:
-    """Every product's cut with other fields."""
+def _each_cut(changed: Changed) -> Iterator[None]:
+    """Every product by another cut."""
     chosen = nf4_cuda.best
 
-    def best(*arguments: Any) -> nf4_cuda.Cut | None:
-        cut = chosen(*arguments)
-        return cut and replace(cut, **fields)
+    def best(rows: int, out: int, width: int, count: int, *rest: Any) -> nf4_cuda.Cut | None:
+        cut = chosen(rows, out, width, count, *rest)
+        return cut and changed(cut, out, width, count)
 
     with patch.object(nf4_cuda, "best", best):
         yield
+
+
+def _by_registers(cut: nf4_cuda.Cut, out: int, width: int, count: int) -> nf4_cuda.Cut:
+    return replace(cut, by_registers=True)
+
+
+def _asking(mebibytes: int) -> Changed:
+    return lambda cut, out, width, count: cut.asking(mebibytes << 20, out, width, count)
+
+
+_OTHER_CUTS: dict[str, tuple[Changed, ...]] = {
+    "x by registers": (_by_registers,),
+    **{f"{size} MiB of codes asked for early": (_asking(size),) for size in (4, 12, 36)},
+    "x by registers, 12 MiB of codes asked for early": (_by_registers, _asking(12)),
+}
 
 
 @contextlib.contextmanager
@@ -159,12 +177,15 @@ def variants(bench: Bench) -> Report:
     products: dict[str, Change] = {
         "measured cuts": lambda: _plain(measured_cuts(bench)),
         "measured cuts, early": lambda: _plain(measured_cuts(bench), _early(True)),
-        "measured cuts, early, x by registers": lambda: _plain(
-            measured_cuts(bench), _early(True), _each_cut(by_registers=True)
-        ),
+        **{f"measured cuts, early, {name}": partial(_other_cuts, bench, cuts) for name, cuts in _OTHER_CUTS.items()},
     }
+    first = patch.object(lora, "SHRINK_FIRST", True)
     adapters: dict[str, Change] = {
-        "measured cuts, early, LoRA in Triton": lambda: _plain(measured_cuts(bench), _early(True), _lora(lora._TILING))
+        "measured cuts, early, LoRA in Triton": lambda: _plain(measured_cuts(bench), _early(True), _lora(lora._TILING)),
+        "measured cuts, early, shrink first": lambda: _plain(measured_cuts(bench), _early(True), first),
+        "measured cuts, early, shrink first, 12 MiB of codes asked for early": lambda: _all(
+            first, _other_cuts(bench, (_asking(12),))
+        ),
     }
     seen: dict[str, Change] = {
         f"measured cuts, early, attention: {', '.join(f'{key} {value}' for key, value in fields.items())}": partial(
@@ -183,7 +204,7 @@ def variants(bench: Bench) -> Report:
         few = {
             name: change
             for name, change in (as_is | products | adapters).items()
-            if "early" not in name or "Triton" in name
+            if "early" not in name or name.endswith(("Triton", "shrink first"))
         }
         cases = [(2, 2, True, few)]
     else:
@@ -225,6 +246,10 @@ def variants(bench: Bench) -> Report:
     return {"rows": rows}
 
 
+def _other_cuts(bench: Bench, changes: Iterable[Changed]) -> contextlib.AbstractContextManager[Any]:
+    return _plain(measured_cuts(bench), _early(True), *map(_each_cut, changes))
+
+
 def _attention(bench: Bench, fields: dict[str, int]) -> contextlib.AbstractContextManager[Any]:
     return _plain(
         measured_cuts(bench), _early(True), *(patch.object(attention, name, value) for name, value in fields.items())
@@ -236,10 +261,15 @@ def _compile_all(bench: Bench) -> None:
     if not cuda.available():
         return
     device = torch.device("cuda", torch.cuda.current_device())
+    count = torch.cuda.get_device_properties(device).multi_processor_count
     wanted: set[tuple[nf4_cuda.Cut, int]] = set()
-    for (_, _, width), (_, cut) in bench.cuts.items():
-        if cut is not None:
-            wanted.add((replace(cut, by_registers=True), width))
+    for (_, out, width), (_, known) in bench.cuts.items():
+        for changes in _OTHER_CUTS.values():
+            if known is not None:
+                cut = known
+                for changed in changes:
+                    cut = changed(cut, out, width, count)
+                wanted.add((cut, width))
     compile_cuts(wanted, device)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from server.adapters.linear import ActiveAdapters, SiteGroup
+from server.kernels.gpu import lora
 from server.kernels.gpu.door import GpuKernels
 from server.kernels.gpu.lora import MOST_SPLITS, lora_add, scratch_elements
 from server.kernels.gpu.lora_plan import DECODE_TOKENS, RANKS, LoraPlan
@@ -56,6 +57,12 @@ class GpuAdapters(ActiveAdapters):
     def captured(self) -> bool:
         """Whether all that `use` planned lies in the buffer that captured graphs read."""
         return all(plan is self._decode for plan in self._plans)
+
+    def begin(self, x: Tensor, group: SiteGroup) -> Callable[[Tensor], None]:
+        """`add` in two halves, around the product of the same x: returns the second one, for that product."""
+        if lora.SHRINK_FIRST and self._plans == (self._decode,):
+            return lora.lora_begin(x, group.triton, self._decode, self._h)
+        return lambda y: self.add(x, group, y)
 
     def add(self, x: Tensor, group: SiteGroup, y: Tensor) -> None:
         """Add every row's deltas in place; x: [T, in], y: [T, out], the outputs of the group's sites side by side."""

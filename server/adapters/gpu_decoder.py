@@ -47,11 +47,12 @@ class JointLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, in] → [T, sum of out]."""
+        add_deltas = self._active.begin(x, self.group)
         if self.packed is not None:
             y = nf4.matmul(x, self.packed, self._workspace, self._bias)
         else:
             y = functional.linear(x, cast(Tensor, self._dense), self._bias)
-        self._active.add(x, self.group, y)
+        add_deltas(y)
         return y
 
 

@@ -11,7 +11,7 @@ of prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,8 @@ class Tiling:
 
 _TILING = Tiling()
 _CUT = lora_cuda.Cut()
+# Whether a decode step launches what needs no y before the product that y comes from. What it gains is not known yet.
+SHRINK_FIRST = False
 
 
 class LoraSites:
@@ -128,14 +130,9 @@ def lora_add(
     `h` is memory from `scratch` for this plan and the largest sites that share it (allocated here when None; a
     captured graph brings its own). `programs`: of each kernel, for tests.
     """
-    if x.dtype != sites.dtype or y.dtype != sites.dtype:
-        raise ValueError(f"rows of {x.dtype} and {y.dtype} with adapters of {sites.dtype}")
-    if x.shape[1] != sites.width or y.shape[1] != sum(sites.out) or x.stride(1) != 1 or y.stride(1) != 1:
-        raise ValueError("x and y do not fit the sites")
-    if h is None:
-        h = scratch(plan, sites)
-    elif h.numel() < scratch_elements(plan, sites):
-        raise ValueError("the scratch memory is too small for these sites")
+    if y.dtype != sites.dtype or y.shape[1] != sum(sites.out) or y.stride(1) != 1:
+        raise ValueError(f"y of {y.shape[1]} {y.dtype} does not fit the sites")
+    h = _room(x, sites, plan, h)
     if plan.tokens > _LARGEST_DECODE:
         _add_prompts(y, x, sites, plan, h, programs)
         return
@@ -143,6 +140,28 @@ def lora_add(
         tiling = _CUT if sites.aligned and plan.tokens == 8 and lora_cuda.fits(x, y) else _TILING
     _shrink_rows(x, sites, plan, h, programs, tiling)
     _expand_rows(y, sites, plan, h, programs, tiling)
+
+
+def lora_begin(x: Tensor, sites: LoraSites, plan: LoraPlan, h: Tensor | None = None) -> Callable[[Tensor], None]:
+    """`lora_add` of one x, in two halves: launches what needs no y, and returns what launches the rest, for a y that is
+    contiguous. Until then `h` is this call's."""
+    if plan.tokens > _LARGEST_DECODE:
+        return lambda y: lora_add(y, x, sites, plan, h)
+    h = _room(x, sites, plan, h)
+    tiling = _CUT if sites.aligned and plan.tokens == 8 and lora_cuda.fits(x) else _TILING
+    _shrink_rows(x, sites, plan, h, None, tiling)
+    return lambda y: _expand_rows(y, sites, plan, h, None, tiling)
+
+
+def _room(x: Tensor, sites: LoraSites, plan: LoraPlan, h: Tensor | None) -> Tensor:
+    """Memory for h, given or new; raises ValueError where x or the given memory does not fit."""
+    if x.dtype != sites.dtype or x.shape[1] != sites.width or x.stride(1) != 1:
+        raise ValueError(f"x of {x.shape[1]} {x.dtype} does not fit the sites, of {sites.width} {sites.dtype}")
+    if h is None:
+        return scratch(plan, sites)
+    if h.numel() < scratch_elements(plan, sites):
+        raise ValueError("the scratch memory is too small for these sites")
+    return h
 
 
 def _shrink_rows(

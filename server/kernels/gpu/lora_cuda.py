@@ -35,10 +35,11 @@ class Cut:
         return 64 * self.blocks
 
 
-def fits(x: Tensor, y: Tensor) -> bool:
+def fits(*given: Tensor) -> bool:
     """Whether the kernels take these rows; their sites must be `aligned`."""
-    rows = all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in (x, y))
-    return rows and x.dtype in (torch.bfloat16, torch.float16) and x.is_cuda and cuda.available()
+    rows = all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in given)
+    kind = all(t.dtype in (torch.bfloat16, torch.float16) and t.is_cuda for t in given)
+    return rows and kind and cuda.available()
 
 
 def shrink(

@@ -35,7 +35,8 @@ class Cut:
     """Constants of nf4_product.cu, named there. rows: a power of two, outputs: a multiple of `tile`.
 
     wgmma: warps multiply by fours, which takes at least 8 rows and compute capability 9.0. apart: the sharers have
-    tiles of their own. by_registers: of warps that multiply by themselves; no card has shown yet what it gains.
+    tiles of their own. by_registers: of warps that multiply by themselves. ahead: how often a group walks on for codes
+    that it asks for early. No card has shown yet what these two gain.
     """
 
     rows: int
@@ -47,6 +48,7 @@ class Cut:
     wgmma: bool = False
     apart: bool = False
     by_registers: bool = False
+    ahead: int = 0
 
     @property
     def tile(self) -> int:
@@ -93,6 +95,11 @@ class Cut:
     def under_way(self) -> int:
         """Bytes of codes that a group has asked for and not yet got."""
         return self.warps * 32 * 16 * (self.outputs // self.tile) * self.blocks
+
+    def asking(self, size: int, out: int, width: int, count: int) -> Cut:
+        """This one, asking for about `size` bytes of codes before the kernel in front of it has ended."""
+        once = self.walkers(out, width, count) * self.walk * self.outputs * width // 2
+        return replace(self, ahead=min(-(-size // once), -(-out * width // 2 // once)))
 
     def slices(self, width: int) -> int:
         """Of an input of `width`."""
@@ -246,6 +253,7 @@ def constants(cut: Cut, width: int, half: bool, wide: bool) -> tuple[tuple[str, 
         ("WGMMA", int(cut.wgmma)),
         ("APART", int(cut.apart)),
         ("BY_REGISTERS", int(cut.by_registers)),
+        ("AHEAD", cut.ahead),
         ("HALF", int(half)),
         ("WIDE", int(wide)),
     )

@@ -17,6 +17,8 @@
 //   STEPS   times KB: the blocks of one warp
 //   NP      tiles of 8 rows whose sums are joined at a time
 //   BY_REGISTERS  1: without WGMMA too, x goes by way of registers; 0: by copies that bypass them
+//   AHEAD   times a group walks on, whose codes it asks for before the kernel in front of it has ended; 0: those of its
+//           first step alone
 //   HALF    1: x and y are float16, 0: bfloat16
 //   WIDE    1: scales are float32, 0: float16
 #include "device.cuh"
@@ -30,6 +32,13 @@ DEVICE void read_codes(Quad& q, const u8* at, int wanted) {
                  "@yes ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
                  : "+r"(q.x), "+r"(q.y), "+r"(q.z), "+r"(q.w)
                  : "l"(at), "r"(wanted));
+}
+
+// So many bytes, a multiple of 16, to the second cache; nobody waits for them.
+DEVICE void fetch_later(const u8* at, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
+#endif
 }
 
 // 16 bytes to shared memory, or zeros; finished by `arrived`.
@@ -241,6 +250,15 @@ KERNEL nf4_product(const u16* x, long long x_stride, const u8* codes, const void
             coming[m][h] = scale[m][h];
         }
     }
+
+#if AHEAD
+    // Memory would idle until the kernel in front has ended. A row is one instruction.
+    for (int i = THREAD; i < AHEAD * WALK * R; i += THREADS) {
+        const int row = ((int)blockIdx.x * WALK + i / (WALK * R) * stride) * R + i % (WALK * R);
+        const int bytes = min(SLICE, WIDTH - slice * SLICE) / 2;
+        if (row < out) fetch_later(codes + (long long)row * (WIDTH / 2) + slice * (SLICE / 2), bytes);
+    }
+#endif
 
     // The table: entry e at 256 * e bytes, once for every lane. What is stored here is read only behind the barrier.
     if (THREAD < 256) {

@@ -17,6 +17,7 @@ from server.engine.captured import CapturedSteps
 from server.engine.engine import Completion
 from server.engine.gpu import GpuSteps
 from server.engine.request import Sampling
+from server.kernels.gpu import lora
 from tests.equivalence.kinds import KINDS
 from tests.equivalence.reference import ask, assert_same, load, write_moved_adapter
 from tests.equivalence.test_families import FAMILIES, LLAMA_LINEARS, write_family
@@ -149,7 +150,9 @@ def test_parts_run_through_the_single_modules(
         assert_same(answer, load(tiny_base, adapters[kind]), prompt, kind)
 
 
+@pytest.mark.parametrize("shrink_first", [False, True])
 def test_adapters_change_between_replays_and_graphs_change_nothing(
+    shrink_first: bool,
     pretend_gpu: TapeGraphs,
     monkeypatch: pytest.MonkeyPatch,
     tiny_base: Path,
@@ -159,6 +162,7 @@ def test_adapters_change_between_replays_and_graphs_change_nothing(
 ) -> None:
     """An arena for one adapter of two, which must therefore take turns in the same rows under the same captured
     steps; the answers are those of steps that are launched piece by piece."""
+    monkeypatch.setattr(lora, "SHRINK_FIRST", shrink_first)
     kinds = ["a", "b"]
     adapters = {
         kind: make_adapter(tiny_base, tmp_path / kind, seed=random.randrange(2**31), r=rank)

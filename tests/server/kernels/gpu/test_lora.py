@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from server.kernels import reference
-from server.kernels.gpu.lora import LoraSites, lora_add, scratch, splits
+from server.kernels.gpu.lora import LoraSites, lora_add, lora_begin, scratch, splits
 from server.kernels.gpu.lora_plan import LoraPlan, Segment
 
 Close = Callable[[Tensor, Tensor], None]
@@ -86,7 +86,11 @@ def test_decoding_rows(popularity: str, weighted: bool, dtype: torch.dtype, devi
     plan, sites = LoraPlan(device, tokens=8, groups=16, pieces=64), LoraSites(a, b)
     plan.fill(segments)
     h = scratch(plan, sites).fill_(NAN)
+    halved = y.clone()
     lora_add(y, x, sites, plan, h, programs=3)
+    h.fill_(NAN)
+    lora_begin(x, sites, plan, h)(halved)
+    assert torch.equal(halved.nan_to_num(), y.nan_to_num()) and torch.equal(halved.isnan(), y.isnan())
     assert torch.isnan(y[untouched]).all(), "a row on the base alone was written"
     used = [t for t in range(8) if t not in base_only]
     close(y[used], expected[used])
@@ -116,7 +120,10 @@ def test_prompts(dtype: torch.dtype, device: str, close: Close) -> None:
     expected = meant(y, x, a, b, segments)
     plan, sites = LoraPlan(device, tokens=32, groups=8, pieces=32), LoraSites(a, b)
     plan.fill(segments)
+    halved = y.clone()
     lora_add(y, x, sites, plan, scratch(plan, sites).fill_(NAN))
+    lora_begin(x, sites, plan)(halved)
+    assert torch.equal(halved[3:47], y[3:47])
     assert torch.isnan(y[:3]).all()
     assert torch.isnan(y[47:]).all()
     close(y[3:47], expected[3:47])
@@ -167,7 +174,7 @@ def test_more_than_fits_is_refused_and_leaves_the_plan(device: str) -> None:
 def test_what_does_not_fit_the_sites_is_refused(device: str) -> None:
     a, b = torch.ones(8, 32, device=device), torch.ones(8, 16, device=device)
     plan = LoraPlan(device, tokens=8, groups=2, pieces=2)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="does not fit"):
         lora_add(torch.zeros(2, 24, device=device), torch.zeros(2, 32, device=device), LoraSites([a], [b]), plan)
     with pytest.raises(ValueError, match="bfloat16"):
         lora_add(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ extern "C" void run(int columns, int slices, long room, const u16* x, long long 
         nf4_product(x, x_stride, codes, scales, levels, bias, y, parts, counters, rows, out);
     });
 }
+extern "C" long long fetched() { return fetched_bytes; }
 """
 TYPES = [torch.bfloat16, torch.float16]
 LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -109,6 +111,8 @@ def meaning(x: Tensor, weight: nf4.Nf4Weight, bias: Tensor | None) -> Tensor:
         (Cut(64, 64, 2, 2, warps=16, together=2, wgmma=True), 64, 65, 1024, False, 2),
         (Cut(8, 64, 2, 3, warps=8, wgmma=True), 7, 50, 704, False, 1),
         (Cut(8, 32, 2, warps=8, by_registers=True), 5, 33, 1088, True, 2),
+        (Cut(8, 32, 2, warps=8, by_registers=True, ahead=1), 8, 130, 1088, False, 2),
+        (Cut(32, 64, 2, warps=8, wgmma=True, ahead=9), 17, 150, 576, False, 1),
         (Cut(8, 16, 2, 3, warps=8, apart=True), 7, 150, 384, False, 1),  # tiles of their own; two have a second one
         (Cut(1, 32, 4, 2, warps=8, apart=True), 1, 75, 1088, True, 2),  # three slices, groups without a tile for all
         (Cut(64, 64, 2, 2, warps=16, wgmma=True, apart=True), 50, 330, 576, False, 1),
@@ -134,6 +138,45 @@ def test_the_order_of_a_sum_is_the_cuts_alone() -> None:
     whole = product(x, weight, None, cut, 5)
     assert torch.equal(whole, product(x, weight, None, cut, 2))
     assert torch.equal(whole[3:4], product(x[3:4], weight, None, cut, 1))
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("cut", "out", "width", "walkers"),
+    [
+        (Cut(1, 16, 2, warps=8), 100, 1024, 2),
+        (Cut(8, 16, 2, 2, warps=8), 150, 2880, 3),  # two slices, the second shorter
+        (Cut(8, 16, 2, 3, warps=8, apart=True), 300, 384, 1),
+        (Cut(64, 64, 2, 2, warps=16, wgmma=True, apart=True), 330, 576, 1),
+    ],
+)
+def test_what_is_asked_for_early_is_every_code_once(cut: Cut, out: int, width: int, walkers: int) -> None:
+    weight, x = weight_of(out, width, False), torch.randn(cut.rows, width).bfloat16()
+    turns = -(-cut.tiles(out) // (cut.walk * min(walkers, -(-cut.tiles(out) // cut.walk))))
+    for ahead, share in ((0, 0.0), (1, 1 / turns), (turns, 1.0)):
+        asking = replace(cut, ahead=ahead)
+        before = _fetched(asking, width)
+        assert torch.equal(product(x, weight, None, asking, walkers), product(x, weight, None, cut, walkers))
+        asked = (_fetched(asking, width) - before) / (out * width / 2)
+        assert asked == share if ahead in (0, turns) else share <= asked < 1.0
+
+
+def _fetched(cut: Cut, width: int) -> int:
+    library = on_the_cpu(cut, width, False, False)
+    library.fetched.restype = ctypes.c_longlong
+    return int(library.fetched())
+
+
+def test_bytes_asked_for_early_are_whole_turns() -> None:
+    for rows in (1, 8, 32, 64):
+        for out, width in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
+            cut = nf4_cuda.best(rows, out, width, 132, 228 << 10, rows >= nf4_cuda.LEAST_FOURS)
+            assert cut is not None
+            once = cut.walkers(out, width, 132) * cut.walk * cut.outputs * width // 2
+            turns = -(-cut.tiles(out) // (cut.walkers(out, width, 132) * cut.walk))
+            assert [cut.asking(size, out, width, 132).ahead for size in (0, 1, once, once + 1, 1 << 40)] == [
+                0, 1, 1, min(2, turns), turns,
+            ]  # fmt: skip
 
 
 def test_a_large_models_products_fit_the_card() -> None:
@@ -218,7 +261,8 @@ def test_it_compiles_for_an_h200(rows: int) -> None:
     for out, width in ((6144, 4096), (28672, 4096), (4096, 14336)):
         cut = nf4_cuda.best(rows, out, width, 132, 228 << 10, rows >= nf4_cuda.LEAST_FOURS)
         assert cut is not None
-        assert cuda.compiled("nf4_product", nf4_cuda.constants(cut, width, False, False), (9, 0))
+        for asking in (cut, cut.asking(16 << 20, out, width, 132)):
+            assert cuda.compiled("nf4_product", nf4_cuda.constants(asking, width, False, False), (9, 0))
 
 
 @pytest.mark.gpu
