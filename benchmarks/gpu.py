@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> Report:
     from benchmarks.gpu_engine import close_worlds
     from benchmarks.gpu_kernels import written_cuts
     from benchmarks.gpu_sections import SECTIONS
-    from benchmarks.gpu_steps import measured_cuts
+    from benchmarks.gpu_steps import measured_cuts, written_changes
     from server.kernels.gpu import cuda, launch, nf4_cuda
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> Report:
         metavar="WHAT",
         help="launches before the one in front has ended (early), products of 17 to 64 rows in CUDA C++ (wide)",
     )
-    parser.add_argument("--cuts", type=Path, help="an earlier call's JSON, whose fastest cuts of NF4 products are used")
+    parser.add_argument("--cuts", type=Path, help="an earlier call's JSON, whose fastest cuts and variants are used")
     parser.add_argument("--triton", action="store_true", help="no kernels in CUDA C++")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to try the script itself")
     options = parser.parse_args(arguments)
@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> Report:
         if options.cuts:
             written_cuts(bench, options.cuts)
             changes.enter_context(measured_cuts(bench))
+            changes.enter_context(written_changes(options.cuts))
         for name in (name for name in SECTIONS if name in options.sections):
             section = SECTIONS[name]
             if section.engine and wrong(report, "answers"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -133,6 +135,8 @@ def _asking(mebibytes: int) -> Changed:
     return lambda cut, out, width, count: cut.asking(mebibytes << 20, out, width, count)
 
 
+_BESIDE = "measured cuts, early"
+_FIRST = ", shrink first"
 _OTHER_CUTS: dict[str, tuple[Changed, ...]] = {
     "x by registers": (_by_registers,),
     **{f"{size} MiB of codes asked for early": (_asking(size),) for size in (4, 12, 36)},
@@ -155,6 +159,42 @@ def measured_cuts(bench: Bench) -> Iterator[None]:
         yield
 
 
+def fastest_changes(report: Report) -> tuple[dict[int, str], bool]:
+    """By an earlier call's section `variants`: for each number of rows over NF4 what, beside the measured cuts, made
+    the step the shortest (a name of `_OTHER_CUTS`, or nothing), and whether the shrink goes first."""
+    times: dict[tuple[int, int], dict[str, float]] = {}
+    for row in report["sections"].get("variants", {}).get("rows", []):
+        if row["base"] == "NF4" and row.get("same tokens") == 1:
+            change = row["change"].removeprefix(_BESIDE)
+            times.setdefault((row["rows"], row["adapters"]), {})[change] = row["ms"]
+    alone = {"", *(f", {name}" for name in _OTHER_CUTS)}
+    cuts = {}
+    for (rows, adapters), known in times.items():
+        if not adapters and alone & known.keys():
+            cuts[rows] = min(alone & known.keys(), key=known.__getitem__).removeprefix(", ")
+    first = [known for (_, adapters), known in times.items() if adapters and {"", _FIRST} <= known.keys()]
+    return cuts, bool(first) and all(known[_FIRST] < known[""] for known in first)
+
+
+@contextlib.contextmanager
+def written_changes(path: Path) -> Iterator[None]:
+    """What an earlier call's JSON says of these, for everything from here on; a number of rows in between goes by the
+    next larger one."""
+    cuts, first = fastest_changes(json.loads(path.read_text(encoding="utf-8")))
+    chosen = nf4_cuda.best
+
+    def best(rows: int, out: int, width: int, count: int, *rest: Any) -> nf4_cuda.Cut | None:
+        cut = chosen(rows, out, width, count, *rest)
+        known = min((size for size in cuts if size >= rows), default=None)
+        for changed in _OTHER_CUTS.get(cuts[known], ()) if known else ():
+            cut = cut and changed(cut, out, width, count)
+        return cut
+
+    print(f"by {path}: {cuts or 'the cuts alone'}, the shrink {'first' if first else 'behind its product'}")
+    with patch.object(nf4_cuda, "best", best), patch.object(lora, "SHRINK_FIRST", first):
+        yield
+
+
 def _lora(cut: Any) -> contextlib.AbstractContextManager[Any]:
     return patch.object(lora, "_CUT", cut)
 
@@ -162,7 +202,8 @@ def _lora(cut: Any) -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _plain(*changes: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
     """Nothing early and nothing wide, whatever serving does and the command line says; then these changes."""
-    with _early(False), patch.object(nf4_cuda, "MOST_ROWS", nf4_cuda.MOST_ALONE), _all(*changes):
+    narrow = patch.object(nf4_cuda, "MOST_ROWS", nf4_cuda.MOST_ALONE)
+    with _early(False), narrow, patch.object(lora, "SHRINK_FIRST", False), _all(*changes):
         yield
 
 
@@ -176,19 +217,17 @@ def variants(bench: Bench) -> Report:
     }
     products: dict[str, Change] = {
         "measured cuts": lambda: _plain(measured_cuts(bench)),
-        "measured cuts, early": lambda: _plain(measured_cuts(bench), _early(True)),
-        **{f"measured cuts, early, {name}": partial(_other_cuts, bench, cuts) for name, cuts in _OTHER_CUTS.items()},
+        _BESIDE: lambda: _plain(measured_cuts(bench), _early(True)),
+        **{f"{_BESIDE}, {name}": partial(_other_cuts, bench, cuts) for name, cuts in _OTHER_CUTS.items()},
     }
     first = patch.object(lora, "SHRINK_FIRST", True)
     adapters: dict[str, Change] = {
-        "measured cuts, early, LoRA in Triton": lambda: _plain(measured_cuts(bench), _early(True), _lora(lora._TILING)),
-        "measured cuts, early, shrink first": lambda: _plain(measured_cuts(bench), _early(True), first),
-        "measured cuts, early, shrink first, 12 MiB of codes asked for early": lambda: _all(
-            first, _other_cuts(bench, (_asking(12),))
-        ),
+        f"{_BESIDE}, LoRA in Triton": lambda: _plain(measured_cuts(bench), _early(True), _lora(lora._TILING)),
+        _BESIDE + _FIRST: lambda: _plain(measured_cuts(bench), _early(True), first),
+        f"{_BESIDE}{_FIRST}, 12 MiB of codes asked for early": lambda: _other_cuts(bench, (_asking(12),), first),
     }
     seen: dict[str, Change] = {
-        f"measured cuts, early, attention: {', '.join(f'{key} {value}' for key, value in fields.items())}": partial(
+        f"{_BESIDE}, attention: {', '.join(f'{key} {value}' for key, value in fields.items())}": partial(
             _attention, bench, fields
         )
         for fields in (
@@ -246,8 +285,10 @@ def variants(bench: Bench) -> Report:
     return {"rows": rows}
 
 
-def _other_cuts(bench: Bench, changes: Iterable[Changed]) -> contextlib.AbstractContextManager[Any]:
-    return _plain(measured_cuts(bench), _early(True), *map(_each_cut, changes))
+def _other_cuts(
+    bench: Bench, changes: Iterable[Changed], *more: contextlib.AbstractContextManager[Any]
+) -> contextlib.AbstractContextManager[Any]:
+    return _plain(measured_cuts(bench), _early(True), *map(_each_cut, changes), *more)
 
 
 def _attention(bench: Bench, fields: dict[str, int]) -> contextlib.AbstractContextManager[Any]:

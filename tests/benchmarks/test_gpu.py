@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_engine, gpu_sections
+from benchmarks import gpu, gpu_engine, gpu_sections, gpu_steps
 from benchmarks.gpu_bench import Bench, Report
-from server.kernels.gpu import selfcheck
+from server.kernels.gpu import lora, nf4_cuda, selfcheck
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -125,3 +125,37 @@ def test_it_refuses_to_time_a_machine_without_a_gpu(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         gpu.main([])
     assert "--tiny" in capsys.readouterr().err
+
+
+def test_what_an_earlier_call_found_the_fastest_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Variants whose tokens differed, or that could not be launched, are not; nor those of another base."""
+    beside, early = "measured cuts, early", "12 MiB of codes asked for early"
+
+    def row(rows: int, adapters: int, change: str, ms: float, same: float = 1.0, base: str = "NF4") -> Report:
+        return {"base": base, "rows": rows, "adapters": adapters, "change": change, "ms": ms, "same tokens": same}
+
+    variants = [
+        row(1, 0, "as it is", 0.5),
+        row(1, 0, beside, 3.0),
+        row(1, 0, f"{beside}, {early}", 2.0),
+        row(1, 0, f"{beside}, x by registers", 1.0, same=0.9),
+        row(32, 0, beside, 4.0),
+        row(32, 0, f"{beside}, {early}", 5.0),
+        row(32, 32, beside, 6.0),
+        row(32, 32, f"{beside}, shrink first", 5.5),
+        {"base": "NF4", "rows": 64, "adapters": 0, "change": beside, "failure": "no room"},
+        row(8, 0, f"{beside}, {early}", 1.0, base="bf16"),
+    ]
+    report: Report = {"sections": {"variants": {"rows": variants}}}
+    assert gpu_steps.fastest_changes(report) == ({1: early, 32: ""}, True)
+    written = tmp_path / "k.json"
+    written.write_text(json.dumps(report))
+    shape = (28672, 4096, 132, 228 << 10)
+    plain = [nf4_cuda.best(rows, *shape, rows > 8) for rows in (1, 8, 64)]
+    with gpu_steps.written_changes(written):
+        assert lora.SHRINK_FIRST
+        found = [nf4_cuda.best(rows, *shape, rows > 8) for rows in (1, 8, 64)]
+    assert found[0] is not None and plain[0] is not None
+    assert found[0] == plain[0].asking(12 << 20, *shape[:3]) != plain[0]
+    assert found[1:] == plain[1:] and not lora.SHRINK_FIRST
+    assert early in capsys.readouterr().out
