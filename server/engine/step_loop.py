@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from server.engine.foresight import Ahead, Foresight
 from server.engine.front_door import FAILED, FrontDoor
 from server.engine.interlude import Interludes
 from server.engine.kv_cache import PageTable
@@ -51,10 +52,6 @@ Forward = Callable[[Seq[Share]], tuple[ComputedStep, Tensor]]
 RestingForward = Callable[[Seq[Share], Callable[[], None]], tuple[ComputedStep, Tensor]]
 """The same; calls its second argument now and then between two layers, which may compute other shares meanwhile."""
 
-
-Ahead = Callable[[Seq[Sequence], Tensor], bool]
-"""Launches the step after the one that ran last, for these of its sequences, by the tokens [S] on the device that it
-chose for all of them; whether it did. Whoever is asked to compute them next has done so then."""
 
 Read = Callable[[Seq[Share]], Iterable[tuple[Share, Tensor]]]
 """Computes prompts that are only read: each share with the states [tokens, hidden] of its tokens in float32."""
@@ -95,10 +92,7 @@ class StepLoop:
         self._resting = resting
         self._read = read
         self._interludes = Interludes()
-        self._ahead = ahead
-        self._foreseen: list[Sequence] = []  # whose next step was launched already
-        self._chosen_for: Seq[Share] = ()  # whose tokens are being chosen
-        self._scheduled = True  # the step that runs; it was not foreseen
+        self._foresight = None if ahead is None else Foresight(door, scheduler, ahead)
         self._told: list[tuple[Sequence, Taken]] = []  # chosen, and not yet handed out
         self._noted = True
         self.ended = threading.Event()  # set when `run` is over, for whatever reason
@@ -137,19 +131,17 @@ class StepLoop:
     def advance(self) -> None:
         """Take in what came, run one step if there is something to run, note the state; never waits."""
         self._take_in()
-        foreseen, self._foreseen = self._foreseen, []
-        shares = self._scheduler.again(foreseen)
-        self._scheduled = not shares
-        crowded = self._scheduled and self._resting is not None and self._scheduler.crowded
+        shares = [] if self._foresight is None else self._foresight.shares()
+        crowded = not shares and self._resting is not None and self._scheduler.crowded
         if crowded:
             self._let_in()
-        if self._scheduled:
+        if not shares:
             shares = self._scheduler.schedule()
         if not shares:
             self.deliver()
         self._compute(shares, may_rest=crowded)
         self._noted = False
-        if self._ahead is None:
+        if self._foresight is None:
             self.deliver()
 
     def meanwhile(self, tokens: Tensor) -> None:
@@ -157,19 +149,9 @@ class StepLoop:
 
         tokens: [S] on the device, what the step will have chosen.
         """
-        self._look_ahead(tokens)
+        if self._foresight is not None:
+            self._foresight.look(tokens)
         self.deliver()
-
-    def _look_ahead(self, tokens: Tensor) -> None:
-        """Launch the next step of the same sequences before anybody knows what this one chose. Whom a token ends has
-        then computed one more in vain. Who waits, waits one step longer, but never for two such steps in turn."""
-        waits = self._door.crowded or len(self._scheduler.waiting) > 0
-        shares = self._chosen_for
-        if self._ahead is None or (waits and not self._scheduled) or any(share.tokens > 1 for share in shares):
-            return
-        going_on = self._scheduler.foresee([share.sequence for share in shares])
-        if going_on and self._ahead(going_on, tokens):
-            self._foreseen = going_on
 
     def deliver(self) -> None:
         """Hand out what the last step chose, and note the state, where that has not been done."""
@@ -277,7 +259,8 @@ class StepLoop:
     def _postprocess(self, step: ComputedStep, logits: Tensor) -> None:
         for share in step.shares:
             share.sequence.computed += share.tokens
-        self._chosen_for = step.sampling if len(step.sampling) == len(step.shares) else ()
+        if self._foresight is not None:
+            self._foresight.choosing = step.sampling if len(step.sampling) == len(step.shares) else ()
         choices = self._choose(logits, [share.sequence.sampler for share in step.sampling])
         for share, choice in zip(step.sampling, choices, strict=True):
             sequence = share.sequence
@@ -293,7 +276,7 @@ class StepLoop:
             if taken.reason is not None:
                 self._leave(sequence)
             self._told.append((sequence, taken))
-        if self._ahead is None:
+        if self._foresight is None:
             self.deliver()
 
     def _take_in(self) -> None:

@@ -27,6 +27,7 @@ from server.adapters.weights import AdapterFiles
 from server.config import EngineLimits
 from server.engine.batch import StepBatch, slot
 from server.engine.engine import Engine
+from server.engine.foresight import Foresight
 from server.engine.observer import Unobserved
 from server.engine.outbox import Outbox
 from server.engine.request import AdapterUse, Delta, Request, Sampling, Stopping
@@ -201,7 +202,7 @@ class PretendEngine:
         self._ahead: list[tuple[Sequence, int]] = []  # of those, what the next step finds
         if ahead:
             loop = self.engine._loop
-            choose, loop._ahead = loop._choose, self._launch_ahead
+            choose, loop._foresight = loop._choose, Foresight(loop._door, loop._scheduler, self._launch_ahead)
 
             def chosen(logits: Tensor, states: Seq[SamplerState]) -> list[Choice]:
                 choices = choose(logits, states)
@@ -304,7 +305,8 @@ class PretendEngine:
         return torch.stack(rows) if rows else torch.zeros(0, VOCABULARY)
 
     def _launch_ahead(self, sequences: Seq[Sequence], tokens: Tensor) -> bool:
-        chosen_for = [share.sequence for share in self.engine._loop._chosen_for]
+        assert self.engine._loop._foresight is not None
+        chosen_for = [share.sequence for share in self.engine._loop._foresight.choosing]
         self._ahead = [
             (sequence, self._write(sequence, sequence.computed, token))
             for sequence, token in zip(chosen_for, tokens.tolist(), strict=True)
