@@ -101,7 +101,7 @@ def _compare(bench: Bench, root: Path, quantization: Any, shape: Shape) -> list[
 
 
 def _uncaptured(engine: Engine) -> None:
-    steps: Any = engine._gpu
+    steps: Any = engine._computing.gpu
     steps.capturing = False
 
 
@@ -148,7 +148,7 @@ def nf4_steps(bench: Bench) -> Report:
     world = packed_world(bench)
     cases = [(2, 0), (2, 2)] if bench.tiny else [(1, 0), (8, 0), (32, 0), (32, 32), (64, 0), (64, 64)]
     report = _measured(bench, world, cases)
-    steps: Any = world.engine._gpu
+    steps: Any = world.engine._computing.gpu
     without = {"early": "NF4, none launched ahead", "capturing": "NF4, uncaptured"}
     for switch, name in without.items():
         if bench.tiny or bench.left() > 10:

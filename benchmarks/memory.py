@@ -213,7 +213,7 @@ class _Internals:
     """What no public method gives: a benchmark of memory has to look into the cupboards."""
 
     def __init__(self, engine: Any) -> None:
-        pages = engine._runner.kv
+        pages = engine._computing.runner.kv
         self.kv = [*pages.k, *pages.v]
         self.slots = pages.pages * pages.page_tokens
         arena = engine.adapters._arena

@@ -155,7 +155,7 @@ def test_rows_without_parts_run_the_base_modules_own_code(world: World, director
     engine = build(world.base, directory_fetch(world.adapters))
     try:
         engine.generate([ask(random_prompt(), "plain"), ask(random_prompt())])
-        assert not engine._part_hooks._hooked
+        assert not engine._computing.part_hooks._hooked
     finally:
         engine.close()
 
@@ -167,13 +167,13 @@ def test_what_is_not_replaced_leaves_the_layers_fused(world: World, monkeypatch:
     """DoRA, biases, heads, embeddings and tokens run natively beside everybody else, and mean what PEFT makes of them;
     only a replaced module within the layers makes these call their single modules."""
     seen: set[bool] = set()
-    use = world.engine._active.use
+    use = world.engine._computing.active.use
 
     def watched(segments: Any, decodes: int, plain: bool = True, affine: Any = None) -> None:
         seen.add(plain)
         use(segments, decodes, plain, affine)
 
-    monkeypatch.setattr(world.engine._active, "use", watched)
+    monkeypatch.setattr(world.engine._computing.active, "use", watched)
     kinds = [kind for kind in world.adapters if kind not in INSIDE]
     random.shuffle(kinds)
     prompts = {kind: random_prompt() for kind in kinds}

@@ -137,9 +137,9 @@ def test_a_family_equals_generate(
     there is no C compiler.
     """
     if way == "blocks":
-        monkeypatch.setattr("server.engine.engine.LISTED_TOKENS", 45)
+        monkeypatch.setattr("server.engine.computing.LISTED_TOKENS", 45)
     elif way == "torch":
-        monkeypatch.setattr("server.engine.engine.native.load", lambda dtype: None)
+        monkeypatch.setattr("server.engine.computing.native.load", lambda dtype: None)
         monkeypatch.setattr("server.model.packed.library", lambda: None)
     family = FAMILIES[name]
     base = tmp_path / "base"

@@ -101,9 +101,9 @@ def test_a_family_is_read_as_transformers_reads_it(
     """After no layer, one, and all of them. Sums of 64 and 96 float32 products, two to four layers deep, differ in
     their order alone: 1e-5 of the largest number is some hundred units in its last place."""
     if way == "blocks":
-        monkeypatch.setattr("server.engine.engine.LISTED_TOKENS", 45)
+        monkeypatch.setattr("server.engine.computing.LISTED_TOKENS", 45)
     elif way == "torch":
-        monkeypatch.setattr("server.engine.engine.native.load", lambda dtype: None)
+        monkeypatch.setattr("server.engine.computing.native.load", lambda dtype: None)
         monkeypatch.setattr("server.model.packed.library", lambda: None)
     write_family(tmp_path / "base", FAMILIES[name])
     reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
@@ -168,8 +168,8 @@ def test_models_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RouterUnavailable, match="built like Llama"):
         engine.reads(1)
     engine.base.model.model.layers = kept
-    engine._gpu = object()  # type: ignore[assignment]
+    engine._computing.gpu = object()  # type: ignore[assignment]
     with pytest.raises(RouterUnavailable, match="GPU"):
         engine.reads(1)
-    engine._gpu = None
+    engine._computing.gpu = None
     close(engine)

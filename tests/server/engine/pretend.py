@@ -197,7 +197,7 @@ class PretendEngine:
         self.memory: dict[int, Any] = {}
         self.at_rest: Callable[[], None] = lambda: None
         if rests:
-            self.engine._loop._resting = self.engine._run_packed
+            self.engine._loop._resting = self.engine._computing._run_packed
         self.launched: list[list[tuple[Sequence, int]]] = []  # steps launched ahead: who, and the slot it wrote
         self._ahead: list[tuple[Sequence, int]] = []  # of those, what the next step finds
         if ahead:
@@ -210,9 +210,9 @@ class PretendEngine:
                 return choices
 
             loop._choose = chosen
-        self.engine._run = self._run  # type: ignore[method-assign]
-        self.engine._runner.kv.finite = self._finite  # type: ignore[method-assign]
-        self.engine._runner.kv.scrub = self._scrub  # type: ignore[method-assign]
+        self.engine._computing._run = self._run  # type: ignore[method-assign]
+        self.engine._computing.runner.kv.finite = self._finite  # type: ignore[method-assign]
+        self.engine._computing.runner.kv.scrub = self._scrub  # type: ignore[method-assign]
 
     @property
     def scheduler(self) -> Any:

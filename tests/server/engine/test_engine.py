@@ -343,7 +343,7 @@ def test_a_loop_that_fails_ends_everybody_and_refuses_more(
 
 
 def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(engine: Engine, monkeypatch: Any) -> None:
-    run = engine._runner.run
+    run = engine._computing.runner.run
     failures = iter([True])
 
     def fail_once(batch: Any) -> torch.Tensor:
@@ -351,7 +351,7 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(engine: Engine,
             raise RuntimeError("a kernel went wrong")
         return run(batch)
 
-    monkeypatch.setattr(engine._runner, "run", fail_once)
+    monkeypatch.setattr(engine._computing.runner, "run", fail_once)
     failed = engine.generate([request("a0")])[0]
     assert isinstance(failed.error, EngineFailed)
     assert "kernel" not in str(failed.error)

@@ -50,7 +50,7 @@ def test_a_flood_does_not_lengthen_anothers_wait_by_a_step(tenants: bool) -> Non
 def served(pretend: PretendEngine, steps: int, by: str) -> dict[str, int]:
     """Tokens computed for each tenant or adapter in the next `steps` steps."""
     counts: dict[str, int] = {}
-    run = pretend.engine._run
+    run = pretend.engine._computing._run
 
     def counted(batch, between=None):  # type: ignore[no-untyped-def]
         for share in batch.shares:
@@ -59,10 +59,10 @@ def served(pretend: PretendEngine, steps: int, by: str) -> dict[str, int]:
             counts[name] = counts.get(name, 0) + share.tokens
         return run(batch, between)
 
-    pretend.engine._run = counted  # type: ignore[method-assign]
+    pretend.engine._computing._run = counted  # type: ignore[method-assign]
     for _ in range(steps):
         pretend.step()
-    pretend.engine._run = run  # type: ignore[method-assign]
+    pretend.engine._computing._run = run  # type: ignore[method-assign]
     return counts
 
 

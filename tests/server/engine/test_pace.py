@@ -107,13 +107,13 @@ def test_a_crowd_that_begins_together_takes_the_whole_step_only_where_nobody_els
         pace._answers = 0.040
         pace._beside.saw(64, 0.160)  # sixteen tokens double a step
         computed = []
-        run = pretend.engine._run
+        run = pretend.engine._computing._run
 
         def counted(batch, between=None):  # type: ignore[no-untyped-def]
             computed.append(sum(share.tokens for share in batch.shares))
             return run(batch, between)
 
-        pretend.engine._run = counted  # type: ignore[method-assign]
+        pretend.engine._computing._run = counted  # type: ignore[method-assign]
         readers = [pretend.submit(request("a", prompt=[1] * 24, new=2)) for _ in range(4)]
         for reader in readers:
             pretend.finish(reader)

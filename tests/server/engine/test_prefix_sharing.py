@@ -129,9 +129,9 @@ def test_poisoned_pages_are_never_found_and_leave_nothing(pretend: PretendEngine
 def test_a_finite_answer_over_a_poisoned_page_is_not_shared_either(pretend: PretendEngine) -> None:
     """An infinite key can hide behind a weight of zero: logits are fine, the page is not."""
     asked = request("a", prompt=prompt(6 * PAGE_TOKENS), new=4)
-    pretend.engine._runner.kv.finite = lambda pages: [i != 2 for i in range(len(pages))]  # type: ignore[method-assign]
+    pretend.engine._computing.runner.kv.finite = lambda pages: [i != 2 for i in range(len(pages))]  # type: ignore[method-assign]
     scrubbed: list[int] = []
-    pretend.engine._runner.kv.scrub = scrubbed.extend  # type: ignore[method-assign]
+    pretend.engine._computing.runner.kv.scrub = scrubbed.extend  # type: ignore[method-assign]
     [reader] = pretend.run(asked)
     assert reader.token_ids == expected(asked)
     assert pretend.engine._pages.cached == 2

@@ -226,7 +226,9 @@ def test_numbers_that_are_not_finite_harm_only_their_own_prompt(world: World) ->
     hook.remove()
     assert torch.isfinite(embedding_of(readers[0])).all() and wanted.isfinite().all()
     assert isinstance(readers[1].error, NonFiniteLogits)
-    assert all(cache.isfinite().all() for cache in (*world.engine._runner.kv.k, *world.engine._runner.kv.v))
+    assert all(
+        cache.isfinite().all() for cache in (*world.engine._computing.runner.kv.k, *world.engine._computing.runner.kv.v)
+    )
 
 
 def test_a_step_of_readings_that_fails_ends_them_alone(world: World, caplog: pytest.LogCaptureFixture) -> None:

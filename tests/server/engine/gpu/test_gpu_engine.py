@@ -204,7 +204,7 @@ def test_padding_and_other_peoples_pages_are_inert(
         if poisoned:
             # Padding is token 0; nobody may choose it below.
             engine.base.model.get_input_embeddings().weight.data[0] = float("nan")
-            for cache in (*engine._runner.kv.k, *engine._runner.kv.v):
+            for cache in (*engine._computing.runner.kv.k, *engine._computing.runner.kv.v):
                 cache.fill_(float("nan"))
         requests = [
             replace(ask(prompt, *uses), sampling=Sampling(logit_bias=((0, -100.0),)))
@@ -250,7 +250,7 @@ def test_steps_launched_ahead_change_nothing(
     given, ahead = [], 0
     for early in (False, True):
         engine = build(tiny_base, directory_fetch(adapters))
-        steps: Any = engine._gpu
+        steps: Any = engine._computing.gpu
         steps.early = early
         launched: list[bool] = []
         foresight: Any = engine._loop._foresight
@@ -295,7 +295,7 @@ def test_prompts_are_tried_before_anybody_waits(
     """As long as there is room for, with adapters and without; requests after it are answered as ever."""
     adapter = make_adapter(tiny_base, tmp_path / "a", seed=random.randrange(2**31), r=8)
     engine = build(tiny_base, directory_fetch({"a": adapter}))
-    steps: Any = engine._gpu
+    steps: Any = engine._computing.gpu
     tried: list[int] = []
     forward = steps.forward
     monkeypatch.setattr(steps, "forward", lambda batch: (tried.append(len(batch.token_ids)), forward(batch))[1])

@@ -87,7 +87,7 @@ def test_a_mix_of_traffic_asks_for_nothing_that_was_not_compiled(
     def noted(self: Any, *given: Any, grid: Any, warmup: bool, **named: Any) -> None:
         asked.setdefault(variant(self, dict(zip(self.arg_names, given, strict=False)) | named), step)
 
-    steps: Any = engine._gpu
+    steps: Any = engine._computing.gpu
     kv, step = steps._runner.kv, []
     assert kv.pages * kv.page_tokens >= CONTEXT
     monkeypatch.setattr(InterpretedFunction, "run", noted)  # what kernels would compute does not matter
