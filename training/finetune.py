@@ -79,25 +79,11 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     part of every step; the recipe's batch is each one's. Raises subclasses of `TrainingError`; an interrupted run
     leaves checkpoints beside `plan.out` for `resume`.
     """
-    output.check_free(plan.out)
-    output.check_outside(plan.out, (*plan.curves, *([plan.tensorboard] if plan.tensorboard else [])))
-    check_curves(plan.curves)
-    if plan.early_stop and not plan.recipe.hold_out:
-        raise RecipeInvalid("early stop looks at the loss on held-out examples: hold out must be above 0")
-    if plan.recipe.init == "qera" and (plan.method != "qlora" or plan.recipe.variant == "dora"):
-        raise MethodUnsupported("init qera is for plain and rslora adapters on an NF4 base: use method qlora")
-    dataset = read_jsonl(plan.data)
-    # First of all, before anything looks at the examples.
-    training, validation = hold_out(dataset.examples, plan.recipe.hold_out, plan.recipe.seed)
-    mixed_in = read_jsonl(plan.skills.file) if plan.skills is not None else None
-    own = len(training)
-    if plan.skills is not None and mixed_in is not None:
-        training = skills.mix_in(training, mixed_in.examples, plan.skills.share, plan.recipe.seed, validation)
+    _check(plan)
+    examples = _Examples.of(plan)
     processes = Processes.here()
-    console = console or Console(stderr=True)
-    if not processes.first:
-        console = Console(quiet=True)
-    checkpoints = Checkpoints.beside(plan.out, _identity(plan, dataset, mixed_in, processes))
+    console = Console(quiet=True) if not processes.first else console or Console(stderr=True)
+    checkpoints = Checkpoints.beside(plan.out, _identity(plan, examples, processes))
     if processes.first:
         checkpoints.check(resume=plan.resume)
     if plan.threads:
@@ -109,47 +95,28 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
 
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(str(plan.base_directory))
-    template = training_template(tokenizer)
-    if template is not None:
-        check_rendering(tokenizer, template, dataset.examples[:_RENDERING_SAMPLES])
-    stops = stop_ids(plan.base_directory, tokenizer)
-    encoded = encode_all(tokenizer, template, training, stops, plan.recipe.max_length)
-    held = _encode_held(tokenizer, template, validation, stops, plan.recipe) if validation else None
-
-    device = processes.device
+    encoded, held = _encode(plan, examples, tokenizer)
     torch.manual_seed(plan.recipe.seed)
-    trainable = make_trainable(plan.base_directory, plan.base.name or "", plan.method, plan.recipe, device)
+    trainable = make_trainable(plan.base_directory, plan.base.name or "", plan.method, plan.recipe, processes.device)
     if processes.first and not plan.resume:
         checkpoints.begin()
     processes.wait()
     line = ProgressLine(console, f"train {plan.out.name}")
     measured = Validation(held)
-    forwards = math.ceil(math.ceil(len(encoded.examples) / plan.recipe.batch) / processes.count)
-    one_pass = math.ceil(forwards / plan.recipe.accumulation)
-    watch = Watch(
-        console,
-        measured,
-        plan.validation_steps or one_pass,
-        plan.early_stop,
-        checkpoints.directory / "best.safetensors",
-    )
+    a_step = plan.recipe.batch * processes.count * plan.recipe.accumulation  # examples
+    one_pass = math.ceil(len(encoded.examples) / a_step)
+    best = checkpoints.directory / "best.safetensors"
+    watch = Watch(console, measured, plan.validation_steps or one_pass, plan.early_stop, best)
     trainer = _trainer(plan, trainable, tokenizer, encoded, checkpoints, [line, watch], processes)
     for looks in (line, watch, measured):
         looks.watch(trainer)
     announce(console, plan, trainable, encoded, held, processes)
-
     resumed = checkpoints.latest() if plan.resume else None
     if plan.recipe.init == "qera" and resumed is None:
         _begin_with_qera(plan, trainable, encoded.examples, console)
     events = _open_events(plan, watch, resumed) if processes.first else None
-    if resumed is None:
-        watch.begin()
-    else:
-        watch.restore(resumed)
-    loop_started, loop_cpu = time.monotonic(), time.process_time()
     try:
-        if not watch.stopped:
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        spent = _optimize(trainer, watch, resumed)
     except KeyboardInterrupt:
         if checkpoints.latest() is not None:
             line.stop()
@@ -159,32 +126,96 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
         line.stop()
         if events is not None:
             events.close()
-    spent = Spent(time.monotonic() - loop_started, time.process_time() - loop_cpu)
     processes.wait()  # for the best weights, which the first one wrote
     watch.load_best()
     after = measured()
-    mixed = _skill_facts(plan.skills, mixed_in, len(training) - own)
-    facts = facts_of(plan, dataset, encoded, held, trainable, trainer, watch, spent, after, mixed)
-    outcome = Outcome(plan.out, facts, processes.first, tuple(trainer.losses), watch.curves)
-    if not processes.first:
-        return outcome
+    facts = facts_of(
+        plan, examples.dataset, encoded, held, trainable, trainer, watch, spent, after, examples.skill_facts
+    )
+    if processes.first:
+        _write(plan, trainable, tokenizer, facts)
+        checkpoints.discard()
+        for path in plan.curves:
+            write_curves(watch.curves, f"{plan.out.name}: {plan.method}, recipe {plan.recipe.name}", path)
+        told, count = facts.metrics, len(held.examples) if held else 0
+        console.print(
+            f"done in {time.monotonic() - started:.0f} s: loss on {count} held-out examples "
+            f"{shown(told['validation_loss_before'])} → {shown(after)}, {told['tokens_per_second']} tokens/s, "
+            f"{100 * trainer.padding_share:.1f} % padding → {plan.out}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return Outcome(plan.out, facts, processes.first, tuple(trainer.losses), watch.curves)
+
+
+def _check(plan: Plan) -> None:
+    """Refuse what cannot end well before anything is read or loaded."""
+    output.check_free(plan.out)
+    output.check_outside(plan.out, (*plan.curves, *([plan.tensorboard] if plan.tensorboard else [])))
+    check_curves(plan.curves)
+    if plan.early_stop and not plan.recipe.hold_out:
+        raise RecipeInvalid("early stop looks at the loss on held-out examples: hold out must be above 0")
+    if plan.recipe.init == "qera" and (plan.method != "qlora" or plan.recipe.variant == "dora"):
+        raise MethodUnsupported("init qera is for plain and rslora adapters on an NF4 base: use method qlora")
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """What is trained on and what is held out."""
+
+    dataset: Dataset
+    training: Sequence[Example]
+    held: Sequence[Example]
+    skills: Dataset | None  # the file that some of `training` come from
+    skill_facts: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, plan: Plan) -> _Examples:
+        """Read the plan's files and hold out, first of all, before anything looks at the examples."""
+        dataset = read_jsonl(plan.data)
+        training, held = hold_out(dataset.examples, plan.recipe.hold_out, plan.recipe.seed)
+        if plan.skills is None:
+            return cls(dataset, training, held, None, None)
+        mixed_in, own = read_jsonl(plan.skills.file), len(training)
+        training = skills.mix_in(training, mixed_in.examples, plan.skills.share, plan.recipe.seed, held)
+        told = {
+            "file": plan.skills.file.name,
+            "digest": mixed_in.digest,
+            "share": plan.skills.share,
+            "examples": len(training) - own,
+        }
+        return cls(dataset, training, held, mixed_in, told)
+
+
+def _encode(plan: Plan, examples: _Examples, tokenizer: Any) -> tuple[EncodedSet, EncodedSet | None]:
+    """The examples to train on, and those held out, if any."""
+    template = training_template(tokenizer)
+    if template is not None:
+        check_rendering(tokenizer, template, examples.dataset.examples[:_RENDERING_SAMPLES])
+    stops = stop_ids(plan.base_directory, tokenizer)
+    encoded = encode_all(tokenizer, template, examples.training, stops, plan.recipe.max_length)
+    held = _encode_held(tokenizer, template, examples.held, stops, plan.recipe) if examples.held else None
+    return encoded, held
+
+
+def _optimize(trainer: LabelTrainer, watch: Watch, resumed: Path | None) -> Spent:
+    """The optimizer's loop, from where `resumed` left it."""
+    if resumed is None:
+        watch.begin()
+    else:
+        watch.restore(resumed)
+    started, cpu = time.monotonic(), time.process_time()
+    if not watch.stopped:
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    return Spent(time.monotonic() - started, time.process_time() - cpu)
+
+
+def _write(plan: Plan, trainable: Trainable, tokenizer: Any, facts: Facts) -> None:
     if plan.method == "full":
         save = output.save_model(trainable.model, tokenizer, plan.base.name or "", facts)
     else:
         save = output.save_adapter(trainable.model, plan.base.name or "", facts)
     output.write_directory(plan.out, save)
-    checkpoints.discard()
-    for path in plan.curves:
-        write_curves(watch.curves, f"{plan.out.name}: {plan.method}, recipe {plan.recipe.name}", path)
-    told = facts.metrics
-    console.print(
-        f"done in {time.monotonic() - started:.0f} s: loss on {len(held.examples) if held else 0} held-out examples "
-        f"{shown(told['validation_loss_before'])} → {shown(after)}, {told['tokens_per_second']} tokens/s, "
-        f"{100 * trainer.padding_share:.1f} % padding → {plan.out}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return outcome
 
 
 def _begin_with_qera(plan: Plan, trainable: Trainable, examples: Sequence[Encoded], console: Console) -> None:
@@ -208,10 +239,11 @@ def _encode_held(
         ) from error
 
 
-def _identity(plan: Plan, dataset: Dataset, mixed_in: Dataset | None, processes: Processes) -> dict[str, Any]:
+def _identity(plan: Plan, examples: _Examples, processes: Processes) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's."""
+    mixed_in = examples.skills
     return {
-        "data": dataset.digest,
+        "data": examples.dataset.digest,
         "base": plan.base.fingerprint or plan.base.name,
         "method": plan.method,
         "recipe": plan.recipe.as_dict(),
@@ -219,7 +251,7 @@ def _identity(plan: Plan, dataset: Dataset, mixed_in: Dataset | None, processes:
         "validation_steps": plan.validation_steps,
         "early_stop": plan.early_stop,
         "processes": processes.count if processes.count > 1 else None,
-        "skills": [mixed_in.digest, plan.skills.share] if mixed_in is not None and plan.skills is not None else None,
+        "skills": None if plan.skills is None or mixed_in is None else [mixed_in.digest, plan.skills.share],
     }
 
 
@@ -300,9 +332,3 @@ def _open_events(plan: Plan, watch: Watch, resumed: Path | None) -> Any:
     listener, writer = event_log(plan.tensorboard, int(resumed.name.rpartition("-")[2]) if resumed else None)
     watch.listeners.append(listener)
     return writer
-
-
-def _skill_facts(asked: SkillData | None, found: Dataset | None, count: int) -> dict[str, Any] | None:
-    if asked is None or found is None:
-        return None
-    return {"file": asked.file.name, "digest": found.digest, "share": asked.share, "examples": count}
