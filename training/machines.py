@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from server.engine.machine_memory import whole_memory
 from training.planner import Machine
 from training.trainable import attention_for, dtype_of
 
@@ -52,25 +52,7 @@ def this_machine(base: Path, memory: int | None = None, precision: str = "auto")
     """
     dtype = dtype_of(precision, "cpu")
     flops = layer_speed(base, dtype) * CPU_SHARE
-    return Machine("this machine's CPU", "cpu", memory or memory_here(), _PROCESS, flops, dtype)
-
-
-def memory_here(root: Path = Path("/")) -> int:
-    """Bytes that a process may take: the machine's, or what a container (a control group) is limited to."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    groups = root / "sys/fs/cgroup"
-    try:
-        own = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        own = []
-    paths = [line.split(":", 2)[2].strip("/") for line in own if line.startswith("0::") or ":memory:" in line]
-    for directory in {place for path in ("", *paths) for place in (Path(path), *Path(path).parents)}:
-        for file in (groups / directory / "memory.max", groups / "memory" / directory / "memory.limit_in_bytes"):
-            try:
-                found = min(found, int(file.read_text()))
-            except (OSError, ValueError):  # no such group, or "max": no limit
-                continue
-    return found
+    return Machine("this machine's CPU", "cpu", memory or whole_memory(), _PROCESS, flops, dtype)
 
 
 def layer_speed(

@@ -42,19 +42,3 @@ def test_this_machine_is_planned_for_by_that_speed(tiny_base: Path, monkeypatch:
     assert found.flops == 100e9 * machines.CPU_SHARE and found.memory == 8 * 10**9 and found.device == "cpu"
     assert machines.this_machine(tiny_base, None, "float32").dtype is torch.float32
     assert asked[1:] == [(tiny_base, torch.float32)]
-
-
-def test_memory_is_what_a_container_may_take(tmp_path: Path) -> None:
-    whole = machines.memory_here(tmp_path)
-    assert whole > 10**8
-    groups = tmp_path / "sys/fs/cgroup"
-    (groups / "pod/one").mkdir(parents=True)
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("0::/pod/one\n")
-    (groups / "pod/one/memory.max").write_text("max\n")
-    assert machines.memory_here(tmp_path) == whole
-    (groups / "pod/memory.max").write_text("70000000\n")
-    assert machines.memory_here(tmp_path) == 70_000_000
-    (groups / "memory").mkdir()
-    (groups / "memory/memory.limit_in_bytes").write_text("60000000\n")  # control groups of the first version
-    assert machines.memory_here(tmp_path) == 60_000_000

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.machine_memory import available_memory
+from server.engine.machine_memory import available_memory, whole_memory
 
 GIB = 1 << 30
 
@@ -65,3 +65,16 @@ def test_the_first_version_of_groups(machine: Path) -> None:
 
 def test_elsewhere_nobody_says(tmp_path: Path) -> None:
     assert available_memory(tmp_path) is None
+
+
+def test_the_whole_of_it_is_what_a_container_may_take(machine: Path) -> None:
+    whole = whole_memory(machine)
+    assert whole > 10**8
+    write(machine / "proc/self/cgroup", "0::/pod/one\n7:memory:/\n")
+    groups = machine / "sys/fs/cgroup"
+    group(groups / "pod/one", "max", 0, 0)
+    assert whole_memory(machine) == whole
+    group(groups / "pod", "70000000", 69_000_000, 0)
+    assert whole_memory(machine) == 70_000_000
+    write(groups / "memory/memory.limit_in_bytes", "60000000\n")
+    assert whole_memory(machine) == 60_000_000
