@@ -231,6 +231,7 @@ def variants(bench: Bench) -> Report:
             _attention, bench, fields
         )
         for fields in (
+            {"EARLY": 1},
             {"STEP": 128},
             {"STEP": 128, "_WARPS": 8},
             {"_REGISTERS": 96},

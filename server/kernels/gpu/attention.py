@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from server.kernels.gpu.attention_rows import decode_rows
-from server.kernels.gpu.launch import early_start, power_of_two, precision, processors
+from server.kernels.gpu.launch import dependent, early_start, power_of_two, precision, processors
 
 STEP = 64  # stored positions in one tile
 MOST = 32  # parts at most, into which a sequence is cut
@@ -20,6 +20,8 @@ ROWS = 64  # sequences a program looks through for its own part, at least; more:
 _WARPS = 4
 _STAGES = 2
 _REGISTERS: int | None = None
+# Whether the first keys and values are asked for while the kernel in front ends. What it gains is not known yet.
+EARLY = False
 
 
 def most_parts(longest: int) -> int:
@@ -168,6 +170,7 @@ def _launch(
         SOFTCAP=softcap is not None,
         ROTATE=rotation is not None,
         PRECISION=precision(q),
+        EARLY=EARLY and dependent(q.device),
         num_warps=_WARPS,
         num_stages=_STAGES,
         maxnreg=_REGISTERS,

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from server.kernels.gpu.elementwise import turned
 from server.kernels.gpu.launch import launch_dependents, multiply, wait_for_writes
-from server.kernels.gpu.paged import LOG2E, capped, pages_of, tile_of
+from server.kernels.gpu.paged import LOG2E, ask_for, capped, pages_of, tile_of
 
 
 @triton.jit
@@ -104,15 +104,18 @@ def decode_rows(
     SOFTCAP: tl.constexpr,
     ROTATE: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Parts of sequences for the query heads of one key head.
 
     The parts of all sequences are counted through, and a program takes every so manieth. What it needs of memory is
-    asked for before it is needed: the first tile before the queries are rotated, the next one while one is multiplied.
+    asked for before it is needed: the first tile before the queries are rotated (with EARLY before they are there), the
+    next one while one is multiplied.
     """
     launch_dependents(DEPENDENT)
-    wait_for_writes(DEPENDENT)
+    if not EARLY:
+        wait_for_writes(DEPENDENT)
     EACH: tl.constexpr = HEADS // KV_HEADS
     ITEMS: tl.constexpr = 1 << 18  # more than all parts of all sequences
     HALF: tl.constexpr = WIDTH // 2
@@ -150,6 +153,11 @@ def decode_rows(
         last = tl.minimum(first + each * STEP, stored)
         own_pages = pages + row.to(tl.int64) * page_stride
         page = pages_of(own_pages, first, last, STEP, PAGE)
+        if EARLY:
+            # Stored by earlier steps: the kernel in front, which makes q, does not touch it.
+            ask_for(k_head, page, first, STEP, PAGE, WIDTH)
+            ask_for(v_head, page, first, STEP, PAGE, WIDTH)
+            wait_for_writes(DEPENDENT)
         given = q + row.to(tl.int64) * q_stride
         q_tile = tl.load(given + head[:, None] * WIDTH + d[None, :], mask=own, other=0.0)
         top = tl.full([GROUP], float("-inf"), dtype=tl.float32)
@@ -233,6 +241,8 @@ def decode_rows(
                     AT_ONCE,
                 )
                 tl.store(counters + row * KV_HEADS + kv_head, 0)
+    if EARLY:
+        wait_for_writes(DEPENDENT)  # with no part too: who waits for this kernel counts on all that came before it
 
 
 @triton.jit

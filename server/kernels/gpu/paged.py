@@ -49,6 +49,19 @@ def tile_of(
 
 
 @triton.jit
+def ask_for(head, page, at, STEP: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr):
+    """Have the second cache fetch one head's keys or values at STEP positions; nobody waits for them. Where a position
+    has no page, those of page 0 are asked for in vain."""
+    LINE: tl.constexpr = 1024 // head.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
+    position = at + tl.arange(0, STEP)
+    row = head + (page * PAGE + position % PAGE) * WIDTH
+    for line in tl.static_range(0, WIDTH, LINE):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [row + line], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def capped(scores, softcap):
     """softcap * tanh(scores / softcap), by way of exp; beyond its limits exp overflows to infinity and the quotient
     to the right sign."""

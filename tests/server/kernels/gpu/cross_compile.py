@@ -1,7 +1,7 @@
 """Compiles kernels for an H200 on a machine without one; started by test_compiles.py in a process of its own.
 
 The interpreter accepts what the compiler refuses. Here every launch is caught, compiled for compute capability 9.0
-with the arguments it was given, and not run. Prints JSON: [{kernel, registers, spills, shared, wide}, ...].
+with the arguments it was given, and not run. Prints JSON: [{kernel, registers, spills, shared, wide, asked}, ...].
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def catch(kernel: JITFunction[Any], *given: Any, grid: Any = None, warmup: bool 
             signature[parameter.name] = "fp32"
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    found.append({"kernel": kernel.fn.__name__, **usage(compiled), "wide": wide(compiled.asm["ptx"])})
+    ptx = compiled.asm["ptx"]
+    asked = len(re.findall(r"prefetch\.global\.L2", ptx.partition("griddepcontrol.wait")[0]))
+    found.append({"kernel": kernel.fn.__name__, **usage(compiled), "wide": wide(ptx), "asked": asked})
     if os.environ.get("KEEP_PTX"):
         for kind in ("ptx", "ttgir"):
             Path(os.environ["KEEP_PTX"], f"{len(found)}-{kernel.fn.__name__}.{kind}").write_text(compiled.asm[kind])
@@ -136,6 +138,15 @@ def decode(rows: int, longest: int, softcap: float | None = None) -> None:
     attention.decode(qkv[:, :4096].view(rows, 32, 128), k, k, pages, lengths, scratch, **limits)
 
 
+def early(run: Callable[[], None]) -> None:
+    """With keys and values asked for while the kernel in front ends."""
+    from server.kernels.gpu import attention
+
+    attention.EARLY = True
+    run()
+    attention.EARLY = False
+
+
 def prefill(softcap: float | None) -> None:
     from server.kernels.gpu import prompts
 
@@ -180,6 +191,7 @@ CASES: dict[str, Callable[[], None]] = {
     "nf4-dense": nf4_dense,
     "decode-1": lambda: decode(1, 1024),
     "decode": lambda: decode(48, 1024),
+    "decode-early": lambda: early(lambda: decode(48, 1024)),
     "decode-long": lambda: decode(48, 16384, 30.0),
     "small": small,
     "prefill": lambda: prefill(None),

@@ -45,12 +45,15 @@ def test_for_compute_capability_9(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    kernels = [kernel for case in json.loads(done.stdout).values() for kernel in case]
+    cases = json.loads(done.stdout)
+    kernels = [kernel for case in cases.values() for kernel in case]
     assert {kernel["kernel"] for kernel in kernels} > WIDE
     for kernel in kernels:
         assert kernel["spills"] == 0, kernel
         assert kernel["shared"] <= 113 * 1024, f"fewer than two programs fit a processor: {kernel}"
         assert kernel["wide"] or kernel["kernel"] not in WIDE, kernel
+    assert [kernel["asked"] > 0 for kernel in cases["decode-early"]] == [True, True]
+    assert not any(kernel["asked"] for name, case in cases.items() if name != "decode-early" for kernel in case)
     scatter, zero, finite = (kernel for kernel in kernels if kernel["kernel"] in ("_scatter", "_finite"))
     assert scatter["wide"]
     assert finite["wide"]
