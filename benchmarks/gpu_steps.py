@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ def _asking(mebibytes: int) -> Changed:
 
 _BESIDE = "measured cuts, early"
 _FIRST = ", shrink first"
+_EARLY_ATTENTION = ", attention: EARLY 1"
 _OTHER_CUTS: dict[str, tuple[Changed, ...]] = {
     "x by registers": (_by_registers,),
     **{f"{size} MiB of codes asked for early": (_asking(size),) for size in (4, 12, 36)},
@@ -159,9 +160,18 @@ def measured_cuts(bench: Bench) -> Iterator[None]:
         yield
 
 
-def fastest_changes(report: Report) -> tuple[dict[int, str], bool]:
-    """By an earlier call's section `variants`: for each number of rows over NF4 what, beside the measured cuts, made
-    the step the shortest (a name of `_OTHER_CUTS`, or nothing), and whether the shrink goes first."""
+@dataclass(frozen=True)
+class Fastest:
+    """What an earlier call found: for each number of rows over NF4 a name of `_OTHER_CUTS`, or nothing; and what made
+    every step shorter that was tried with it and without."""
+
+    cuts: dict[int, str]
+    shrink_first: bool
+    early_attention: bool
+
+
+def fastest_changes(report: Report) -> Fastest:
+    """By an earlier call's section `variants`."""
     times: dict[tuple[int, int], dict[str, float]] = {}
     for row in report["sections"].get("variants", {}).get("rows", []):
         if row["base"] == "NF4" and row.get("same tokens") == 1:
@@ -172,15 +182,20 @@ def fastest_changes(report: Report) -> tuple[dict[int, str], bool]:
     for (rows, adapters), known in times.items():
         if not adapters and alone & known.keys():
             cuts[rows] = min(alone & known.keys(), key=known.__getitem__).removeprefix(", ")
-    first = [known for (_, adapters), known in times.items() if adapters and {"", _FIRST} <= known.keys()]
-    return cuts, bool(first) and all(known[_FIRST] < known[""] for known in first)
+
+    def always(change: str) -> bool:
+        tried = [known for known in times.values() if {"", change} <= known.keys()]
+        return bool(tried) and all(known[change] < known[""] for known in tried)
+
+    return Fastest(cuts, always(_FIRST), always(_EARLY_ATTENTION))
 
 
 @contextlib.contextmanager
 def written_changes(path: Path) -> Iterator[None]:
     """What an earlier call's JSON says of these, for everything from here on; a number of rows in between goes by the
     next larger one."""
-    cuts, first = fastest_changes(json.loads(path.read_text(encoding="utf-8")))
+    fastest = fastest_changes(json.loads(path.read_text(encoding="utf-8")))
+    cuts = fastest.cuts
     chosen = nf4_cuda.best
 
     def best(rows: int, out: int, width: int, count: int, *rest: Any) -> nf4_cuda.Cut | None:
@@ -190,8 +205,12 @@ def written_changes(path: Path) -> Iterator[None]:
             cut = cut and changed(cut, out, width, count)
         return cut
 
-    print(f"by {path}: {cuts or 'the cuts alone'}, the shrink {'first' if first else 'behind its product'}")
-    with patch.object(nf4_cuda, "best", best), patch.object(lora, "SHRINK_FIRST", first):
+    print(f"by {path}: {fastest}")
+    with (
+        patch.object(nf4_cuda, "best", best),
+        patch.object(lora, "SHRINK_FIRST", fastest.shrink_first),
+        patch.object(attention, "EARLY", fastest.early_attention),
+    ):
         yield
 
 
@@ -203,7 +222,8 @@ def _lora(cut: Any) -> contextlib.AbstractContextManager[Any]:
 def _plain(*changes: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
     """Nothing early and nothing wide, whatever serving does and the command line says; then these changes."""
     narrow = patch.object(nf4_cuda, "MOST_ROWS", nf4_cuda.MOST_ALONE)
-    with _early(False), narrow, patch.object(lora, "SHRINK_FIRST", False), _all(*changes):
+    late = [patch.object(lora, "SHRINK_FIRST", False), patch.object(attention, "EARLY", False)]
+    with _early(False), narrow, _all(*late, *changes):
         yield
 
 

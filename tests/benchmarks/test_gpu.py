@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from benchmarks import gpu, gpu_engine, gpu_sections, gpu_steps
 from benchmarks.gpu_bench import Bench, Report
-from server.kernels.gpu import lora, nf4_cuda, selfcheck
+from server.kernels.gpu import attention, lora, nf4_cuda, selfcheck
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -141,19 +141,21 @@ def test_what_an_earlier_call_found_the_fastest_is_used(tmp_path: Path, capsys: 
         row(1, 0, f"{beside}, x by registers", 1.0, same=0.9),
         row(32, 0, beside, 4.0),
         row(32, 0, f"{beside}, {early}", 5.0),
+        row(32, 0, f"{beside}, attention: EARLY 1", 3.5),
+        row(1, 0, f"{beside}, attention: EARLY 1", 3.5),
         row(32, 32, beside, 6.0),
         row(32, 32, f"{beside}, shrink first", 5.5),
         {"base": "NF4", "rows": 64, "adapters": 0, "change": beside, "failure": "no room"},
         row(8, 0, f"{beside}, {early}", 1.0, base="bf16"),
     ]
     report: Report = {"sections": {"variants": {"rows": variants}}}
-    assert gpu_steps.fastest_changes(report) == ({1: early, 32: ""}, True)
+    assert gpu_steps.fastest_changes(report) == gpu_steps.Fastest({1: early, 32: ""}, True, False)
     written = tmp_path / "k.json"
     written.write_text(json.dumps(report))
     shape = (28672, 4096, 132, 228 << 10)
     plain = [nf4_cuda.best(rows, *shape, rows > 8) for rows in (1, 8, 64)]
     with gpu_steps.written_changes(written):
-        assert lora.SHRINK_FIRST
+        assert lora.SHRINK_FIRST and not attention.EARLY
         found = [nf4_cuda.best(rows, *shape, rows > 8) for rows in (1, 8, 64)]
     assert found[0] is not None and plain[0] is not None
     assert found[0] == plain[0].asking(12 << 20, *shape[:3]) != plain[0]
