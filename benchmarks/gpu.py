@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> Report:
     from benchmarks.gpu_engine import close_worlds
     from benchmarks.gpu_kernels import written_cuts
     from benchmarks.gpu_sections import SECTIONS
-    from benchmarks.gpu_steps import measured_cuts, written_changes
+    from benchmarks.gpu_variants import measured_cuts, written_changes
     from server.kernels.gpu import cuda, launch, nf4_cuda
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu_bench import Bench, Missing, Report
 from benchmarks.gpu_model import LLAMA_8B, TINY, Shape
-from benchmarks.gpu_steps import compile_cuts
+from benchmarks.gpu_variants import compile_cuts
 from server.kernels.gpu import attention, cuda, nf4, nf4_cuda, prompts
 from server.kernels.gpu.launch import processors
 from server.kernels.gpu.lora import LoraSites, lora_add, scratch
@@ -104,7 +104,7 @@ def _cuts(bench: Bench, given: nf4.Tiling, width: int) -> list[nf4.Tiling]:
 def nf4_cuts(bench: Bench) -> Report:
     """Ways to cut the CUDA product beside what `nf4_cuda.best` predicts and what Triton's kernel takes.
 
-    Leaves the fastest of each product for the sections behind it, see `gpu_steps.measured_cuts`.
+    Leaves the fastest of each product for the sections behind it, see `gpu_variants.measured_cuts`.
     """
     if bench.device == "cpu":
         raise Missing("CUDA's kernels need a GPU")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import gpu_checks, gpu_engine, gpu_kernels, gpu_peers, gpu_steps, gpu_traffic
+from benchmarks import gpu_checks, gpu_engine, gpu_kernels, gpu_peers, gpu_steps, gpu_traffic, gpu_variants
 from benchmarks.gpu_bench import Bench, Report
 
 
@@ -32,7 +32,7 @@ SECTIONS = {
     "dense": Section(gpu_engine.dense_steps, 70, engine=True),
     "continuous": Section(gpu_peers.continuous_batching, 45),
     "cuts": Section(gpu_kernels.nf4_cuts, 60),
-    "variants": Section(gpu_steps.variants, 150),
+    "variants": Section(gpu_variants.variants, 150),
     "profile": Section(gpu_steps.profile, 20),
     "steps": Section(gpu_steps.decode_steps, 60),
     "nf4": Section(gpu_kernels.nf4_products, 30),

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_engine, gpu_sections, gpu_steps
+from benchmarks import gpu, gpu_engine, gpu_sections, gpu_variants
 from benchmarks.gpu_bench import Bench, Report
 from server.kernels.gpu import attention, lora, nf4_cuda, selfcheck
 
@@ -149,12 +149,12 @@ def test_what_an_earlier_call_found_the_fastest_is_used(tmp_path: Path, capsys: 
         row(8, 0, f"{beside}, {early}", 1.0, base="bf16"),
     ]
     report: Report = {"sections": {"variants": {"rows": variants}}}
-    assert gpu_steps.fastest_changes(report) == gpu_steps.Fastest({1: early, 32: ""}, True, False)
+    assert gpu_variants.fastest_changes(report) == gpu_variants.Fastest({1: early, 32: ""}, True, False)
     written = tmp_path / "k.json"
     written.write_text(json.dumps(report))
     shape = (28672, 4096, 132, 228 << 10)
     plain = [nf4_cuda.best(rows, *shape, rows > 8) for rows in (1, 8, 64)]
-    with gpu_steps.written_changes(written):
+    with gpu_variants.written_changes(written):
         assert lora.SHRINK_FIRST and not attention.EARLY
         found = [nf4_cuda.best(rows, *shape, rows > 8) for rows in (1, 8, 64)]
     assert found[0] is not None and plain[0] is not None
