@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Self, Unpack
 
 import grpc
@@ -166,7 +167,7 @@ class Client:
 
 
 class AnswerStream(Iterator[Chunk]):
-    """An answer as it comes; leaving its `with` block early cancels it."""
+    """An answer as it comes; leaving its `with` block early cancels it, and so does letting go of it."""
 
     def __init__(self, call: Any, address: str, candidates: int = 1) -> None:
         self._call = call
@@ -300,7 +301,7 @@ class AsyncClient:
 
 
 class AsyncAnswerStream(AsyncIterator[Chunk]):
-    """An answer as it comes; leaving its `async with` block early cancels it."""
+    """An answer as it comes; leaving its `async with` block early cancels it, and so does letting go of it."""
 
     def __init__(self, call: Any, address: str, candidates: int = 1) -> None:
         self._call = call
@@ -341,6 +342,11 @@ class AsyncAnswerStream(AsyncIterator[Chunk]):
 
     async def __aexit__(self, *raised: object) -> None:
         self.cancel()
+
+    def __del__(self) -> None:
+        # gRPC's loop holds on to its calls: one that nobody reads any more would run to its end on the server.
+        with suppress(RuntimeError):  # the loop has ended, and the connection with it
+            self._call.cancel()
 
     async def _next_message(self) -> inference_pb2.GenerateChunk:
         try:

@@ -28,6 +28,10 @@ class GenerationError(Exception):
         self.reason = reason
         self.message = message
 
+    def __reduce__(self) -> tuple[type[GenerationError], tuple[str, str, str]]:
+        """Made anew from its three parts: worker processes hand their errors on by pickle."""
+        return type(self), (self.status, self.reason, self.message)
+
 
 @dataclass(frozen=True)
 class AnsweringAdapter:

@@ -1,6 +1,7 @@
 """The Python client, sync and async, against a real gRPC server around a fake engine."""
 
 import asyncio
+import pickle
 import re
 import socket
 import textwrap
@@ -132,6 +133,11 @@ def test_errors_carry_status_reason_and_message(served: RunningServer) -> None:
             error = refused.value
             assert (error.status, error.reason) == ("NOT_FOUND", "ADAPTER_NOT_FOUND")
             assert str(error) == error.message == "no adapter team/nobody:latest"
+
+
+def test_errors_come_out_of_worker_processes_whole() -> None:
+    error = pickle.loads(pickle.dumps(GenerationError("NOT_FOUND", "ADAPTER_NOT_FOUND", "no adapter team/x:latest")))
+    assert (error.status, error.reason, str(error)) == ("NOT_FOUND", "ADAPTER_NOT_FOUND", "no adapter team/x:latest")
 
 
 def test_no_server_is_said_plainly() -> None:
@@ -339,3 +345,20 @@ def test_leaving_an_async_stream_cancels(served: RunningServer, engine: FakeEngi
 
     engine.gate.clear()
     asyncio.run(story())
+
+
+def test_letting_go_of_a_stream_cancels(served: RunningServer, engine: FakeEngine) -> None:
+    async def story() -> None:
+        async with AsyncClient(served.address) as client:
+            stream = await client.stream("x")
+            assert await asyncio.to_thread(engine.wait_running, 1)
+            del stream
+            assert await asyncio.to_thread(engine.wait_idle)
+
+    engine.gate.clear()
+    asyncio.run(story())
+    with Client(served.address) as client:
+        stream = client.stream("x")
+        assert engine.wait_running(1)
+        del stream
+        assert engine.wait_idle()
