@@ -13,13 +13,16 @@
                 print(chunk.text, end="", flush=True)
         print(f"{stream.answer.tokens_per_second:.0f} tokens/s")
 
-`AsyncClient` has the same methods to be awaited. Every failure is a `GenerationError` with a stable `reason`.
+`AsyncClient` has the same methods to be awaited. Every failed call is a `GenerationError` with a stable `reason`;
+values that no message can hold are a TypeError or ValueError. Calls take a `timeout` in seconds, and wait for ever
+without one.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Self, Unpack
 
 import grpc
@@ -71,6 +74,11 @@ _CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
+    # A server that comes back is found within seconds, however long it was away; gRPC's own pauses grow to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    # How long one attempt may take, not how long to wait between two.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 
 
@@ -98,14 +106,16 @@ class Client:
         call = self._inference.GenerateStream(request, timeout=options.get("timeout"))
         return AnswerStream(call, self._address, max(request.n, 1))
 
-    def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[Token]:
+    def tokenize(self, prompt: str | Sequence[Mapping[str, str]], *, timeout: float | None = None) -> list[Token]:
         """The tokens of a text, or of chat messages in the base's template."""
-        response = self._call(self._inference.Tokenize, tokenize_request(prompt))
+        response = self._call(self._inference.Tokenize, tokenize_request(prompt), timeout)
         return [Token(*pair) for pair in zip(response.token_ids, response.tokens, strict=True)]
 
-    def model_info(self) -> ModelInfo:
+    def model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """What the server serves and the limits of a request."""
-        return messages.model_info(self._call(self._inference.GetModelInfo, inference_pb2.GetModelInfoRequest()))
+        return messages.model_info(
+            self._call(self._inference.GetModelInfo, inference_pb2.GetModelInfoRequest(), timeout)
+        )
 
     def feedback(
         self,
@@ -115,26 +125,29 @@ class Client:
         *,
         candidate: int = 0,
         comment: str = "",
+        timeout: float | None = None,
     ) -> bool:
         """Say what an answer was worth, or what it should have been; True: this replaces an earlier mark of it.
 
         `request_id` is the answer's. Raises `GenerationError`, with the reason FEEDBACK_OFF, REQUEST_NOT_FOUND, …
         """
         request = feedback_request(request_id, rating, correction, candidate, comment)
-        return bool(self._call(self._inference.Feedback, request).replaced)
+        return bool(self._call(self._inference.Feedback, request, timeout).replaced)
 
-    def adapters(self) -> list[HeldAdapter]:
+    def adapters(self, *, timeout: float | None = None) -> list[HeldAdapter]:
         """The adapters the server holds, those on the device first."""
-        response = self._call(self._adapters.List, adapters_pb2.ListAdaptersRequest())
+        response = self._call(self._adapters.List, adapters_pb2.ListAdaptersRequest(), timeout)
         return [messages.held_adapter(each) for each in response.adapters]
 
-    def load(self, ref: str) -> HeldAdapter:
+    def load(self, ref: str, *, timeout: float | None = None) -> HeldAdapter:
         """Bring a version onto the server's device ahead of its first request."""
-        return messages.held_adapter(self._call(self._adapters.Load, adapters_pb2.LoadAdapterRequest(ref=ref)).adapter)
+        return messages.held_adapter(
+            self._call(self._adapters.Load, adapters_pb2.LoadAdapterRequest(ref=ref), timeout).adapter
+        )
 
-    def unload(self, ref: str) -> bool:
+    def unload(self, ref: str, *, timeout: float | None = None) -> bool:
         """Free a version; False: requests still use it, it is freed when the last of them ends."""
-        return bool(self._call(self._adapters.Unload, adapters_pb2.UnloadAdapterRequest(ref=ref)).freed)
+        return bool(self._call(self._adapters.Unload, adapters_pb2.UnloadAdapterRequest(ref=ref), timeout).freed)
 
     def close(self) -> None:
         """End the connection and the calls on it."""
@@ -154,7 +167,7 @@ class Client:
 
 
 class AnswerStream(Iterator[Chunk]):
-    """An answer as it comes; leaving its `with` block early cancels it."""
+    """An answer as it comes; leaving its `with` block early cancels it, and so does letting go of it."""
 
     def __init__(self, call: Any, address: str, candidates: int = 1) -> None:
         self._call = call
@@ -229,14 +242,16 @@ class AsyncClient:
         await stream.begin()
         return stream
 
-    async def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[Token]:
+    async def tokenize(self, prompt: str | Sequence[Mapping[str, str]], *, timeout: float | None = None) -> list[Token]:
         """As `Client.tokenize`."""
-        response = await self._call(self._inference.Tokenize, tokenize_request(prompt))
+        response = await self._call(self._inference.Tokenize, tokenize_request(prompt), timeout)
         return [Token(*pair) for pair in zip(response.token_ids, response.tokens, strict=True)]
 
-    async def model_info(self) -> ModelInfo:
+    async def model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """As `Client.model_info`."""
-        return messages.model_info(await self._call(self._inference.GetModelInfo, inference_pb2.GetModelInfoRequest()))
+        return messages.model_info(
+            await self._call(self._inference.GetModelInfo, inference_pb2.GetModelInfoRequest(), timeout)
+        )
 
     async def feedback(
         self,
@@ -246,24 +261,27 @@ class AsyncClient:
         *,
         candidate: int = 0,
         comment: str = "",
+        timeout: float | None = None,
     ) -> bool:
         """As `Client.feedback`."""
         request = feedback_request(request_id, rating, correction, candidate, comment)
-        return bool((await self._call(self._inference.Feedback, request)).replaced)
+        return bool((await self._call(self._inference.Feedback, request, timeout)).replaced)
 
-    async def adapters(self) -> list[HeldAdapter]:
+    async def adapters(self, *, timeout: float | None = None) -> list[HeldAdapter]:
         """As `Client.adapters`."""
-        response = await self._call(self._adapters.List, adapters_pb2.ListAdaptersRequest())
+        response = await self._call(self._adapters.List, adapters_pb2.ListAdaptersRequest(), timeout)
         return [messages.held_adapter(each) for each in response.adapters]
 
-    async def load(self, ref: str) -> HeldAdapter:
+    async def load(self, ref: str, *, timeout: float | None = None) -> HeldAdapter:
         """As `Client.load`."""
-        response = await self._call(self._adapters.Load, adapters_pb2.LoadAdapterRequest(ref=ref))
+        response = await self._call(self._adapters.Load, adapters_pb2.LoadAdapterRequest(ref=ref), timeout)
         return messages.held_adapter(response.adapter)
 
-    async def unload(self, ref: str) -> bool:
+    async def unload(self, ref: str, *, timeout: float | None = None) -> bool:
         """As `Client.unload`."""
-        return bool((await self._call(self._adapters.Unload, adapters_pb2.UnloadAdapterRequest(ref=ref))).freed)
+        return bool(
+            (await self._call(self._adapters.Unload, adapters_pb2.UnloadAdapterRequest(ref=ref), timeout)).freed
+        )
 
     async def close(self) -> None:
         """End the connection and the calls on it."""
@@ -283,7 +301,7 @@ class AsyncClient:
 
 
 class AsyncAnswerStream(AsyncIterator[Chunk]):
-    """An answer as it comes; leaving its `async with` block early cancels it."""
+    """An answer as it comes; leaving its `async with` block early cancels it, and so does letting go of it."""
 
     def __init__(self, call: Any, address: str, candidates: int = 1) -> None:
         self._call = call
@@ -324,6 +342,11 @@ class AsyncAnswerStream(AsyncIterator[Chunk]):
 
     async def __aexit__(self, *raised: object) -> None:
         self.cancel()
+
+    def __del__(self) -> None:
+        # gRPC's loop holds on to its calls: one that nobody reads any more would run to its end on the server.
+        with suppress(RuntimeError):  # the loop has ended, and the connection with it
+            self._call.cancel()
 
     async def _next_message(self) -> inference_pb2.GenerateChunk:
         try:

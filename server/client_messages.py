@@ -28,6 +28,10 @@ class GenerationError(Exception):
         self.reason = reason
         self.message = message
 
+    def __reduce__(self) -> tuple[type[GenerationError], tuple[str, str, str]]:
+        """Made anew from its three parts: worker processes hand their errors on by pickle."""
+        return type(self), (self.status, self.reason, self.message)
+
 
 @dataclass(frozen=True)
 class AnsweringAdapter:
@@ -253,13 +257,21 @@ def error(raised: grpc.RpcError, address: str) -> GenerationError:
     if reason is None:
         # Not said by a handler of ours: gRPC itself, or no server at all.
         reason = status
-        if status == "UNAVAILABLE" and "connect" in message:
-            message = f"no server answers at {address} (start one with `hub serve`)"
+        if status == "UNAVAILABLE":
+            message = _away(message, address)
         elif status == "DEADLINE_EXCEEDED":
             message = "the answer was not complete within the timeout"
         elif status == "CANCELLED":
             return cancelled()
     return GenerationError(status, str(reason), message)
+
+
+def _away(words: str, address: str) -> str:
+    """What gRPC's `words` say of a connection that was not made ("failed to connect to all addresses", "DNS resolution
+    failed", "errors resolving …") or did not last ("Socket closed", "Stream removed (…)")."""
+    if "connect to" in words or "resol" in words:
+        return f"no server answers at {address} (start one with `hub serve`)"
+    return f"the connection to the server at {address} broke before the answer was complete"
 
 
 def cancelled() -> GenerationError:

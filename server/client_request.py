@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from numbers import Real
 from typing import Any, TypedDict, TypeGuard
@@ -18,32 +19,46 @@ Adapters = str | tuple[str, float] | Sequence[str | tuple[str, float]] | Mapping
 server's router chooses."""
 
 
-class Options(TypedDict, total=False):
-    """What `generate` and `stream` take beside prompt and adapters; what is left out has the server's default."""
+# Options that are fields of the same name, of `Sampling` and of `GenerateRequest`.
+_SAMPLING = {
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+}
+_PLAIN = {"request_id", "max_new_tokens", "min_new_tokens", "ignore_eos", "logprobs", "n", "routing_key"}
 
-    max_new_tokens: int
-    min_new_tokens: int
-    temperature: float  # 0, the default, is greedy
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
-    stop: Sequence[str]
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
-    logprobs: int  # n: the log-probability of every token and of the n best at its place
-    n: int  # answers to draw; all of them are in `Answer.candidates`
-    routing_key: str  # picks from split aliases: the same key gets the same version
-    json_schema: Mapping[str, Any] | str  # of these four one at most: what the whole answer must be
-    regex: str
-    grammar: str  # llguidance's dialect of Lark
-    choice: Sequence[str]
-    request_id: str
-    timeout: float  # seconds; the server gives up too
+
+class Options(TypedDict, total=False):
+    """What `generate` and `stream` take beside prompt and adapters; None, as what is left out: the server's default."""
+
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    temperature: float | None  # 0, the default, is greedy
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    stop: Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    logprobs: int | None  # n: the log-probability of every token and of the n best at its place
+    n: int | None  # answers to draw; all of them are in `Answer.candidates`
+    routing_key: str | None  # picks from split aliases: the same key gets the same version
+    json_schema: Mapping[str, Any] | str | None  # of these four one at most: what the whole answer must be
+    regex: str | None
+    grammar: str | None  # llguidance's dialect of Lark
+    choice: Sequence[str] | None
+    request_id: str | None
+    timeout: float | None  # seconds; the server gives up too
 
 
 def generate_request(prompt: Prompt, adapters: Adapters, options: Options) -> inference_pb2.GenerateRequest:
@@ -51,71 +66,63 @@ def generate_request(prompt: Prompt, adapters: Adapters, options: Options) -> in
     for unknown in options.keys() - Options.__annotations__.keys():
         near = get_close_matches(unknown, Options.__annotations__, n=1)
         raise TypeError(f"there is no option {unknown!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if isinstance(options.get("stop"), str):
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if isinstance(given.get("stop"), str):
         raise TypeError("stop takes a list of texts")
-    sampling = inference_pb2.Sampling()
-    for name in (
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-    ):
-        if name in options:
-            setattr(sampling, name, options[name])
-    sampling.logit_bias.update(options.get("logit_bias", {}))
-    message = inference_pb2.GenerateRequest(
-        request_id=options.get("request_id", ""),
-        adapters=_selections(adapters),
-        sampling=sampling,
-        min_new_tokens=options.get("min_new_tokens", 0),
-        ignore_eos=options.get("ignore_eos", False),
-        stop_strings=options.get("stop", ()),
-        stop_token_ids=options.get("stop_token_ids", ()),
-    )
-    if "max_new_tokens" in options:
-        message.max_new_tokens = options["max_new_tokens"]
-    if "logprobs" in options:
-        message.logprobs = options["logprobs"]
-    if "routing_key" in options:
-        message.routing_key = options["routing_key"]
-    if "n" in options:
-        message.n = options["n"]
-    _set_structure(message, options)
+    message = inference_pb2.GenerateRequest(adapters=_selections(adapters))
+    for holder, names in ((message.sampling, _SAMPLING), (message, _PLAIN)):
+        for name in names & given.keys():
+            with _naming(name):
+                setattr(holder, name, given[name])
+    for name, field in (("stop", message.stop_strings), ("stop_token_ids", message.stop_token_ids)):
+        with _naming(name):
+            field.extend(given.get(name, ()))
+    with _naming("logit_bias"):
+        message.sampling.logit_bias.update(given.get("logit_bias", {}))
+    _set_structure(message, given)
     _check_prompt(prompt)
     if isinstance(prompt, str):
         message.text = prompt
-    elif prompt and not isinstance(prompt[0], Mapping):
-        message.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
+    elif len(prompt) and not isinstance(prompt[0], Mapping):
+        with _naming("a prompt of token ids"):
+            message.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
     else:
         message.chat.messages.extend(_chat(prompt))  # type: ignore[arg-type]
     return message
 
 
-def _set_structure(message: inference_pb2.GenerateRequest, options: Options) -> None:
-    given = [name for name in ("json_schema", "regex", "grammar", "choice") if name in options]
-    if len(given) > 1:
-        raise ValueError(f"an answer has one structure at most, not {' and '.join(given)}")
-    if "json_schema" in options:
-        schema = options["json_schema"]
-        message.json_schema = schema if isinstance(schema, str) else json.dumps(schema)
-    elif "choice" in options:
-        if isinstance(options["choice"], str):
-            raise TypeError("choice takes a list of texts")
-        message.choice.texts.extend(options["choice"])
-        message.choice.SetInParent()
-    elif "regex" in options:
-        message.regex = options["regex"]
-    elif "grammar" in options:
-        message.grammar = options["grammar"]
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Say whose value it is that no message can hold."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{what}: {error}") from None
+
+
+def _set_structure(message: inference_pb2.GenerateRequest, given: Mapping[str, Any]) -> None:
+    names = [name for name in ("json_schema", "regex", "grammar", "choice") if name in given]
+    if len(names) > 1:
+        raise ValueError(f"an answer has one structure at most, not {' and '.join(names)}")
+    for name in names:
+        value = given[name]
+        with _naming(name):
+            if name == "choice":
+                if isinstance(value, str):
+                    raise TypeError("it takes a list of texts")
+                message.choice.texts.extend(value)
+                message.choice.SetInParent()
+            elif name == "json_schema" and not isinstance(value, str):
+                message.json_schema = json.dumps(value)
+            else:
+                setattr(message, name, value)
 
 
 def _check_prompt(prompt: object) -> None:
-    """Refuse what would pass for a list of token ids or messages."""
-    if isinstance(prompt, bytes | bytearray | memoryview | Mapping):
+    """Refuse what is no prompt, or would pass for a list of token ids or messages."""
+    listed = hasattr(prompt, "__len__") and hasattr(prompt, "__getitem__")  # arrays and tensors too
+    if not listed or isinstance(prompt, bytes | bytearray | memoryview | Mapping):
         kinds = "text, a list of chat messages or a list of token ids"
         raise TypeError(f"a prompt is {kinds}, not {type(prompt).__name__}")
 
@@ -157,4 +164,16 @@ def _is_weighted(adapter: object) -> TypeGuard[Sequence[Any]]:
 
 
 def _chat(messages: Iterable[Mapping[str, str]]) -> list[inference_pb2.ChatMessage]:
-    return [inference_pb2.ChatMessage(role=each["role"], content=each["content"]) for each in messages]
+    return [_chat_message(f"chat message {index}", each) for index, each in enumerate(messages)]
+
+
+def _chat_message(name: str, message: object) -> inference_pb2.ChatMessage:
+    if not isinstance(message, Mapping):
+        raise TypeError(f'{name} must be {{"role": …, "content": …}}, not {type(message).__name__}')
+    for key in ("role", "content"):
+        if key not in message:
+            raise ValueError(f"{name} has no {key!r}")
+        if not isinstance(message[key], str):  # a message would take None for no text
+            raise TypeError(f"{name}: its {key} must be text, not {type(message[key]).__name__}")
+    with _naming(name):
+        return inference_pb2.ChatMessage(role=message["role"], content=message["content"])

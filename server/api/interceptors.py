@@ -122,7 +122,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await self._abort(context, method, error)
+                await self._abort(context, _named(method, request), error)
 
         return guarded
 
@@ -140,7 +140,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await self._abort(context, method, error)
+                await self._abort(context, _named(method, request), error)
 
         return guarded
 
@@ -149,15 +149,21 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
         if isinstance(request, MalformedMessage):
             raise request
 
-    async def _abort(self, context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception) -> NoReturn:
+    async def _abort(self, context: grpc.aio.ServicerContext[Any, Any], call: str, error: Exception) -> NoReturn:
         code, message, reason = answer_for(error)
         if reason == INTERNAL_REASON:
-            log.error("%s failed", method, exc_info=error)
+            log.error("%s failed", call, exc_info=error)
         elif isinstance(error, hub_errors.HubError) and str(error) != message:
-            log.error("%s: %s", method, error)  # in full here, and only here
+            log.error("%s: %s", call, error)  # in full here, and only here
         self._count_error(reason)
         await context.abort(code, message, ((REASON_KEY, reason),))
         raise AssertionError("abort returned")
+
+
+def _named(method: str, request: Any) -> str:
+    """A call as the log tells it from others: by the id that its caller chose, where there is one."""
+    chosen = getattr(request, "request_id", "")
+    return f"{method} (request {chosen[:128]!r})" if chosen else method
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

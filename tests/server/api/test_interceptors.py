@@ -1,6 +1,8 @@
 """The table from exceptions to statuses."""
 
 import inspect
+import re
+from pathlib import Path
 
 import grpc
 import pytest
@@ -8,7 +10,7 @@ import pytest
 import hub.errors
 import server.errors
 from hub.remote.status import MAX_MESSAGE_CHARS
-from server.api.interceptors import STATUSES, answer_for
+from server.api.interceptors import STATUSES, HubRefuses, Loading, MalformedMessage, answer_for
 
 Code = grpc.StatusCode
 ERRORS = [
@@ -84,3 +86,26 @@ def test_what_a_database_says_stays_with_the_server() -> None:
 def test_messages_fit_into_metadata() -> None:
     _, message, _ = answer_for(server.errors.InvalidRequest("x" * 100_000))
     assert len(message) == MAX_MESSAGE_CHARS
+
+
+def test_the_guide_says_each_reasons_status() -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "serve.md").read_text()
+    table = guide.partition("| status | reasons |")[2].partition("\n\n")[0]
+    told: dict[str, Code] = {}
+    status = None
+    for row in table.splitlines()[2:]:
+        first, reasons = row.split("|")[1:3]
+        status = Code[first.strip(" `")] if first.strip() else status
+        assert status is not None
+        told |= dict.fromkeys(re.findall("`([A-Z_]+)`", reasons), status)
+    own = [*ERRORS, HubRefuses, Loading, MalformedMessage]
+    true = {error.reason: answer_for(error("x"))[0] for error in own if error not in OWN_TOKEN}  # type: ignore[attr-defined]
+    assert told.pop("INTERNAL") is answer_for(ValueError())[0]
+    assert told == {reason: true[reason] for reason in told}
+    # The rest answers no call that somebody waits for: the root, pins, the start, merging, exports.
+    of_the_server = {error.reason for error in own if issubclass(error, server.errors.ServerError)}  # type: ignore[attr-defined]
+    assert of_the_server - told.keys() == {
+        "SERVER_ERROR", "ADAPTER_IN_USE", "CANCELLED", "BASE_UNAVAILABLE", "DETERMINISM_UNAVAILABLE",
+        "ROUTER_INVALID", "ROUTER_MISMATCH", "ROUTER_UNAVAILABLE", "ARCHITECTURE_UNSUPPORTED", "MERGE_NOT_EQUIVALENT",
+        "EXPORT_UNSUPPORTED", "EXPORT_NOT_EQUIVALENT", "ADDRESS_UNAVAILABLE", "FEEDBACK_DIRECTORY_UNUSABLE",
+    }  # fmt: skip

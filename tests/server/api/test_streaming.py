@@ -151,13 +151,14 @@ def test_an_unknown_exception_says_nothing_of_itself(
 ) -> None:
     engine.refuse = KeyError("/secret/path")
     with pytest.raises(GenerationError) as failed:
-        client.generate("x")
+        client.generate("x", request_id="order 7")
     assert (failed.value.status, failed.value.reason, failed.value.message) == (
         "INTERNAL",
         "INTERNAL",
         "internal error",
     )
     assert "/secret/path" in caplog.text  # for us
+    assert "loraplex.v1.Inference/Generate (request 'order 7') failed" in caplog.text
 
 
 @pytest.mark.parametrize(

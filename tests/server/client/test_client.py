@@ -1,14 +1,23 @@
 """The Python client, sync and async, against a real gRPC server around a fake engine."""
 
 import asyncio
+import pickle
 import re
+import socket
 import textwrap
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 
 import server.client
-from server.client import AsyncClient, Client, GenerationError
+from server.client import AsyncClient, Client, GenerationError, Options
+from server.engine.request import Structure
+from tests.hub.registry.cutting import CuttingProxy
 from tests.server.api.fakes import FakeEngine, FakeHub, RunningServer
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -126,19 +135,122 @@ def test_errors_carry_status_reason_and_message(served: RunningServer) -> None:
             assert str(error) == error.message == "no adapter team/nobody:latest"
 
 
+def test_errors_come_out_of_worker_processes_whole() -> None:
+    error = pickle.loads(pickle.dumps(GenerationError("NOT_FOUND", "ADAPTER_NOT_FOUND", "no adapter team/x:latest")))
+    assert (error.status, error.reason, str(error)) == ("NOT_FOUND", "ADAPTER_NOT_FOUND", "no adapter team/x:latest")
+
+
 def test_no_server_is_said_plainly() -> None:
     with Client("127.0.0.1:1") as client:
         with pytest.raises(GenerationError, match=r"no server answers at 127.0.0.1:1 \(start one with `hub serve`\)"):
             client.generate("x")
 
 
+def test_a_name_that_no_machine_has_is_no_server() -> None:
+    with Client("no-such-machine.invalid:1") as client:
+        with pytest.raises(GenerationError, match=r"no server answers at no-such-machine\.invalid:1"):
+            client.model_info()
+
+
+def test_a_connection_that_breaks_midway_is_said_plainly(served: RunningServer, engine: FakeEngine) -> None:
+    engine.gate.clear()
+    proxy = CuttingProxy(served.address, "up", after=200, cuts=1, until=lambda: bool(engine.submitted))
+    with Client(proxy.address) as client:
+        with pytest.raises(GenerationError) as broken:
+            client.generate("x" * 300, max_new_tokens=5)
+    proxy.close()
+    error = broken.value
+    assert (error.status, error.reason) == ("UNAVAILABLE", "UNAVAILABLE")
+    assert error.message == f"the connection to the server at {proxy.address} broke before the answer was complete"
+
+
+def test_a_server_that_was_away_is_looked_for_often() -> None:
+    """gRPC's own pauses grow to two minutes, in which a server that is back goes unseen."""
+    seen = 0
+    with socket.create_server(("127.0.0.1", 0)) as closing, Client(f"127.0.0.1:{closing.getsockname()[1]}") as client:
+        closing.settimeout(0.05)
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            with suppress(TimeoutError):
+                closing.accept()[0].close()
+                seen += 1
+            with suppress(GenerationError):
+                client.generate("x", timeout=0.05)
+    assert seen >= 4
+
+
 def test_values_that_no_message_can_hold_are_pythons_errors(served: RunningServer, engine: FakeEngine) -> None:
     with Client(served.address) as client:
         with pytest.raises(ValueError, match="-1"):
             client.generate("x", max_new_tokens=-1)
-        with pytest.raises(TypeError):
-            client.generate("x", temperature="hot")  # type: ignore[arg-type]
+        wrong: dict[str, object] = {
+            "temperature": "hot", "stop": [1], "stop_token_ids": ["a"], "logit_bias": {"a": 1}, "choice": [1],
+            "regex": 1, "json_schema": object(), "request_id": 1,
+        }  # fmt: skip
+        for option, value in wrong.items():
+            with pytest.raises(TypeError, match=f"^{option}: "):
+                client.generate("x", **{option: value})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"^seed: "):
+            client.generate("x", seed=-1)
     assert engine.submitted == []
+
+
+def test_none_is_as_left_out(served: RunningServer, engine: FakeEngine) -> None:
+    """As wrappers hand on what they were not given themselves."""
+    nothing: Options = dict.fromkeys(Options.__annotations__)  # type: ignore[assignment,misc]
+    with Client(served.address) as client:
+        client.generate("x", **{**nothing, "max_new_tokens": 1})
+        client.generate("x", max_new_tokens=1)
+        client.generate("x", **{**nothing, "max_new_tokens": 1, "regex": "a"})
+    given, bare, structured = engine.submitted
+    assert (given.stopping, given.logprobs, given.structure) == (bare.stopping, None, None)
+    assert replace(given.sampling, seed=0) == replace(bare.sampling, seed=0)
+    assert structured.structure == Structure("regex", "a")
+
+
+def test_chat_messages_without_text_are_refused(served: RunningServer, engine: FakeEngine) -> None:
+    """None and lists of parts are other services' ways; a message would take the former for no text."""
+    with Client(served.address) as client:
+        for call in (client.generate, client.tokenize):
+            for content in (None, [{"type": "text", "text": "hi"}], b"hi"):
+                with pytest.raises(TypeError, match="chat message 1: its content must be text, not "):
+                    call([*CHAT, {"role": "assistant", "content": content}])  # type: ignore[operator]
+            with pytest.raises(ValueError, match="chat message 0 has no 'content'"):
+                call([{"role": "user"}])  # type: ignore[operator]
+            with pytest.raises(TypeError, match="not NoneType"):
+                call(None)  # type: ignore[operator]
+        with pytest.raises(TypeError, match="a prompt of token ids: "):
+            client.generate(["hi"])  # type: ignore[arg-type]
+    assert engine.submitted == []
+
+
+def test_an_array_is_a_prompt_of_token_ids(served: RunningServer, engine: FakeEngine) -> None:
+    with Client(served.address) as client:
+        client.generate(np.array([5, 6]), max_new_tokens=1)  # type: ignore[arg-type]
+    assert engine.submitted[0].prompt == (5, 6)
+
+
+def test_every_call_has_a_timeout(served: RunningServer) -> None:
+    calls: list[Callable[[Any], Any]] = [
+        lambda client: client.generate("x", timeout=-1),
+        lambda client: client.tokenize("x", timeout=-1),
+        lambda client: client.model_info(timeout=-1),
+        lambda client: client.feedback("x", "good", timeout=-1),
+        lambda client: client.adapters(timeout=-1),
+        lambda client: client.load("team/a", timeout=-1),
+        lambda client: client.unload("team/a", timeout=-1),
+    ]
+
+    async def ask(call: Callable[[Any], Any]) -> None:
+        async with AsyncClient(served.address) as client:
+            await call(client)
+
+    with Client(served.address) as client:
+        for call in calls:
+            with pytest.raises(GenerationError, match="within the timeout"):
+                call(client)
+            with pytest.raises(GenerationError, match="within the timeout"):
+                asyncio.run(ask(call))
 
 
 def test_adapters_come_alone_as_pairs_and_as_a_mapping(served: RunningServer, engine: FakeEngine) -> None:
@@ -233,3 +345,20 @@ def test_leaving_an_async_stream_cancels(served: RunningServer, engine: FakeEngi
 
     engine.gate.clear()
     asyncio.run(story())
+
+
+def test_letting_go_of_a_stream_cancels(served: RunningServer, engine: FakeEngine) -> None:
+    async def story() -> None:
+        async with AsyncClient(served.address) as client:
+            stream = await client.stream("x")
+            assert await asyncio.to_thread(engine.wait_running, 1)
+            del stream
+            assert await asyncio.to_thread(engine.wait_idle)
+
+    engine.gate.clear()
+    asyncio.run(story())
+    with Client(served.address) as client:
+        stream = client.stream("x")
+        assert engine.wait_running(1)
+        del stream
+        assert engine.wait_idle()
