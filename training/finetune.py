@@ -133,7 +133,9 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
         plan.early_stop,
         checkpoints.directory / "best.safetensors",
     )
-    trainer = _trainer(plan, trainable, tokenizer, encoded, checkpoints, [line, watch], processes)
+    watch.listeners.append(line.hear)
+    # The watch first, so that the line of a step has what was measured after it.
+    trainer = _trainer(plan, trainable, tokenizer, encoded, checkpoints, [watch, line], processes)
     for looks in (line, watch, measured):
         looks.watch(trainer)
     announce(console, plan, trainable, encoded, held, processes)
