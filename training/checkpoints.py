@@ -39,9 +39,12 @@ class Checkpoints:
         if self.latest() is None:
             raise ResumeMismatch(f"there is no checkpoint in {self.directory}")
         was = json.loads((self.directory / _RUN_FILE).read_text("utf-8"))
-        changed = sorted(key for key in self.identity if was.get(key) != self.identity[key])
+        changed = [_told(key, was.get(key), now) for key, now in sorted(self.identity.items()) if was.get(key) != now]
         if changed:
-            raise ResumeMismatch(f"the checkpoints in {self.directory} were made with other: {', '.join(changed)}")
+            raise ResumeMismatch(
+                f"the checkpoints in {self.directory} were made with other: {', '.join(changed)}; "
+                "resume with what they were made with, or remove them to begin anew"
+            )
 
     def begin(self) -> None:
         """Make the directory, with what the run is. Only once nothing can refuse the run any more."""
@@ -56,3 +59,13 @@ class Checkpoints:
     def discard(self) -> None:
         """Remove them: the run is done."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _told(key: str, was: Any, now: Any) -> str:
+    """What differs: numbers and fields with both values, digests by name alone."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        fields = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
+        return f"{key} ({', '.join(f'{name} {was.get(name)}, not {now.get(name)}' for name in fields)})"
+    if all(value is None or isinstance(value, int) for value in (was, now)):
+        return f"{key} ({was}, not {now})"
+    return key

@@ -87,8 +87,9 @@ def check(
     (in tasks of JSON answers), answers under 20 tokens (in long-form tasks only: a label is short by nature), one
     question answered differently (where answers are labels or JSON), and questions, of any turn, that --eval has too.
 
-    Advice, which fails nothing: nearly equal questions with different answers, unbalanced labels, examples too long for
-    the recipe, the size of the hold-out. Make the hold-out before you clean.
+    Advice, which fails nothing: nearly equal questions with different answers, unbalanced labels, rare labels that look
+    like a misspelled other, examples too long for the recipe, the size of the hold-out. Make the hold-out before you
+    clean.
     """
     from training.data_check import check_file, known_answers
 

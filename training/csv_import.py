@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 
-from training.data import Example
+from training.data import Example, likely_encoding
 from training.errors import DataInvalid
 
 MAX_FIELD_CHARS = 1024 * 1024
+_NAMED = 20  # lines in one message
 UTF8 = "utf-8-sig"  # with a byte order mark or without
 
 
@@ -29,19 +30,23 @@ def read_table(path: Path, wording: Wording, delimiter: str | None = None, encod
     """The examples of a table whose first row names the columns; rows with nothing in any field are left out.
 
     `delimiter` None splits a `.tsv` at tabs, anything else at commas. Raises `DataInvalid`, naming line and column:
-    another encoding, a column that is not there, a row with too many or too few fields, an empty question or answer.
+    another encoding, a column that is not there, a row with too many or too few fields, and all rows whose question or
+    answer is empty.
     """
+    data = path.read_bytes()
     try:
-        text = path.read_bytes().decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         name = "UTF-8" if encoding == UTF8 else encoding
-        raise DataInvalid(f"{path} is not {name} (byte {error.start}): say what it is in, --encoding cp1252") from error
+        hint = f"say what it is in, --encoding {likely_encoding(data)}"
+        raise DataInvalid(f"{path} is not {name} (byte {error.start}): {hint}") from error
     except LookupError as error:
         raise DataInvalid(f"no text encoding is called {encoding!r}") from error
     csv.field_size_limit(MAX_FIELD_CHARS)
     split_at = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=split_at, strict=True)
     examples: list[Example] = []
+    empty: list[int] = []
     try:
         columns = next(rows, [])
         if len(set(columns)) < len(columns):
@@ -55,9 +60,18 @@ def read_table(path: Path, wording: Wording, delimiter: str | None = None, encod
                 continue
             if len(row) != len(columns):
                 raise DataInvalid(f"{where}: {len(row)} fields, the first row has {len(columns)}")
-            examples.append(_example(dict(zip(columns, row, strict=True)), parts, wording, where))
+            example = _example(dict(zip(columns, row, strict=True)), parts, wording)
+            if example is None:
+                empty.append(rows.line_num)
+            else:
+                examples.append(example)
     except csv.Error as error:
         raise DataInvalid(f"{path}, line {rows.line_num}: {error}") from error
+    if empty:
+        named = ", ".join(map(str, empty[:_NAMED])) + (
+            f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+        )
+        raise DataInvalid(f"{path}, line {named}: an empty question or answer; fill the rows in or take them out")
     if not examples:
         raise DataInvalid(f"{path} holds no rows")
     return tuple(examples)
@@ -86,8 +100,9 @@ def _parts(question: str, columns: list[str], path: Path) -> list[tuple[str, str
     return [(text, name) for text, name, _, _ in parsed]
 
 
-def _example(row: Mapping[str, str], parts: list[tuple[str, str | None]], wording: Wording, where: str) -> Example:
+def _example(row: Mapping[str, str], parts: list[tuple[str, str | None]], wording: Wording) -> Example | None:
+    """None where the question or the answer would be empty."""
     question = "".join(text + (row[name] if name is not None else "") for text, name in parts)
     if not question.strip() or not row[wording.answer].strip():
-        raise DataInvalid(f"{where}: an empty question or answer")
+        return None
     return Example.of(user=question.strip(), answer=row[wording.answer].strip(), system=wording.system)

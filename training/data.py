@@ -6,6 +6,7 @@ carry `"gold": {…}`, whatever the task's scoring needs beyond the answer itsel
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,8 @@ from typing import Any
 from training.errors import DataInvalid
 
 ROLES = frozenset({"system", "user", "assistant"})
+
+_FORM = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,23 @@ def decode_lines(data: bytes, path: Path) -> list[str]:
     try:
         return data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise DataInvalid(f"{path} is not UTF-8 (byte {error.start})") from error
+        again = f"write it anew: iconv -f {likely_encoding(data)} -t UTF-8"
+        raise DataInvalid(f"{path} is not UTF-8 (byte {error.start}); {again}") from error
+
+
+def likely_encoding(data: bytes) -> str:
+    """What text that is no UTF-8 is probably in: UTF-16 by its byte order mark, else the Windows of the West."""
+    return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "cp1252"
 
 
 def parse_line(line: str, where: str) -> Example:
     """One line as a conversation. Raises `DataInvalid`, whose message begins with `where`."""
+    if line.lstrip().startswith("["):
+        raise DataInvalid(f"{where}: a list; wanted is one conversation a line, as of `jq -c '.[]' LIST.json`")
     try:
         row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataInvalid(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         raise DataInvalid(f"{where}: not JSON ({error})") from error
     if "\\ud" in line.lower():
@@ -131,7 +144,7 @@ def parse_line(line: str, where: str) -> Example:
             half = ascii(error.object[error.start])[1:-1]
             raise DataInvalid(f"{where}: {half} is half of a character, and stands alone") from error
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        raise DataInvalid(f'{where}: not an object with a list "messages"')
+        raise DataInvalid(f'{where}: not an object with a list "messages", as in {_FORM}')
     messages = tuple(_parse_message(message, where) for message in row["messages"])
     if len(messages) < 2 or messages[-1].role != "assistant":
         raise DataInvalid(f"{where}: the conversation must end with an answer of the assistant")

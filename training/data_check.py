@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
@@ -27,8 +28,11 @@ SIMILARITY: Final = 0.9
 LONG_FORM_TOKENS: Final = 20  # shorter answers of a long-form task teach the model to be curt
 HOLD_OUT: Final = (0.05, 0.10)
 
-_LABEL_SHARE: Final = 0.05  # of distinct answers among all: more are no labels
+_LABEL_ROWS: Final = 4  # that share an answer make it a label
+_LABEL_SHARE: Final = 0.9  # of all rows have a label, where labels are wanted: the rest may be typing errors
 _LABEL_WORDS: Final = 4
+_RARE: Final = 0.1  # of another label's rows: one so rare that looks like it may be it, misspelled
+_COMMONEST: Final = 200  # labels that rare ones are compared with, so that thousands of labels take seconds
 _LONG_WORDS: Final = 60  # mean of a long-form task
 _JSON_SHARE: Final = 0.5
 _LARGEST_CLASS: Final = 0.8
@@ -42,7 +46,11 @@ def kind_of(answers: Sequence[str]) -> Answers:
     if sum(isinstance(parse_json(answer), dict | list) for answer in answers) >= _JSON_SHARE * len(answers):
         return "json"
     words = [len(answer.split()) for answer in answers]
-    if len(set(answers)) <= max(2, _LABEL_SHARE * len(answers)) and max(words) <= _LABEL_WORDS:
+    counts = Counter(answers)
+    labels = {answer: count for answer, count in counts.items() if count >= _LABEL_ROWS}
+    if len(counts) <= 2 and max(words) <= _LABEL_WORDS:
+        return "label"
+    if sum(labels.values()) >= _LABEL_SHARE * len(answers) and all(len(x.split()) <= _LABEL_WORDS for x in labels):
         return "label"
     return "long" if sum(words) / len(words) >= _LONG_WORDS else "short"
 
@@ -75,7 +83,7 @@ def check_file(
         raise DataInvalid(f"{path} holds no examples")
     checks = _Checks(samples)
     lines = checks.schema(raw)
-    kind = answers or kind_of([line.example.answer for line in lines])
+    kind = answers or kind_of(list({line.example.messages: line.example.answer for line in lines}.values()))
     tokens = {line.number: count_tokens(line.example) for line in lines}
     kept = checks.blank(lines)
     if kind == "json":
@@ -90,6 +98,7 @@ def check_file(
     labels = Counter(line.example.answer for line in kept) if kind == "label" else Counter[str]()
     if kind == "label":
         checks.balance(labels)
+        checks.spelling(kept, labels)
     checks.length([line for line in kept if tokens[line.number][0] > max_length], tokens, max_length)
     checks.hold_out(len(kept), len(evaluation) if evaluation is not None else None)
     return Report(
@@ -168,7 +177,7 @@ class _Checks:
         ]
         bad = [line for group in groups for line in group]
         if not decisive:
-            message = f"examples ask {len(groups)} questions that are asked more than once and answered differently"
+            message = "examples have a question that others answer differently"
             self._advise("contradictions", len(bad), message, found)
             return lines
         self._fault("contradictions", found, "have a question that others answer differently", count=len(bad))
@@ -249,6 +258,25 @@ class _Checks:
         else:
             self.passed.append("balance")
 
+    def spelling(self, lines: list[Line], labels: Counter[str]) -> None:
+        by_letters: dict[str, str] = {}  # the most common label of those that differ in case and spaces alone
+        alike: dict[str, str] = {}
+        for label, _ in labels.most_common():
+            letters = "".join(label.split()).casefold()
+            if by_letters.setdefault(letters, label) != label:
+                alike[label] = by_letters[letters]
+        common = labels.most_common(_COMMONEST)
+        for label, count in labels.items():
+            if label not in alike:
+                others = [other for other, rows in common if count <= _RARE * rows]
+                alike.update((label, other) for other in get_close_matches(label, others, n=1, cutoff=0.8))
+        found = [
+            Sample(line.number, line.content, f"{answer!r} may be {other!r}, as {labels[other]} have it")
+            for line in lines
+            if (other := alike.get(answer := line.example.answer)) is not None
+        ]
+        self._advise("spelling", len(found), "examples have a label that looks like another one, misspelled", found)
+
     def length(self, long: list[Line], tokens: dict[int, tuple[int, int]], max_length: int) -> None:
         found = [Sample(line.number, line.question, f"{tokens[line.number][0]} tokens") for line in long]
         message = f"examples have more than {max_length} tokens, so training leaves them out; see --max-length"
@@ -256,6 +284,8 @@ class _Checks:
 
     def hold_out(self, train: int, evaluation: int | None) -> None:
         low, high = HOLD_OUT
+        if train == 0:
+            return
         if evaluation is None:
             few = max(1, round(low * train))
             many = round(high * train)

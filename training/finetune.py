@@ -107,7 +107,9 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     one_pass = math.ceil(len(encoded.examples) / a_step)
     best = checkpoints.directory / "best.safetensors"
     watch = Watch(console, measured, plan.validation_steps or one_pass, plan.early_stop, best)
-    trainer = _trainer(plan, trainable, tokenizer, encoded, checkpoints, [line, watch], processes)
+    watch.listeners.append(line.hear)
+    # The watch first, so that the line of a step has what was measured after it.
+    trainer = _trainer(plan, trainable, tokenizer, encoded, checkpoints, [watch, line], processes)
     for looks in (line, watch, measured):
         looks.watch(trainer)
     announce(console, plan, trainable, encoded, held, processes)

@@ -1,4 +1,4 @@
-"""What a person sees while a run lasts: one line with loss, tokens per second and the time left."""
+"""What a person sees while a run lasts: one line with losses, tokens per second and the time left."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from training.trainer import LabelTrainer
 
 _SMOOTHED_OVER = 10  # steps
+_WIDE = 100  # columns
 
 
 class ProgressLine(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
@@ -25,21 +26,29 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self._bar: Progress | None = None
         self._task: Any = None
         self._trainer: LabelTrainer | None = None
+        self._held_out = ""  # the last loss on what is held out, in words
         self._recent: deque[tuple[float, int]] = deque(maxlen=_SMOOTHED_OVER)
 
     def watch(self, trainer: LabelTrainer) -> None:
         """Say whose losses and tokens to show."""
         self._trainer = trainer
 
+    def hear(self, what: str, step: int, value: float) -> None:
+        """As a listener of the watch: keep the loss on held-out examples for the next line."""
+        if what == "validation/loss":
+            self._held_out = f", held out {value:.3f}"
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Show the bar."""
         self._recent.append((time.monotonic(), 0))
         if self._console.is_terminal:
+            # Where not all fits, steps and times would be cut: better without the speed.
+            speed = ", {task.fields[speed]:.0f} tokens/s" if self._console.width >= _WIDE else ""
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s"),
+                TextColumn("loss {task.fields[loss]:.3f}{task.fields[held]}" + speed),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(elapsed_when_finished=False),
@@ -47,7 +56,12 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]  # transformers is un
             )
             self._bar.start()
             self._task = self._bar.add_task(
-                self._title, total=state.max_steps, completed=state.global_step, loss=0.0, speed=0.0
+                self._title,
+                total=state.max_steps,
+                completed=state.global_step,
+                loss=0.0,
+                held=self._held_out,
+                speed=0.0,
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -61,10 +75,11 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]  # transformers is un
         recent = self._trainer.losses[-_SMOOTHED_OVER:]
         loss = sum(recent) / len(recent)
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, loss=loss, speed=speed)
+            self._bar.update(self._task, completed=state.global_step, loss=loss, held=self._held_out, speed=speed)
         elif state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
             self._console.print(
-                f"{self._title}: step {state.global_step}/{state.max_steps}, loss {loss:.3f}, {speed:.0f} tokens/s",
+                f"{self._title}: step {state.global_step}/{state.max_steps}, loss {loss:.3f}{self._held_out}, "
+                f"{speed:.0f} tokens/s",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -30,8 +30,9 @@ def test_what_is_written_is_read_back_with_the_same_digest(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "not JSON"),
-        ("[]", "messages"),
+        ("{", "not JSON \\(Expecting property name enclosed in double quotes, column 2\\)"),
+        ("[]", "one conversation a line"),
+        ('{"instruction": "add", "output": "2"}', '"messages", as in'),
         ('{"messages": "hello"}', "messages"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "end with an answer"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "end with an answer"),
@@ -53,6 +54,13 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
     example = Example.of(user="q", answer="a")
     (path := tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + example.as_line().encode() + b"\n")
     assert read_jsonl(path).examples == (example,)
+
+
+@pytest.mark.parametrize(("encoding", "named"), [("utf-16", "utf-16"), ("cp1252", "cp1252")])
+def test_another_encoding_is_refused_with_what_to_do(tmp_path: Path, encoding: str, named: str) -> None:
+    (path := tmp_path / "other.jsonl").write_bytes(Example.of(user="très", answer="a").as_line().encode(encoding))
+    with pytest.raises(DataInvalid, match=f"iconv -f {named} -t UTF-8"):
+        read_jsonl(path)
 
 
 def test_half_a_character_is_refused_by_its_line(tmp_path: Path) -> None:

@@ -244,6 +244,39 @@ def test_kinds() -> None:
     assert kind_of(["1", "0"] * 30) == "label"
     assert kind_of(["only one answer"]) == "label"
     assert kind_of([f"{n} different" for n in range(50)]) == "short"
+    assert kind_of(["billing", "access", "delivery"] * 13) == "label"
+    assert (
+        kind_of(["billing", "access", "delivery"] * 13 + ["bilingg", "a long word for word remark of somebody"])
+        == "label"
+    )
+    assert kind_of([str(n // 3) for n in range(60)]) == "short"
+
+
+def test_rows_that_are_repeated_make_no_labels(check: Callable[..., Report]) -> None:
+    assert check(clean("short", 10) * 4).answers == "short"
+
+
+def test_misspelled_labels_are_told_with_what_they_may_be(check: Callable[..., Report]) -> None:
+    examples = clean("label") + [
+        Example.of(user=question, answer=answer)
+        for question, answer in (
+            ("how is rain made", "Yes"),
+            ("why do cats sleep", "mabye"),
+            ("who was there", "other"),
+        )
+    ]
+    [spelling] = [advice for advice in check(examples).advice if advice.check == "spelling"]
+    assert [(sample.line, sample.other) for sample in spelling.samples] == [
+        (61, "'Yes' may be 'yes', as 20 have it"),
+        (62, "'mabye' may be 'maybe', as 20 have it"),
+    ]
+    even = [Example.of(user=sentence(random.Random(n)), answer=("valid", "invalid")[n % 2]) for n in range(60)]
+    assert "spelling" in check(even).passed
+
+
+def test_where_no_line_is_sound_nothing_is_to_be_held_out(tmp_path: Path) -> None:
+    (path := tmp_path / "table.jsonl").write_text("text,label\nfine,good\n")
+    assert names(check_file(path, words_of, max_length=500).advice) == {}
 
 
 def test_reading_is_what_training_reads(check: Callable[..., Report], tmp_path: Path) -> None:

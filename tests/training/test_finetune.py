@@ -162,10 +162,10 @@ def test_checkpoints_are_not_overwritten_and_not_resumed_by_another_run(
             train(plan, quiet())
     with pytest.raises(OutputExists, match="--resume"):
         train(plan, quiet())
-    with pytest.raises(ResumeMismatch, match="other: recipe"):
+    with pytest.raises(ResumeMismatch, match=r"recipe \(learning_rate \S+, not 0.0001\); resume with"):
         train(replace(plan, resume=True, recipe=TINY.but(learning_rate=1e-4)), quiet())
     plan.data.write_text(plan.data.read_text().replace("red", "mauve"))
-    with pytest.raises(ResumeMismatch, match="other: data"):
+    with pytest.raises(ResumeMismatch, match="other: data; resume with"):
         train(replace(plan, resume=True), quiet())
 
 

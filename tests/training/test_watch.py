@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from training.data import Example, Message, read_jsonl, write_jsonl
 from training.errors import DataTooSmall, LogUnavailable, OutputExists, RecipeInvalid, ResumeMismatch
 from training.finetune import Plan, train
 from training.hold_out import hold_out
+from training.progress import ProgressLine
 from training.recipe import Recipe
 from training.skills import SkillData, mix_in
 from training.watch import Watch
@@ -55,8 +57,6 @@ class Stopped(Exception):
 
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training.progress import ProgressLine
-
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == steps:
             raise Stopped
@@ -138,8 +138,32 @@ def test_resuming_with_other_watching_is_another_run(plan: Plan, monkeypatch: py
         stop_after(4, patched)
         with pytest.raises(Stopped):
             train(replace(plan, early_stop=30), quiet())
-    with pytest.raises(ResumeMismatch, match="early_stop"):
+    with pytest.raises(ResumeMismatch, match=r"early_stop \(30, not 2\)"):
         train(replace(plan, early_stop=2, resume=True), quiet())
+
+
+def test_a_log_has_the_held_out_loss_beside_the_training_loss(plan: Plan) -> None:
+    said = io.StringIO()
+    done = train(replace(plan, max_steps=4, validation_steps=2), Console(file=said, width=400))
+    lines = [line for line in said.getvalue().splitlines() if "step " in line]
+    measured = dict(done.curves.validation)
+    assert [f", held out {measured[step]:.3f}, " in line for step, line in zip((0, 2, 2, 4), lines, strict=True)] == [
+        True
+    ] * 4
+
+
+@pytest.mark.parametrize(("columns", "speed"), [(80, False), (120, True)])
+def test_a_bar_cuts_neither_steps_nor_losses(columns: int, speed: bool) -> None:
+    said = io.StringIO()
+    line = ProgressLine(Console(file=said, width=columns, force_terminal=True, color_system=None), "train tickets")
+    line.watch(types.SimpleNamespace(losses=[1.234], tokens=100))  # type: ignore[arg-type]
+    line.hear("validation/loss", 0, 1.5)
+    line.on_train_begin(None, types.SimpleNamespace(global_step=0, max_steps=240), None)
+    line.on_step_end(None, types.SimpleNamespace(global_step=24, max_steps=240), None)
+    line.stop()
+    last = [shown for shown in re.split(r"[\r\n]", said.getvalue()) if "train tickets" in shown][-1]
+    assert "24/240" in last and "loss 1.234, held out 1.500" in last and "…" not in last
+    assert ("tokens/s" in last) is speed
 
 
 def watch_of(losses: list[float], training: float, patience: int, tmp_path: Path) -> tuple[Watch, io.StringIO]:

@@ -127,6 +127,9 @@ def test_tables_as_spreadsheets_write_them(tmp_path: Path) -> None:
         read_table(semicolons, Wording("q", "a"), ";")
     with pytest.raises(DataInvalid, match="';' need --delimiter"):
         read_table(semicolons, Wording("q", "a"), None, "cp1252")
+    semicolons.write_bytes("q;a\nÄrger?;ja\n".encode("utf-16"))
+    with pytest.raises(DataInvalid, match="--encoding utf-16"):
+        read_table(semicolons, Wording("q", "a"), ";")
     for name in ("klingon", "base64"):
         with pytest.raises(DataInvalid, match=f"no text encoding is called '{name}'"):
             read_table(semicolons, Wording("q", "a"), ";", name)
@@ -166,6 +169,8 @@ def test_an_import_takes_what_people_have_and_overwrites_nothing(tmp_path: Path)
     [
         ("q,a\nx\n", "q", "line 2: 1 fields"),
         ("q,a\nx,\n", "q", "line 2: an empty"),
+        ("q,a\nx,\nx,y\n ,y\n", "q", "line 2, 4: an empty"),
+        ("q,a\n" + "x,\n" * 25, "q", "20, 21 and 5 more: an empty"),
         ("q,a\n", "q", "no rows"),
         ("q,q\nx,y\n", "q", "one name"),
         ("q,b\nx,y\n", "q", "no column 'a'"),
