@@ -96,8 +96,9 @@ def fsck(ctx: click.Context, rebuild: bool, hub_url: str | None, as_json: bool) 
 
     With --rebuild the catalog - versions, their numbers, lineage, aliases, history, pins - is made anew from what lies
     beside it and from the old catalog as far as that is sound, and then checked. Damaged records of the journal are
-    written again where the catalog has them. The old database file is kept under another name. Exits 1 where something
-    is wrong or lost; what was lost is told once, and leaves the hub sound.
+    written again where the catalog has them. The old database file is kept under another name; where it is lost or
+    damaged, so are the tokens of `hub registry`. Exits 1 where something is wrong or lost; what was lost is told once,
+    and leaves the hub sound. A hub of a newer release is refused.
     """
     lost: list[Problem] = []
     if rebuild:
@@ -111,6 +112,11 @@ def fsck(ctx: click.Context, rebuild: bool, hub_url: str | None, as_json: bool) 
             )
             if made.kept_as:
                 click.echo(f"the old catalog is kept as {made.kept_as}", err=True)
+        if made.new_file:
+            click.secho(
+                "tokens are in no journal: if `hub registry` offers this hub, make new ones with `hub token create`",
+                fg="yellow", err=True,
+            )  # fmt: skip
     with open_existing(hub_url) as hub, progress_bar() as progress:
         problems = lost + hub.fsck(progress)
     if as_json:

@@ -120,6 +120,10 @@ class HubNotFound(HubUnavailable):
     reason = "HUB_NOT_FOUND"
 
 
+class HubTooNew(HubUnavailable):
+    """A newer release made or migrated the hub: nothing of this one may touch it."""
+
+
 class NotCached(HubUnavailable):
     """What was asked for is not among the verified copies on this machine; the message names it."""
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from hub.blobs.local import sync_directory
-from hub.errors import HubUnavailable
+from hub.errors import HubTooNew, HubUnavailable
 from hub.place import Place
 
 _FORMAT: Final = "loraplex hub 2\n"
 _READ_FORMATS: Final = ("loraplex hub 1\n", _FORMAT)
+_MARK: Final = re.compile(r"loraplex hub ([1-9][0-9]{0,8})\n?", re.ASCII)
 _OURS: Final = (".FORMAT.", ".BLOBS.", "BLOBS")  # what a process that is just making the hub may have written first
 
 
@@ -58,15 +60,36 @@ def bring_up(place: Place) -> None:
         write(place)
 
 
+def mend(place: Place) -> None:
+    """Write the mark anew where what is there is none; may raise OSError, HubUnavailable.
+
+    Raises HubTooNew where it is that of a newer release.
+    """
+    found = _read(place)
+    if found is None or found in _READ_FORMATS:
+        return
+    if _is_newer(found):
+        check(place)
+    write(place)
+
+
 def check(place: Place) -> None:
-    """Raise HubUnavailable where the place is no hub, or one of a format this release does not read."""
+    """Raise HubUnavailable where the place is no hub, HubTooNew where it is one of a format of a newer release."""
     found = _read(place)
     if found is None:
         directory = place.directory
         if directory is None or not ((directory / "catalog.sqlite").exists() or (directory / "blobs").exists()):
             raise HubUnavailable("the directory holds other things and no hub; give an empty or a new one")
     elif found not in _READ_FORMATS:
-        raise HubUnavailable(f"the hub's format is {found.strip()[:40]!a}, this release reads {_FORMAT.strip()!r}")
+        said = f"the hub's format is {found.strip()[:40]!a}, this release reads {_FORMAT.strip()!r}"
+        if _is_newer(found):
+            raise HubTooNew(f"{said}: use a newer one")
+        raise HubUnavailable(f"{said}: its FORMAT is damaged, `hub fsck --rebuild` writes it anew")
+
+
+def _is_newer(found: str) -> bool:
+    mark, ours = _MARK.fullmatch(found), _MARK.fullmatch(_FORMAT)
+    return mark is not None and ours is not None and int(mark[1]) > int(ours[1])
 
 
 def _read(place: Place) -> str | None:

@@ -72,6 +72,12 @@ def make(place: Place, *, step: catalog.Step = no_step) -> tuple[BlobStore, cata
         return _open(place, step, away)
 
 
+def mend_mark(place: Place) -> None:
+    """See `format_mark.mend`; raises HubUnavailable."""
+    with _failures():
+        format_mark.mend(place)
+
+
 def make_anew(place: Place) -> tuple[BlobStore, catalog.Catalog]:
     """As `make`, but a catalog that is missing beside a journal is made, empty: for whoever fills it from there."""
     with _failures():

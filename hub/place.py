@@ -119,6 +119,11 @@ def _directory(url: str) -> tuple[Path, str | None]:
             "a bucket holds no catalog; give file:///directory?blobs=s3://bucket/prefix or "
             "postgresql://user@host/database?blobs=s3://bucket/prefix"
         )
+    if parts.scheme in ("grpc", "grpcs"):
+        raise HubUnavailable(
+            f"{parts.scheme}:// is the address of a server, and this is done where its hub lies; give "
+            "file:///directory, a path, or postgresql://user@host/database?blobs=/directory"
+        )
     if parts.scheme != "file":
         raise HubUnavailable(
             f"this release cannot open {parts.scheme}:// hubs; give file:///directory, a path, or "

@@ -10,10 +10,11 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Final
 
 import sqlalchemy as sa
@@ -23,7 +24,7 @@ from hub.blobs import BlobStore
 from hub.catalog import Catalog
 from hub.catalog_rows import Record
 from hub.catalog_writer import Writer, insert_version
-from hub.errors import BlobCorrupt, BlobNotFound, HubError, HubNotFound, HubUnavailable
+from hub.errors import BlobCorrupt, BlobNotFound, HubError, HubNotFound, HubTooNew, HubUnavailable
 from hub.journal import Journal, decode, encode, read_events
 from hub.location import Place
 from hub.manifest import MAX_MANIFEST_BYTES, Manifest
@@ -45,31 +46,33 @@ class Rebuilt:
     events: int
     lost: tuple[Problem, ...]  # versions whose manifest is damaged or missing; their numbers stay given
     kept_as: str | None  # the file beside it that the old database is in; "" where it was lost, None in PostgreSQL
+    new_file: bool  # the database is another one, without what no journal holds: a shared hub's tokens
 
 
 def rebuild(url: str | None) -> Rebuilt:
     """Make the catalog of the hub at `url` anew; nothing else may be writing to it.
 
-    Raises HubNotFound, HubUnavailable, HubReadOnly, BlobCorrupt where the journal is damaged or lacks a record and no
-    sound catalog has its events.
+    Raises HubNotFound, HubUnavailable, HubReadOnly, HubTooNew, BlobCorrupt where the journal is damaged or lacks a
+    record and no sound catalog has its events.
     """
     place = Place.parse(url)
     blobs, journal = location.storage(place)
     if next(journal.read(), None) is None and not (place.catalog is not None and place.catalog.exists()):
         raise HubNotFound(f"there is no hub at {place.shown}, or it has no journal to rebuild from")
+    location.mend_mark(place)
     copies = _rescued(place, journal)
     events = list(read_events(journal))
     if not events:
         raise HubUnavailable("the hub has no journal to rebuild from; nothing was changed")
     state = replay(events)
     manifests, lost = _manifests(blobs, state, copies)
-    kept_as = _old_kept(place)
-    _, catalog = location.make_anew(place)
-    try:
-        aliases = _fill(catalog, state, events, manifests)
-    finally:
-        catalog.close()
-    return Rebuilt(len(manifests), aliases, len(events), tuple(lost), kept_as)
+    with _old_kept(place) as (kept_as, new_file):
+        _, catalog = location.make_anew(place)
+        try:
+            aliases = _fill(catalog, state, events, manifests)
+        finally:
+            catalog.close()
+    return Rebuilt(len(manifests), aliases, len(events), tuple(lost), kept_as, new_file)
 
 
 def _rescued(place: Place, journal: Journal) -> dict[Digest, bytes]:
@@ -78,7 +81,7 @@ def _rescued(place: Place, journal: Journal) -> dict[Digest, bytes]:
     Where all of the catalog is sound, its events also stand in for the journal's damaged and missing records.
     """
     copies: dict[Digest, bytes] = {}
-    with suppress(HubError):
+    with _passed_over():
         _, catalog = location.make(place)
         try:
             for record in catalog.records():
@@ -91,6 +94,17 @@ def _rescued(place: Place, journal: Journal) -> dict[Digest, bytes]:
         finally:
             catalog.close()
     return copies
+
+
+@contextmanager
+def _passed_over() -> Iterator[None]:
+    """Whatever is wrong with the old catalog, except that it is a newer release's."""
+    try:
+        yield
+    except HubTooNew:
+        raise
+    except HubError:
+        pass
 
 
 def _mend(journal: Journal, catalog: Catalog) -> None:
@@ -140,27 +154,51 @@ def _stored(blobs: BlobStore, digest: Digest, text: str) -> bytes:
     return bytes(data)
 
 
-def _old_kept(place: Place) -> str | None:
-    """See `Rebuilt.kept_as`. A file that works is copied, for readers have it open; any other is moved away."""
-    if place.catalog is None:
-        return None
-    if not place.catalog.exists():
-        return ""
+@contextmanager
+def _old_kept(place: Place) -> Iterator[tuple[str | None, bool]]:
+    """See `Rebuilt.kept_as` and `Rebuilt.new_file`. Where what is done inside fails, the old file is what it was.
+
+    One that works is copied, for readers have it open, and its tables are filled anew; any other is moved away.
+    """
+    file = place.catalog
+    if file is None:
+        yield None, False
+        return
     when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    there = file.exists()
+    if there and _works(place):
+        copied = file.with_name(f"{file.name}.before-{when}")
+        sqlite.copy(file, copied)
+        yield copied.name, False
+        return
+    aside = file.with_name(f"{file.name}.damaged-{when}")
+    _move(file, aside)  # where the file is lost, too: SQLite would play what is left of its log into the new one
+    try:
+        yield aside.name if there else "", True
+    except BaseException:
+        _move(aside, file)
+        raise
+
+
+def _works(place: Place) -> bool:
+    """Whether SQLite finds nothing wrong with the old database file."""
     with suppress(HubError):
         _, catalog = location.make(place)
         try:
-            if not [problem for problem in catalog.check() if problem.startswith("SQLite says")]:
-                name = f"{place.catalog.name}.before-{when}"
-                sqlite.copy(place.catalog, place.catalog.with_name(name))
-                return name
+            return not [problem for problem in catalog.check() if problem.startswith("SQLite says")]
         finally:
             catalog.close()
-    name = f"{place.catalog.name}.damaged-{when}"
-    for suffix in ("", "-wal", "-shm"):
+    return False
+
+
+def _move(database: Path, target: Path) -> None:
+    """Give the database, and its log, another name, and take away what had that."""
+    suffixes = ("-wal", "-shm", "")
+    for suffix in suffixes:
+        target.with_name(target.name + suffix).unlink(missing_ok=True)
+    for suffix in suffixes:
         with suppress(FileNotFoundError):
-            place.catalog.with_name(place.catalog.name + suffix).rename(place.catalog.with_name(name + suffix))
-    return name
+            database.with_name(database.name + suffix).rename(target.with_name(target.name + suffix))
 
 
 def _fill(catalog: Catalog, state: State, events: Sequence[Event], manifests: Mapping[Key, bytes]) -> int:

@@ -8,7 +8,7 @@ from typing import Final
 import sqlalchemy as sa
 
 from hub import tables
-from hub.errors import HubUnavailable
+from hub.errors import HubTooNew
 
 HEAD: Final = "0002"
 _FIRST: Final = "0001"  # what hubs without a recorded revision have
@@ -26,7 +26,7 @@ def revision(connection: sa.Connection) -> str | None:
 def bring_up(connection: sa.Connection) -> bool:
     """Make or migrate the tables, inside the caller's writing transaction; whether there was anything to do.
 
-    Raises HubUnavailable where a newer release made them.
+    Raises HubTooNew where a newer release made them.
     """
     found = revision(connection)
     if found == HEAD:
@@ -36,9 +36,7 @@ def bring_up(connection: sa.Connection) -> bool:
         _stamp(connection, HEAD)
         return True
     if found > HEAD:
-        raise HubUnavailable(
-            f"the hub's catalog has revision {found}, this release knows up to {HEAD}: use a newer one"
-        )
+        raise HubTooNew(f"the hub's catalog has revision {found}, this release knows up to {HEAD}: use a newer one")
     if not sa.inspect(connection).has_table("alembic_version"):
         _stamp(connection, found)
     _upgrade(connection)

@@ -65,7 +65,10 @@ def cause(error: Exception) -> str:
     """
     if isinstance(error, UnicodeDecodeError):
         return "it holds text that is none"
-    return str(getattr(error, "orig", None) or type(error).__name__).partition("\n")[0]
+    said = error if isinstance(error, sqlite3.Error) else getattr(error, "orig", None)
+    if getattr(said, "sqlite_errorname", "").startswith("SQLITE_IOERR"):  # of a full disk, too
+        return f"{said}: its disk is full or failing"
+    return str(said or type(error).__name__).partition("\n")[0]
 
 
 def _engine(path: Path) -> sa.Engine:
@@ -122,7 +125,7 @@ def _create(path: Path) -> None:
                 driver.execute("PRAGMA journal_mode=WAL")
         sync_directory(path.parent)
     except (OSError, sqlite3.Error, sa.exc.DBAPIError) as error:
-        what = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "the database cannot be made"
+        what = os.strerror(error.errno or 0) if isinstance(error, OSError) else cause(error)
         raise HubUnavailable(f"the hub cannot be created: {what}") from error
     finally:
         for suffix in ("", "-wal", "-shm"):

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-from hub.errors import GrantInvalid, HubUnavailable, TokenNotFound, Unauthenticated
+from hub.errors import GrantInvalid, HubReadOnly, HubUnavailable, TokenNotFound, Unauthenticated
 from hub.registry.grants import Caller, Grant
 from hub.sqlite import cause
 from hub.transactions import asked, read, writing
@@ -124,8 +124,9 @@ class TokenStore:
         return Caller(token.subject, token.grants, token.id, token.expires)
 
     def _rows(self, query: sa.Select[Any]) -> Sequence[Any]:
-        self._make_table()
         with _translated():
+            if not self._has_table():
+                return []
             return asked(self._engine, lambda connection: connection.execute(query).all())
 
     @contextmanager
@@ -135,13 +136,17 @@ class TokenStore:
             yield connection
 
     def _make_table(self) -> None:
-        if self._ready:
-            return
         with _translated():
-            if not read(self._engine, lambda connection: sa.inspect(connection).has_table(_tokens.name)):
+            if not self._has_table():
                 with writing(self._engine) as connection:
                     _metadata.create_all(connection)
         self._ready = True
+
+    def _has_table(self) -> bool:
+        """Whether there ever was a token; a hub that cannot be written may have none."""
+        if not self._ready:
+            self._ready = read(self._engine, lambda connection: sa.inspect(connection).has_table(_tokens.name))
+        return self._ready
 
 
 @contextmanager
@@ -149,6 +154,8 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except (sa.exc.DBAPIError, sa.exc.TimeoutError, UnicodeDecodeError) as error:
+        if getattr(getattr(error, "orig", None), "sqlite_errorname", "").startswith("SQLITE_READONLY"):
+            raise HubReadOnly("the hub's tokens cannot be written from here: its directory is read-only") from error
         raise HubUnavailable("the hub's tokens cannot be read or written", cause(error)) from error
 
 

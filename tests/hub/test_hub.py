@@ -21,6 +21,7 @@ from hub.errors import (
 from hub.facts import Facts
 from hub.hub import Event, Hub
 from hub.manifest import Manifest
+from hub.rebuild import rebuild
 from hub.refs import AdapterRef
 from tests.hub.making import lora_tensors, write_adapter, write_base
 
@@ -254,6 +255,11 @@ def test_one_hub_serves_many_threads(hub: Hub, tmp_path: Path) -> None:
 def test_other_urls_are_refused_for_now(url: str) -> None:
     with pytest.raises(HubUnavailable):
         Hub.open(url)
+
+
+def test_what_is_done_where_the_hub_lies_is_refused_over_a_server() -> None:
+    with pytest.raises(HubUnavailable, match="address of a server"):
+        rebuild("grpcs://hub.example.org")
 
 
 def test_a_hub_is_found_by_url_path_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
-from hub.errors import BlobCorrupt, HubNotFound, HubUnavailable, NotRestorable
+from hub.errors import BlobCorrupt, HubNotFound, HubTooNew, HubUnavailable, NotRestorable
 from hub.facts import Facts
 from hub.hub import Hub
 from hub.rebuild import rebuild
+from hub.registry.grants import Grant
+from hub.registry.tokens import TokenStore
 from hub.search import Query
+from hub.sqlite import cause
 from tests.hub.conftest import MakeUrl
 from tests.hub.test_upkeep import adapter, sweep, three
 
@@ -70,6 +76,79 @@ def test_a_damaged_database_file_is_kept_and_replaced(tmp_path: Path) -> None:
     assert made.kept_as is not None
     assert (tmp_path / "hub" / made.kept_as).read_bytes().startswith(b"garbage")
     with Hub.open(str(tmp_path / "hub")) as hub:
+        assert hub.events() == before
+        assert hub.fsck() == []
+
+
+@pytest.mark.parametrize("newer", ["the format", "the tables"])
+def test_a_hub_of_a_newer_release_is_not_touched(newer: str, tmp_path: Path) -> None:
+    root = tmp_path / "hub"
+    with Hub.open(str(root)) as hub:
+        three(hub, tmp_path)
+    if newer == "the format":
+        (root / "FORMAT").write_text("loraplex hub 3\n")
+    else:
+        with closing(sqlite3.connect(root / "catalog.sqlite")) as database:
+            database.execute("UPDATE alembic_version SET version_num = '9999'")
+            database.commit()
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    with pytest.raises(HubTooNew, match="use a newer one"):
+        rebuild(str(root))
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_mark_alone_costs_no_token(tmp_path: Path) -> None:
+    root = tmp_path / "hub"
+    with Hub.open(str(root)) as hub:
+        three(hub, tmp_path)
+        TokenStore(hub.database).create("ada", [Grant.parse("*:admin")])
+    (root / "FORMAT").write_text("")
+    with pytest.raises(HubUnavailable, match="--rebuild"):
+        Hub.open(str(root))
+    assert not rebuild(str(root)).new_file
+    with Hub.open(str(root)) as hub:
+        assert hub.fsck() == []
+        assert [token.subject for token in TokenStore(hub.database).list()] == ["ada"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_rebuild_that_fails_leaves_the_old_database(
+    works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "hub"
+    with Hub.open(str(root)) as hub:
+        three(hub, tmp_path)
+    file = root / "catalog.sqlite"
+    if not works:
+        file.write_bytes(b"garbage" * 1000)
+    old = file.read_bytes()
+
+    def full(*_: object) -> object:
+        if not works:
+            file.write_bytes(b"half of it")
+        raise HubUnavailable("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hub.location.make_anew", full)
+        with pytest.raises(HubUnavailable, match="full"):
+            rebuild(str(root))
+    assert file.read_bytes() == old
+    assert not list(root.glob("*.damaged-*"))
+
+
+def test_the_log_of_a_lost_database_is_not_played_into_the_new_one(tmp_path: Path) -> None:
+    root = tmp_path / "hub"
+    hub = Hub.open(str(root))
+    three(hub, tmp_path)
+    log = (root / "catalog.sqlite-wal").read_bytes()
+    before = hub.events()
+    hub.close()
+    (root / "catalog.sqlite").unlink()
+    (root / "catalog.sqlite-wal").write_bytes(log)
+    made = rebuild(str(root))
+    assert (made.kept_as, made.new_file) == ("", True)
+    assert len(list(root.glob("catalog.sqlite.damaged-*-wal"))) == 1
+    with Hub.open(str(root)) as hub:
         assert hub.events() == before
         assert hub.fsck() == []
 
@@ -214,3 +293,11 @@ def test_rebuilding_nothing_changes_nothing(tmp_path: Path) -> None:
     Hub.open(str(tmp_path / "hub")).close()
     with pytest.raises(HubUnavailable, match="no journal"):
         rebuild(str(tmp_path / "hub"))
+
+
+def test_a_full_disk_is_named_as_one() -> None:
+    """SQLite says "disk I/O error" where it cannot make the file of its shared memory."""
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorname = "SQLITE_IOERR_SHMSIZE"
+    wrapped = sa.exc.OperationalError("SELECT 1", None, error)
+    assert cause(error) == cause(wrapped) == "disk I/O error: its disk is full or failing"

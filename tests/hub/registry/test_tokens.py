@@ -11,7 +11,8 @@ import pytest
 import sqlalchemy as sa
 from google.rpc import error_details_pb2, status_pb2
 
-from hub.errors import AdapterNotFound, Forbidden, GrantInvalid, HubError, TokenNotFound, Unauthenticated
+from hub import sqlite
+from hub.errors import AdapterNotFound, Forbidden, GrantInvalid, HubError, HubReadOnly, TokenNotFound, Unauthenticated
 from hub.gate import Gate
 from hub.hub import Hub
 from hub.refs import Digest
@@ -188,6 +189,17 @@ def test_only_salted_hashes_are_kept(store: Hub, tokens: TokenStore) -> None:
     assert len({row.salt for row in rows}) == len({row.hash for row in rows}) == 2
     for secret in secrets:
         assert secret.split("_", 2)[2] not in str(rows)
+
+
+@pytest.mark.parametrize("subjects", [[], ["ada"]])
+def test_a_hub_that_cannot_be_written_tells_its_tokens_and_makes_none(subjects: list[str], tmp_path: Path) -> None:
+    with Hub.open(str(tmp_path / "hub")) as hub:
+        made = [TokenStore(hub.database).create(subject, [Grant.parse("*:read")])[0] for subject in subjects]
+    tokens = TokenStore(sqlite.open_for_reading(tmp_path / "hub" / "catalog.sqlite"))
+    assert tokens.list() == made
+    with pytest.raises(HubReadOnly):
+        tokens.create("ci", [Grant.parse("*:read")])
+    assert tokens.list() == made
 
 
 def test_an_admin_of_all_makes_and_takes_tokens_over_the_wire(connect: ConnectAs) -> None:
