@@ -123,6 +123,8 @@ class HubNotFound(HubUnavailable):
 class HubTooNew(HubUnavailable):
     """A newer release made or migrated the hub: nothing of this one may touch it."""
 
+    reason = "HUB_TOO_NEW"
+
 
 class NotCached(HubUnavailable):
     """What was asked for is not among the verified copies on this machine; the message names it."""
