@@ -43,6 +43,11 @@ def random_prompt(*lengths: int) -> list[int]:
     return [random.randrange(256) for _ in range(random.choice(lengths))]
 
 
+def of_ranks(make: MakeAdapter, base: Path, folder: Path, **ranks: int) -> dict[str, Path]:
+    """Fresh random adapters of these ranks."""
+    return {name: make(base, folder / name, seed=random.randrange(2**31), r=rank) for name, rank in ranks.items()}
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2"])
 def test_a_family_equals_generate(
     name: str, pretend_gpu: TapeGraphs, tmp_path: Path, make_adapter: MakeAdapter, directory_fetch: Fetch
@@ -163,12 +168,8 @@ def test_adapters_change_between_replays_and_graphs_change_nothing(
     """An arena for one adapter of two, which must therefore take turns in the same rows under the same captured
     steps; the answers are those of steps that are launched piece by piece."""
     monkeypatch.setattr(lora, "SHRINK_FIRST", shrink_first)
-    kinds = ["a", "b"]
-    adapters = {
-        kind: make_adapter(tiny_base, tmp_path / kind, seed=random.randrange(2**31), r=rank)
-        for kind, rank in zip(kinds, (16, 5), strict=True)
-    }
-    asked = [(kind, random_prompt(3, 8)) for kind in kinds]
+    adapters = of_ranks(make_adapter, tiny_base, tmp_path, a=16, b=5)
+    asked = [(kind, random_prompt(3, 8)) for kind in adapters]
 
     def answers() -> list[Completion]:
         engine = build(tiny_base, directory_fetch(adapters), adapter_memory_bytes=16 * 8192)
@@ -231,11 +232,7 @@ def test_steps_launched_ahead_change_nothing(
 ) -> None:
     """Answers that end at different times, drawn, penalized, with log-probabilities; a page's end is passed while a
     step is under way. Nearly all decode steps are launched ahead."""
-    kinds = ("a", "b")
-    adapters = {
-        kind: make_adapter(tiny_base, tmp_path / kind, seed=random.randrange(2**31), r=rank)
-        for kind, rank in zip(kinds, (8, 5), strict=True)
-    }
+    adapters = of_ranks(make_adapter, tiny_base, tmp_path, a=8, b=5)
     monkeypatch.setattr("tests.equivalence.reference.NEW_TOKENS", 7)
     requests = [
         replace(ask(random_prompt(3, 4), *uses), sampling=sampling, logprobs=logprobs)
