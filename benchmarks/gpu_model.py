@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.kernels.gpu import attention, elementwise, lora, nf4
-from server.kernels.gpu.lora import LoraSites, lora_add, scratch
+from server.kernels.gpu import attention, elementwise, nf4
+from server.kernels.gpu.lora import LoraSites, lora_begin, scratch
 from server.kernels.gpu.lora_plan import DECODE_TOKENS, LoraPlan
 from server.kernels.gpu.selfcheck import PAGE, random_weight
 
@@ -141,12 +141,9 @@ class Step:
         return (x @ self.head.T).argmax(-1)
 
     def _product(self, layer: dict[str, Any], name: str, x: Tensor) -> Tensor:
-        weight, begun = layer[name], None
-        if layer["lora"] and lora.SHRINK_FIRST:
-            begun = lora.lora_begin(x, layer["lora"][name], self.plan, self.h)
+        weight = layer[name]
+        begun = lora_begin(x, layer["lora"][name], self.plan, self.h) if layer["lora"] else None
         y = nf4.matmul(x, weight, self.workspace) if isinstance(weight, nf4.Nf4Weight) else x @ weight.T
         if begun is not None:
             begun(y)
-        elif layer["lora"]:
-            lora_add(y, x, layer["lora"][name], self.plan, self.h)
         return y

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from server.adapters.linear import ActiveAdapters, SiteGroup
-from server.kernels.gpu import lora
 from server.kernels.gpu.door import GpuKernels
-from server.kernels.gpu.lora import MOST_SPLITS, lora_add, scratch_elements
+from server.kernels.gpu.lora import MOST_SPLITS, lora_add, lora_begin, scratch_elements
 from server.kernels.gpu.lora_plan import DECODE_TOKENS, RANKS, LoraPlan
 from server.kernels.native.plans import AffinePlan, Segment
 
@@ -60,8 +59,8 @@ class GpuAdapters(ActiveAdapters):
 
     def begin(self, x: Tensor, group: SiteGroup) -> Callable[[Tensor], None]:
         """`add` in two halves, around the product of the same x: returns the second one, for that product."""
-        if lora.SHRINK_FIRST and self._plans == (self._decode,):
-            return lora.lora_begin(x, group.triton, self._decode, self._h)
+        if self._plans == (self._decode,):
+            return lora_begin(x, group.triton, self._decode, self._h)
         return lambda y: self.add(x, group, y)
 
     def add(self, x: Tensor, group: SiteGroup, y: Tensor) -> None:

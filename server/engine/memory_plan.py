@@ -82,7 +82,7 @@ class MemoryPlan:
     def check(self) -> None:
         """Raise `BaseUnavailable`, with all numbers, where it does not fit."""
         if self.spare < 0:
-            raise BaseUnavailable(f"the device's memory is too small by {as_text(-self.spare)}: {self}")
+            raise BaseUnavailable(f"the memory is too small by {as_text(-self.spare)}: {self}")
 
 
 def plan(budget: int, weights: int, limits: EngineLimits, workspace: int) -> MemoryPlan:

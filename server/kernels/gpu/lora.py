@@ -143,9 +143,9 @@ def lora_add(
 
 
 def lora_begin(x: Tensor, sites: LoraSites, plan: LoraPlan, h: Tensor | None = None) -> Callable[[Tensor], None]:
-    """`lora_add` of one x, in two halves: launches what needs no y, and returns what launches the rest, for a y that is
-    contiguous. Until then `h` is this call's."""
-    if plan.tokens > _LARGEST_DECODE:
+    """`lora_add` of one x, in two halves: launches what needs no y where `SHRINK_FIRST` says so, and returns what
+    launches the rest, for a y that is contiguous. Until then `h` is this call's."""
+    if not SHRINK_FIRST or plan.tokens > _LARGEST_DECODE:
         return lambda y: lora_add(y, x, sites, plan, h)
     h = _room(x, sites, plan, h)
     tiling = _CUT if sites.aligned and plan.tokens == 8 and lora_cuda.fits(x) else _TILING

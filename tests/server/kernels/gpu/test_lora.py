@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from server.kernels import reference
+from server.kernels.gpu import lora
 from server.kernels.gpu.lora import LoraSites, lora_add, lora_begin, scratch, splits
 from server.kernels.gpu.lora_plan import LoraPlan, Segment
 
@@ -56,7 +57,9 @@ def arena(ranges: list[tuple[int, int]], rows: int, width: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize(("popularity", "weighted"), [("distinct", True), ("zipf", True), ("identical", False)])
-def test_decoding_rows(popularity: str, weighted: bool, dtype: torch.dtype, device: str, close: Close) -> None:
+def test_decoding_rows(
+    popularity: str, weighted: bool, dtype: torch.dtype, device: str, close: Close, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random()
     ranges, rows = adapters(rng, 8)
     order = sorted(
@@ -89,6 +92,7 @@ def test_decoding_rows(popularity: str, weighted: bool, dtype: torch.dtype, devi
     halved = y.clone()
     lora_add(y, x, sites, plan, h, programs=3)
     h.fill_(NAN)
+    monkeypatch.setattr(lora, "SHRINK_FIRST", True)
     lora_begin(x, sites, plan, h)(halved)
     assert torch.equal(halved.nan_to_num(), y.nan_to_num()) and torch.equal(halved.isnan(), y.isnan())
     assert torch.isnan(y[untouched]).all(), "a row on the base alone was written"
@@ -109,7 +113,7 @@ def test_splits_of_a_wide_input(dtype: torch.dtype, device: str, close: Close) -
     close(y, expected)
 
 
-def test_prompts(dtype: torch.dtype, device: str, close: Close) -> None:
+def test_prompts(dtype: torch.dtype, device: str, close: Close, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long spans, one of them with two adapters that begin and end at different tokens."""
     ranges, rows = adapters(random.Random(), 4)
     segments: list[Segment] = [(3, 40, *ranges[0], 1.0), (40, 47, *ranges[1], 0.5), (30, 44, *ranges[2], -1.0)]
@@ -122,6 +126,7 @@ def test_prompts(dtype: torch.dtype, device: str, close: Close) -> None:
     plan.fill(segments)
     halved = y.clone()
     lora_add(y, x, sites, plan, scratch(plan, sites).fill_(NAN))
+    monkeypatch.setattr(lora, "SHRINK_FIRST", True)
     lora_begin(x, sites, plan)(halved)
     assert torch.equal(halved[3:47], y[3:47])
     assert torch.isnan(y[:3]).all()
