@@ -13,7 +13,9 @@ for the examples are few.
 
 What aiming takes from the new task, training b once more gives back (`again`): with a held, whatever b becomes changes
 little of what other inputs give, for a now answers them with little. Training b alone under a fixed a is InfLoRA's
-(Liang and Li 2024, arXiv:2404.00228), which fixes a before anything is learned.
+(Liang and Li 2024, arXiv:2404.00228), which fixes a before anything is learned. Little is not nothing, and an answer
+can hang on one token. So the rows may be aimed once more after that (`aim_last`), which takes little from the new task:
+a is nearly what it would become.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from training.continual.contract import Lesson, Outcome, Past, check_between
+from training.continual.errors import ContinualPlanInvalid
 from training.continual.factors import Factors, Pair, joined
 from training.continual.replay import Line, sample
 from training.continual.rules import SiteRule
@@ -51,6 +54,7 @@ class Aimed:
     keep_weight: float = 1.0  # of the text to keep against an earlier task, where the plan has such a text
     judges: int = 0  # examples of each task that choose the weight; 0: `own_weight` as it is
     again: float = 0.0  # passes in which b is trained once more with the aimed a, as a multiple of the recipe's
+    aim_last: bool = False  # whether the rows are aimed once more after that
     name: str = "aimed"
     evolving: bool = True
     inherits: bool = True
@@ -61,6 +65,8 @@ class Aimed:
         check_between(self.name, "keep_weight", self.keep_weight, 0, 1000)
         check_between(self.name, "judges", self.judges, 0, self.reads)
         check_between(self.name, "again", self.again, 0, 100)
+        if self.aim_last and not self.again:
+            raise ContinualPlanInvalid(f"strategy {self.name}: aim_last needs again; without, the rows are aimed last")
 
     def served_rank(self, rank: int, stages: int) -> int:
         """A fresh adapter's more every stage."""
@@ -75,7 +81,10 @@ class Aimed:
         return Lesson(past.examples, start=before, grow=True, rules=rules)
 
     def finish(self, past: Past[E], trained: Factors) -> Outcome[E]:
-        """Earlier rows as they were, and the new ones aimed; with `again` their b trained once more."""
+        """Earlier rows as they were, and the new ones aimed; with `again` their b trained once more.
+
+        The notes are of the last time they were aimed.
+        """
         new = sample(past.readable(past.examples), self.reads, f"keep:{past.seed}")
         kept = _by_task(past.outcomes)
         before: Factors | None = past.previous.served if past.previous else None
@@ -91,12 +100,15 @@ class Aimed:
             tasks = [one[: self.judges] for one in (*kept, new)]
             losses = past.losses([one.served for one in found], [row for rows in tasks for row in rows])
             best = int(np.argmin([_mean_log(each, [len(rows) for rows in tasks]) for each in losses]))
-        served = found[best].served
+        served, notes = found[best].served, found[best].notes
         if self.again:
             rules = {m: SiteRule(before[m].rank if before else 0, still=True) for m in served}
             served = past.train(Lesson(past.examples, start=served, rules=rules, passes=self.again))
+        if self.aim_last:
+            last = _all_aimed(served, before, past.inputs(served, [(1.0, new)]), others, notes["own_weight"])
+            served, notes = last.served, last.notes
         memory = (*(past.previous.memory if past.previous else ()), *new)
-        return Outcome(served, memory=memory, notes=found[best].notes)
+        return Outcome(served, memory=memory, notes=notes)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "replay": ("share", "capacity"),
     "on-policy-replay": ("share", "capacity"),
     "paced-replay": ("share", "capacity", "judges"),
-    "aimed": ("reads", "own_weight", "keep_weight", "judges", "again"),
+    "aimed": ("reads", "own_weight", "keep_weight", "judges", "again", "aim_last"),
     "o-lora": ("weight",),
     "osf": ("keep",),
     "merge": ("how", "density", "rank_factor"),
@@ -46,7 +46,10 @@ def strategy_named(name: str, options: Mapping[str, Any], reduce_share: float | 
             raise ContinualPlanInvalid(
                 f"strategy {name} has no option {option!r}; it has: {', '.join(known) or 'none'}"
             )
-        if option != "how" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if option == "aim_last":
+            if not isinstance(value, bool):
+                raise ContinualPlanInvalid(f"strategy {name}: {option} is true or false, not {value!r}")
+        elif option != "how" and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ContinualPlanInvalid(f"strategy {name}: {option} is a number, not {value!r}")
     for option in ("capacity", "judges", "reads"):
         if not isinstance(options.get(option, 0), int):

@@ -17,6 +17,7 @@ from tests.training.continual.test_stage import fresh
 from training import trainable
 from training.continual.aiming import TIMES, aimed, energy
 from training.continual.contract import Strategy
+from training.continual.errors import ContinualPlanInvalid
 from training.continual.factors import Factors, Pair, joined, write_factors
 from training.continual.inputs import input_moments, readable
 from training.continual.registry import strategy_named
@@ -186,6 +187,38 @@ def test_with_b_trained_again_its_a_is_the_aimed_one(model: Any, overlapping: li
         assert torch.equal(lesson.start[site].a, pair.a) and torch.equal(lesson.start[site].b, pair.b)
         assert torch.equal(second.served[site].a, pair.a)
         assert lesson.rules[site].still and lesson.rules[site].frozen == first.served[site].rank
+
+
+def test_aimed_last_it_leaves_earlier_tasks_alone_and_loses_little_of_the_new_one(
+    model: Any, overlapping: list[Any]
+) -> None:
+    """b is the one that was trained again; a turns once more, and what earlier inputs get of the new rows falls."""
+    often, last = (
+        strategy_named("aimed", {"own_weight": 0.3, "again": 1.0, **more}) for more in ({}, {"aim_last": True})
+    )
+    first = model.learn(often, overlapping[:1])
+    past = model.past(1, overlapping, first)
+    trained = model.fit(often.lesson(past))
+    before, after = (strategy.finish(past, trained) for strategy in (often, last))
+    moments = past.inputs(first[0].served, [(1.0, overlapping[0])])
+    left = {"before": 0.0, "after": 0.0}
+    for site, pair in after.served.items():
+        rank = first[0].served[site].rank
+        assert torch.equal(pair.b, before.served[site].b)
+        assert torch.equal(pair.a[:rank], before.served[site].a[:rank])
+        for name, one in (("before", before), ("after", after)):
+            left[name] += energy(Pair(one.served[site].a[rank:], one.served[site].b[:, rank:]), moments[site])
+    assert left["after"] < 0.7 * left["before"]
+    scores = [float(model.score(one.served, overlapping[1])) for one in (before, after)]
+    assert scores[1] > scores[0] - 0.1
+    assert after.notes["own_weight"] == 0.3 and after.notes["kept_on_own"] > before.notes["kept_on_own"]
+
+
+def test_aiming_last_needs_something_to_come_in_between() -> None:
+    with pytest.raises(ContinualPlanInvalid, match="aim_last needs again"):
+        strategy_named("aimed", {"aim_last": True})
+    with pytest.raises(ContinualPlanInvalid, match="aim_last is true or false, not 1"):
+        strategy_named("aimed", {"again": 1, "aim_last": 1})
 
 
 def test_it_reads_every_earlier_task_apart_and_the_text_by_its_weight(model: Any, overlapping: list[Any]) -> None:

@@ -30,6 +30,7 @@ def every() -> list[Strategy]:
     others = [
         ("merge", {"how": "ties", "density": 1.0}, None),
         ("aimed", {"again": 0.5}, None),
+        ("aimed", {"again": 0.5, "aim_last": True}, None),
         ("sequential", {}, 0.5),
     ]
     return [*plain, *(strategy_named(*one) for one in others)]
