@@ -118,6 +118,7 @@ class Server:
             max_adapters=self._config.engine.max_adapters_per_request,
             vocabulary_size=base.vocabulary_size,
             context_tokens=base.context_tokens,
+            longest_token=engine.text.longest_token,
         )
         admission = Admission(
             parser, directory, engine.text, engine.structures, routing, max_pending=self._config.engine.max_waiting

@@ -100,6 +100,7 @@ class RequestParser:
     max_adapters: int
     vocabulary_size: int
     context_tokens: int
+    longest_token: int | None = None  # characters that a token can stand for at most, where that is known
 
     def generate(self, message: wire.GenerateRequest) -> ParsedRequest:
         """The parsed request.
@@ -123,9 +124,14 @@ class RequestParser:
         )
 
     def prompt(self, message: wire.GenerateRequest | wire.TokenizeRequest) -> Prompt:
-        """The prompt of either message. Raises `PromptEmpty` when unset or empty."""
+        """The prompt of either message.
+
+        Raises `PromptEmpty` when unset or empty, and `ContextExceeded` when its length alone shows that it cannot fit:
+        to tokenize megabytes takes seconds.
+        """
         match message.WhichOneof("prompt"):
             case "text" if message.text:
+                self._check_chars(len(message.text))
                 return TextPrompt(message.text)
             case "chat" if message.chat.messages:
                 return self._chat(message.chat)
@@ -148,6 +154,13 @@ class RequestParser:
                 f"exceed the context of {self.context_tokens} tokens"
             )
 
+    def _check_chars(self, chars: int) -> None:
+        if self.longest_token is not None and chars > self.context_tokens * self.longest_token:
+            raise ContextExceeded(
+                f"{chars} characters are at least {-(-chars // self.longest_token)} tokens, which exceed the context "
+                f"of {self.context_tokens} tokens"
+            )
+
     def _chat(self, chat: wire.Chat) -> ChatPrompt:
         # Every message costs at least one token, so more of them than that never fit.
         if len(chat.messages) > self.context_tokens:
@@ -157,7 +170,9 @@ class RequestParser:
         for index, chat_message in enumerate(chat.messages):
             if chat_message.role not in ROLES:
                 raise InvalidRequest(f"chat.messages[{index}].role must be one of assistant, system, user")
-        return ChatPrompt(tuple((each.role, each.content) for each in chat.messages))
+        prompt = ChatPrompt(tuple((each.role, each.content) for each in chat.messages))
+        self._check_chars(prompt.chars)
+        return prompt
 
     def _adapters(self, asked: Sequence[wire.AdapterSelection]) -> tuple[tuple[AskedAdapter, ...], AskedRouter | None]:
         if len(asked) > self.max_adapters:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
 
 from jinja2.exceptions import TemplateError
 from tokenizers.decoders import DecodeStream
@@ -13,6 +15,9 @@ from server.model.base import BaseModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_NFC_JOINS: Final = 4  # characters at most, of which composition makes one
 
 
 class Text:
@@ -39,6 +44,11 @@ class Text:
         except TemplateError as error:
             raise InvalidRequest(f"the base's chat template refuses these messages: {error}") from error
         return list(self._tokenizer(rendered, add_special_tokens=False).input_ids)
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """The most characters of a text that one token can stand for; None where there is no telling."""
+        return longest_token(json.loads(self._backend.to_str()))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids` without special tokens."""
@@ -102,6 +112,38 @@ class StopScanner:
         """What was held back, when the answer ends for another reason."""
         shown, self._held = self._held, ""
         return shown
+
+
+def longest_token(tokenizer: Mapping[str, Any]) -> int | None:
+    """The most characters of a text that one token can stand for, by a tokenizer.json; None where it does not tell.
+
+    It tells of byte-level BPE, which says every byte of a text, after no normalizer or NFC; and where no added token
+    takes the spaces around it along.
+    """
+    model, added = tokenizer["model"], tokenizer.get("added_tokens") or ()
+    normalizer = tokenizer.get("normalizer")
+    if model.get("type") != "BPE" or not _byte_level(tokenizer.get("pre_tokenizer")):
+        return None
+    if normalizer is not None and normalizer.get("type") != "NFC":
+        return None
+    if any(token.get("lstrip") or token.get("rstrip") for token in added):
+        return None
+    tokens = [*model["vocab"], *(token["content"] for token in added)]
+    return max(map(len, tokens), default=1) * (1 if normalizer is None else _NFC_JOINS)
+
+
+def _byte_level(pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    """Whether it turns all bytes into tokens' characters, one each, and drops nothing."""
+    if pre_tokenizer is None:
+        return False
+    kind = pre_tokenizer.get("type")
+    if kind == "Sequence":
+        *first, last = pre_tokenizer["pretokenizers"]
+        return _byte_level(last) and all(
+            one.get("type") == "Digits" or (one.get("type") == "Split" and one.get("behavior") != "Removed")
+            for one in first
+        )
+    return bool(kind == "ByteLevel")
 
 
 def _overlap(text: str, stop: str) -> int:

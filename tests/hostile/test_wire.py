@@ -79,6 +79,19 @@ def test_row_1_too_large_a_message(stub: inference_pb2_grpc.InferenceStub) -> No
     assert code is Code.RESOURCE_EXHAUSTED
 
 
+@pytest.mark.parametrize("many", [ask(text="é" * (4 * CONTEXT + 1)), chat(*[("user", "x" * CONTEXT)] * 5)])
+def test_row_4_megabytes_are_not_tokenized_to_be_refused(
+    many: wire.GenerateRequest, stub: inference_pb2_grpc.InferenceStub
+) -> None:
+    code, reason, details = refused(lambda: stub.Generate(many))
+    assert (code, reason) == (Code.INVALID_ARGUMENT, "CONTEXT_EXCEEDED")
+    assert f"characters are at least {CONTEXT + (1 if many.text else CONTEXT // 4)} tokens" in details
+    if many.text:
+        again = refused(lambda: stub.Tokenize(wire.TokenizeRequest(text=many.text)))
+        assert again == (code, reason, details)
+        assert len(stub.Tokenize(wire.TokenizeRequest(text=many.text[:-1])).token_ids) == 4 * CONTEXT
+
+
 def test_row_1_too_much_metadata(stub: inference_pb2_grpc.InferenceStub) -> None:
     padding = (("padding", "x" * (LIMITS.max_metadata_bytes + 1)),)
     code, _, _ = refused(lambda: stub.Generate(ask(max_new_tokens=1), metadata=padding))

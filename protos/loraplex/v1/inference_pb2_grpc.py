@@ -82,7 +82,9 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The token ids of a prompt as Generate would see them. Prompts that by their length alone cannot fit the context are
+        refused with CONTEXT_EXCEEDED by either.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

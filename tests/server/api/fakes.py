@@ -63,6 +63,8 @@ class FakeStructures:
 class FakeText:
     """One token a character."""
 
+    longest_token = 4  # it could say more at a time
+
     def __init__(self) -> None:
         self.threads: set[str] = set()  # who tokenized
 

@@ -1,14 +1,17 @@
 """Detokenizing one token at a time, and stop strings across tokens."""
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from server.config import ModelConfig
 from server.errors import InvalidRequest
 from server.model.base import load_base
-from server.model.text import StopScanner, Text
+from server.model.text import StopScanner, Text, longest_token
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +61,71 @@ def test_what_was_held_back_comes_out_at_the_end() -> None:
     scanner = StopScanner(["stop"])
     assert scanner.push("a sto") == ("a ", False)
     assert scanner.flush() == "sto"
+
+
+def byte_level(*first: Any, normalizer: Any = None, added: AddedToken | None = None) -> Tokenizer:
+    """A small BPE, of words and of long runs."""
+    made = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([*first, level]) if first else level
+    made.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        made.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    corpus = ["the cat sat on the mat, " * 3, " " * 40, "#" * 30, "Grüße à tous"]
+    made.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    if added is not None:
+        made.add_special_tokens([added])
+    return made
+
+
+def told(tokenizer: Tokenizer) -> int | None:
+    return longest_token(json.loads(tokenizer.to_str()))
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        byte_level(),
+        byte_level(pre_tokenizers.Digits(individual_digits=True)),
+        byte_level(pre_tokenizers.Split(" ", "isolated")),
+        byte_level(normalizer=normalizers.NFC()),
+        byte_level(added=AddedToken("<|a_long_special_token_indeed|>", special=True)),
+    ],
+    ids=["plain", "digits", "split", "nfc", "special"],
+)
+def test_no_text_has_fewer_tokens_than_its_length_says(tokenizer: Tokenizer) -> None:
+    most = told(tokenizer)
+    assert most is not None and most >= 16
+    rng = random.Random()
+    pieces = [" " * 40, "#" * 30, "the cat", "<|a_long_special_token_indeed|>", "\u1100\u1161\u11a8", "é", "🌍", "\n"]
+    pieces.append("\u03b1\u0313\u0301\u0345")  # four characters that NFC makes one
+    for _ in range(200):
+        text = "".join(rng.choices(pieces, k=rng.randrange(1, 30))) * rng.randrange(1, 4)
+        assert len(tokenizer.encode(text).ids) * most >= len(text)
+    for piece in pieces:
+        assert len(tokenizer.encode(piece * 50).ids) * most >= len(piece * 50)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        byte_level(pre_tokenizers.Split(" ", "removed")),
+        byte_level(normalizer=normalizers.Strip()),
+        byte_level(added=AddedToken("<mask>", lstrip=True)),
+        Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")),
+        Tokenizer(models.BPE()),
+    ],
+    ids=["dropped spaces", "strip", "lstrip", "wordpiece", "no bytes"],
+)
+def test_where_characters_may_vanish_there_is_no_telling(tokenizer: Tokenizer) -> None:
+    assert told(tokenizer) is None
+
+
+def test_the_served_tokenizer_tells(text: Text) -> None:
+    most = text.longest_token
+    assert most is not None
+    sample = "".join(chr(random.randrange(32, 0x2FF)) for _ in range(1000))
+    assert len(text.encode(sample)) * most >= len(sample)
