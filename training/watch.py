@@ -93,6 +93,14 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]  # transfor
         """What a checkpoint keeps."""
         return {**self.curves.as_dict(), "stopped": self.stopped, "warned_at": self.warned_at}
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say where patience can never run out before the run does."""
+        if self._patience and self._patience * self._every >= state.max_steps:
+            self._say(
+                f"early stop {self._patience}: with a validation loss every {self._every} of {state.max_steps} steps "
+                "the run only keeps its best weights; to end early it needs more of them (--validation-steps)"
+            )
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note the step's loss; measure where it is time to."""
         assert self._trainer is not None

@@ -118,6 +118,7 @@ def test_the_call_from_python_is_one_the_client_has(monkeypatch: pytest.MonkeyPa
     (snippet,) = fenced(README, "python")
     from server import client
     from server.client_request import generate_request
+    from training.tasks import sentiment
 
     asked: list[inference_pb2.GenerateRequest] = []
 
@@ -132,7 +133,9 @@ def test_the_call_from_python_is_one_the_client_has(monkeypatch: pytest.MonkeyPa
     exec(compile(snippet, "README.md", "exec"), {})
 
     assert asked[0].adapters[0].ref == "team/sentiment:prod"
-    assert [message.role for message in asked[0].chat.messages] == ["system", "user"]
+    system, user = asked[0].chat.messages
+    assert (system.role, system.content, user.role) == ("system", sentiment.INSTRUCTION, "user")
+    assert user.content.startswith("Text: ") and user.content.endswith("\nSentiment:")
 
 
 def test_the_call_from_grpcurl_is_a_message_of_the_wire() -> None:
@@ -141,7 +144,7 @@ def test_the_call_from_grpcurl_is_a_message_of_the_wire() -> None:
 
     message = json_format.ParseDict(json.loads(words[words.index("-d") + 1]), inference_pb2.GenerateRequest())
 
-    assert [selection.ref for selection in message.adapters] == ["team/sentiment:prod", "team/terse@2"]
+    assert [selection.ref for selection in message.adapters] == ["team/summary@1", "team/iam:prod"]
     service, _, method = words[-1].partition("/")
     assert method in inference_pb2.DESCRIPTOR.services_by_name[service.rpartition(".")[2]].methods_by_name
 

@@ -250,6 +250,15 @@ def test_other_skill_data_is_another_run(plan: Plan, tmp_path: Path, monkeypatch
         train(replace(plan, resume=True), quiet())
 
 
+@pytest.mark.parametrize(("patience", "every", "said"), [(3, 8, True), (3, 7, False), (1, 24, True), (0, 24, False)])
+def test_a_patience_that_cannot_run_out_is_said(patience: int, every: int, said: bool, tmp_path: Path) -> None:
+    console = quiet()
+    watch = Watch(console, lambda: 1.0, every, patience, tmp_path / "best")
+    watch.on_train_begin(None, types.SimpleNamespace(max_steps=24), None)
+    words = f"a validation loss every {every} of 24 steps the run only keeps its best weights"
+    assert (words in " ".join(console.file.getvalue().split())) == said  # type: ignore[attr-defined]
+
+
 def test_without_validation_there_is_no_early_stop(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(RecipeInvalid, match="held-out"):
         train(replace(plan, recipe=plan.recipe.but(hold_out=0.0), early_stop=2), quiet())

@@ -55,7 +55,7 @@ BASE = "smollm2-135m"
 def demo(out: Path, scale: float, threads: int) -> None:
     """The whole product on the embedded model: data, three adapters, hub, one server, hot swap, merge.
 
-    Takes about ten minutes on two cores. Everything it makes lies in --out, with a hub of its own; run again, it
+    Takes 12 to 20 minutes on two cores. Everything it makes lies in --out, with a hub of its own; run again, it
     begins anew.
     """
     bound_openmp(threads)
