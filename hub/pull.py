@@ -12,7 +12,7 @@ from typing import Final
 from hub import model_dir
 from hub.adapter_dir import CONFIG_FILE
 from hub.blobs import BlobStore
-from hub.errors import HubUnavailable, TargetNotEmpty
+from hub.errors import BlobCorrupt, HubUnavailable, TargetNotEmpty
 from hub.progress import Progress
 from hub.staging import beside
 from hub.verify import copy_checked
@@ -98,6 +98,9 @@ def _fill(blobs: BlobStore, version: Version, target: Path, progress: Progress |
 
 def _write_files(blobs: BlobStore, version: Version, directory: Path, progress: Progress | None) -> None:
     files = version.manifest.files
+    for name in files:  # checked when the manifest was read, and here once more: what is written stays in `directory`
+        if name == ".." or "\0" in name or Path(name).name != name:
+            raise BlobCorrupt(f"{version.text} has a file {name[:80]!a}, which is no plain file name")
     total, done = sum(entry.bytes for entry in files.values()), 0
     for name, entry in files.items():
         with (directory / name).open("xb") as file:
