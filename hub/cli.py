@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from functools import cache, cached_property
 from importlib import import_module
@@ -20,6 +21,7 @@ _REFUSALS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
      errno.ENAMETOOLONG}
 )  # fmt: skip
+_OS_ERROR = re.compile(r"\(os error ([0-9]{1,6})\)")
 
 
 class VerbGroup(click.Group):
@@ -120,19 +122,26 @@ def _run() -> None:
     except BrokenPipeError:
         _discard_output()  # its reader (`| head`) left
         sys.exit(0)
-    except OSError as error:
-        if error.errno not in _REFUSALS:
-            raise
-        _discard_output()
-        click.echo(f"error: this machine refused: {os.strerror(error.errno)} (SYSTEM_REFUSED)", err=True)
-        sys.exit(1)
     except Exception as error:
-        reason = getattr(error, "reason", None)
+        code = _errno(error)
+        if code in _REFUSALS:
+            _discard_output()
+            click.echo(f"error: this machine refused: {os.strerror(code)} (SYSTEM_REFUSED)", err=True)
+            sys.exit(1)
+        reason = None if isinstance(error, OSError) else getattr(error, "reason", None)
         if not isinstance(reason, str) or not reason.isupper():
             raise  # a fault of ours: the trace is what helps
         click.echo(f"error: {error} ({reason})", err=True)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _errno(error: Exception) -> int:
+    """The system's number of an error, 0 for none; safetensors has it in its message alone."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    told = _OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(told[1]) if told else 0
 
 
 def _discard_output() -> None:

@@ -15,6 +15,7 @@ from hub import json_text
 from hub.base_identity import BaseIdentity
 from hub.errors import BlobCorrupt
 from hub.model_dir import ParsedModel
+from hub.parsing import file_limit
 from hub.refs import Digest
 
 if TYPE_CHECKING:
@@ -114,7 +115,10 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """The manifest in `data`, canonical JSON of this schema; raises BlobCorrupt on anything else."""
+        """The manifest in `data`, canonical JSON of this schema; raises BlobCorrupt on anything else.
+
+        Its files are those that a version of its kind may have: whoever sent `data` does not choose where they go.
+        """
         try:
             value = json_text.parse_object(data, max_bytes=MAX_MANIFEST_BYTES)
             schema = value.pop("schema")
@@ -132,6 +136,7 @@ class Manifest:
             )
             if manifest.canonical() != data:
                 raise ValueError("is not canonical")
+            _check_files(manifest)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BlobCorrupt(f"a manifest {error}") from error
         return manifest
@@ -166,6 +171,18 @@ def content_of(manifest: bytes) -> Digest:
     """The `content` of a manifest in its canonical bytes."""
     kept = json_text.without(manifest, "parents", "creator", "created")
     return Digest.of_hex(hashlib.sha256(kept).hexdigest())
+
+
+def _check_files(manifest: Manifest) -> None:
+    for name, entry in manifest.files.items():
+        limit = file_limit(name, manifest.kind)
+        if limit is None:
+            raise ValueError(
+                f"names the file {name[:80]!a}, which no {manifest.kind} has: it is damaged, forged, or of a newer "
+                "release than this one"
+            )
+        if not 0 <= entry.bytes <= limit:
+            raise ValueError(f"gives {name} {entry.bytes} bytes; at most {limit} are taken")
 
 
 def _weights_facts(adapter: Parsed) -> tuple[LoraFacts, ModelFacts | None]:

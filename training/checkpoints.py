@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training import output
 from training.errors import OutputExists, ResumeMismatch
 
 _RUN_FILE = "run.json"
@@ -24,7 +25,7 @@ class Checkpoints:
     @classmethod
     def beside(cls, out: Path, identity: Mapping[str, Any]) -> Checkpoints:
         """Those of the run that writes `out`."""
-        return cls(out.with_name(out.name + ".checkpoints"), identity)
+        return cls(output.beside(out, ".checkpoints"), identity)
 
     def check(self, *, resume: bool) -> None:
         """Look whether they are as a run needs them: none there, or, to be resumed, this run's.

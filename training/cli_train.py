@@ -145,7 +145,6 @@ def train(
     method = method or named.method
     if extract_rank is not None and method != "full":
         raise click.UsageError("--extract-rank needs --method full")
-    extracted = out.with_name(f"{out.name}-r{extract_rank}") if extract_rank is not None else None
     chosen = (named.for_every_weight() if method == "full" else named.but(method=method)).but(**overrides)
     bound_openmp(threads)
     quiet_libraries()
@@ -159,6 +158,8 @@ def train(
     from training.processes import threads_here
     from training.skills import SkillData
 
+    output.check_free(out)
+    extracted = output.beside(out, f"-r{extract_rank}") if extract_rank is not None else None
     if extracted is not None:
         output.check_free(extracted)
     if ref is not None:

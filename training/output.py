@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hub import staging
 from hub.facts import Facts
 from training.errors import OutputExists, OutputUnwritable
 
 
 def check_free(out: Path) -> None:
     """Raise `OutputExists` when `out` holds something that a run would overwrite."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or staging.held(out.resolve())):
         raise OutputExists(f"{out} is there already; choose another --out or remove it")
 
 
@@ -35,19 +34,24 @@ def check_writable(path: Path) -> None:
 
 
 def write_directory(out: Path, save: Callable[[Path], None]) -> None:
-    """Let `save` fill a directory beside `out`, then rename it into place, so that `out` is whole or absent."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    """Let `save` fill the directory `out`, which is whole or absent; see `hub.staging.write_directory`.
+
+    A link stays one: what it leads to is written.
+    """
+
+    def write(partial: Path) -> None:
         save(partial)
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors makes its files private
         partial.chmod(0o755)
-        if out.is_dir():
-            out.rmdir()  # empty: check_free saw to that
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    staging.write_directory(out.resolve(), write)
+
+
+def beside(out: Path, suffix: str) -> Path:
+    """The path of `out` with `suffix` to its name; the names of `.` and `..` are those of what they are."""
+    named = out.resolve() if out.name in ("", "..") else out
+    return named.with_name(named.name + suffix)
 
 
 def save_adapter(model: Any, base: str, facts: Facts) -> Callable[[Path], None]:

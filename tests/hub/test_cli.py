@@ -10,10 +10,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from hub import cli
 from hub.commands import COMMANDS, Command
+from hub.hub import Hub
 from tests.hub.making import lora_tensors, write_adapter, write_base
 
 Run = Callable[..., tuple[int, str, str]]
@@ -157,6 +161,23 @@ def test_a_fault_of_ours_keeps_its_trace(tmp_path: Path, run: Run, monkeypatch: 
     monkeypatch.setattr("hub.hub.Hub.search", lambda *arguments: b"\xff".decode())
     monkeypatch.setattr(sys, "argv", ["hub", "list"])
     with pytest.raises(UnicodeDecodeError):
+        cli.main()
+
+
+def test_what_the_machine_refuses_safetensors_is_said_as_any_other_refusal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its errors, of a full disk too, are no OSError and have the number in their text alone."""
+    name = "n" * 300
+    monkeypatch.setattr("hub.hub.Hub.search", lambda *arguments: save_file({"x": np.zeros(1)}, tmp_path / name))
+    monkeypatch.setattr(sys, "argv", ["hub", "list"])
+    with Hub.open(str(tmp_path / "default-hub")):
+        pass
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err == "error: this machine refused: File name too long (SYSTEM_REFUSED)\n"
+    name = "gone/x"  # a fault of ours
+    with pytest.raises(SafetensorError, match="os error 2"):
         cli.main()
 
 

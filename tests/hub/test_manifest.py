@@ -49,6 +49,23 @@ def test_another_spelling_of_the_same_json_is_damage(manifest: Manifest) -> None
         Manifest.parse(manifest.canonical().replace(b":", b": ", 1))
 
 
+@pytest.mark.parametrize(
+    "name", ["../evil", "/tmp/evil", "a/README.md", "..", ".", "", "README.md\0", "evil.py", "config.json"]
+)
+def test_a_file_that_no_version_of_the_kind_has_is_refused(manifest: Manifest, name: str) -> None:
+    evil = replace(manifest, files={**manifest.files, name: manifest.files["adapter_config.json"]})
+    with pytest.raises(BlobCorrupt, match="which no adapter has"):
+        Manifest.parse(evil.canonical())
+
+
+@pytest.mark.parametrize("size", [-1, 2**40])
+def test_a_file_of_a_size_that_none_has_is_refused(manifest: Manifest, size: int) -> None:
+    name = "adapter_config.json"
+    evil = replace(manifest, files={**manifest.files, name: replace(manifest.files[name], bytes=size)})
+    with pytest.raises(BlobCorrupt, match=f"gives {name} {size} bytes; at most"):
+        Manifest.parse(evil.canonical())
+
+
 def test_the_tensors_digest_ignores_the_files_order_and_metadata(tmp_path: Path) -> None:
     tensors = lora_tensors()
     turned = dict(reversed(tensors.items()))

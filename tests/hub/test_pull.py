@@ -73,6 +73,13 @@ def test_a_mounted_volume_is_filled_and_its_lost_and_found_is_nothing(
         hub.pull("x", volume)
 
 
+def test_the_directory_that_the_user_is_in_is_filled(hub: Hub, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another in its place would leave the user's shell in one that is gone."""
+    monkeypatch.chdir(volume)
+    hub.pull("x", ".")
+    assert sorted(os.listdir(".")) == FILES  # noqa: PTH208
+
+
 def test_a_volume_is_as_it_was_where_filling_it_fails(hub: Hub, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_mount", lambda path: path == volume)
     original, moved = Path.rename, []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from safetensors.torch import load_file
 
 from hub.adapter_dir import parse_adapter
 from hub.base import BaseIdentity
-from training import finetune, trainable
+from training import finetune, output, trainable
 from training.checkpoints import Checkpoints
 from training.data import Example, read_jsonl, write_jsonl
 from training.errors import DataInvalid, DataTooSmall, MethodUnsupported, OutputExists, ResumeMismatch, TrainingDiverged
@@ -175,6 +178,64 @@ def test_nothing_is_written_over(plan: Plan) -> None:
     with pytest.raises(OutputExists):
         train(plan, quiet())
     assert (plan.out / "mine.txt").read_text() == "keep"
+
+
+WRITTEN = ["README.md", "adapter_config.json", "adapter_model.safetensors", "loraplex.json"]
+
+
+def test_a_link_to_an_empty_directory_is_written_through(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    plan.out.symlink_to("real")
+    train(replace(plan, max_steps=1), quiet())
+    assert plan.out.is_symlink()
+    assert sorted(path.name for path in (tmp_path / "real").iterdir()) == WRITTEN
+
+
+def test_an_empty_directory_whose_place_cannot_be_taken_is_filled(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a mounted volume is, see the next test."""
+    plan.out.mkdir()
+    number, rename = plan.out.stat().st_ino, Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if target == plan.out:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    train(replace(plan, max_steps=1), quiet())
+    assert sorted(path.name for path in plan.out.iterdir()) == WRITTEN and plan.out.stat().st_ino == number
+    assert not [path for path in plan.out.parent.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("arguments", [["-t", "tmpfs", "none"], ["--bind", "empty"]])
+def test_a_mounted_volume_is_filled(tmp_path: Path, arguments: list[str]) -> None:
+    out = tmp_path / "volume"
+    for name in ("volume", "empty"):
+        (tmp_path / name).mkdir()
+    if os.geteuid() or subprocess.run(["mount", *arguments, out], cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("only root can mount, and not everywhere")
+    try:
+        output.check_free(out)
+        output.write_directory(out, lambda directory: (directory / "config.json").touch())
+        assert [path.name for path in out.iterdir()] == ["config.json"]
+        with pytest.raises(OutputExists):
+            output.check_free(out)
+    finally:
+        subprocess.run(["umount", out], check=True)
+
+
+def test_the_directory_that_the_user_is_in_is_filled(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--out .` had no name to put checkpoints beside."""
+    plan.out.mkdir()
+    monkeypatch.chdir(plan.out)
+    with monkeypatch.context() as patched:
+        stop_after(3, patched)
+        with pytest.raises(Stopped):
+            train(replace(plan, out=Path()), quiet())
+    assert plan.out.with_name("out.checkpoints").is_dir()
+    train(replace(plan, out=Path(), resume=True), quiet())
+    assert sorted(path.name for path in Path().iterdir()) == WRITTEN
+    assert not plan.out.with_name("out.checkpoints").exists()
 
 
 def test_the_hold_out_is_taken_before_anything_looks_at_the_examples(

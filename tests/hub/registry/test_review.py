@@ -7,16 +7,18 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hub.errors import AdapterChanged, BlobCorrupt, HubUnavailable, TargetNotEmpty, VersionNotFound
+from hub.errors import AdapterChanged, BlobCorrupt, HubUnavailable, NotCached, TargetNotEmpty, VersionNotFound
 from hub.full_write import write_all
 from hub.hub import Hub
+from hub.offline import OfflineHub
 from hub.pull import write_directory
-from hub.refs import Digest
+from hub.refs import AdapterRef, Digest
 from hub.registry.server import RegistryConfig, RegistryServer
 from hub.remote import transfer
 from hub.remote.cache import Cache, Known
@@ -223,6 +225,47 @@ def test_a_known_file_with_other_things_in_it_is_no_crash(wrong: dict[str, Any],
     assert cache.recall("x") is None
     assert cache.oldest_seq() is None
     assert Known.__dataclass_fields__.keys() == json.loads(path.read_text()).keys()
+
+
+def with_file(version: Version, name: str) -> Version:
+    """The version with one file more, as somebody may tell it who made its manifest himself."""
+    files = version.manifest.files
+    manifest = replace(version.manifest, files={name: files["adapter_model.safetensors"], **files})
+    return replace(version, digest=manifest.digest, manifest=manifest)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_server_cannot_have_a_file_written_outside_the_directory(
+    connect: ConnectAs, store: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
+) -> None:
+    """A manifest's file names were taken as they came: a server or its administrator chose what a pull overwrote."""
+    for name in ("honest", "x"):
+        store.push(adapter(tmp_path, 1), name)
+    hub = connect("*:read")
+    hub.pull("honest", tmp_path / "honest")  # the bytes are in the cache, so that only their name is new
+    escaped = tmp_path / "escaped.txt"
+    evil = with_file(store.resolve("x"), str(escaped) if absolute else "../escaped.txt")
+    told, seq = store.entries.resolve_at(AdapterRef.parse("x"), None)
+    told = replace(told, digest=evil.digest, manifest=evil.manifest.canonical())
+    monkeypatch.setattr(store.entries, "resolve_at", lambda ref, key: (told, seq))
+    with pytest.raises(BlobCorrupt, match=r"escaped\.txt', which no adapter has"):
+        hub.pull("x", tmp_path / "out")
+    with pytest.raises(BlobCorrupt, match=r"escaped\.txt', which is no plain file name"):
+        write_directory(store.storage, evil, tmp_path / "out", None)
+    assert not escaped.exists() and not (tmp_path / "out").exists()
+
+
+def test_a_cache_cannot_have_a_file_written_outside_the_directory(store: Hub, tmp_path: Path) -> None:
+    """What an earlier release kept of such a server's answer is not believed offline either."""
+    evil = with_file(version_of(store, tmp_path), "../escaped.txt")
+    cache = Cache(tmp_path / "c")
+    for entry in evil.manifest.files.values():
+        with store.storage.open(entry.sha256) as file:
+            cache.blobs.put(file)
+    cache.remember("x:latest", evil, 7)
+    with pytest.raises(NotCached):
+        OfflineHub(cache, "grpc://h").pull("x", tmp_path / "out")
+    assert not (tmp_path / "escaped.txt").exists() and not (tmp_path / "out").exists()
 
 
 def test_only_a_full_directory_is_called_full(store: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
