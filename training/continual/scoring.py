@@ -16,6 +16,7 @@ from server.config import EngineLimits, ModelConfig, Quantization
 from server.engine.engine import Engine
 from training.data import Example, Message
 from training.engine_generator import EngineGenerator, check_room, find_adapters
+from training.errors import GenerationFailed, TemplateUnsupported
 from training.evaluate import Prompt
 from training.metrics import Measured
 from training.tasks import Task
@@ -142,7 +143,10 @@ class EngineScorer:
         from training.template import render
 
         messages = [message.as_dict() for message in prompt.messages]
-        return self._count_tokens(render(self._tokenizer, messages, add_generation_prompt=True))
+        try:
+            return self._count_tokens(render(self._tokenizer, messages, add_generation_prompt=True))
+        except TemplateUnsupported as error:
+            raise GenerationFailed(f"{prompt.label}: {error}") from error
 
     def _count_tokens(self, text: str) -> int:
         return len(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
