@@ -56,7 +56,13 @@ hub data check data/sentiment/train.jsonl --eval data/sentiment/eval.jsonl --jso
     show_default=True,
     help="From where on two questions are nearly equal: shared runs of five characters by all of them.",
 )
-@click.option("--base", default="smollm2-135m", show_default=True, metavar="NAME|DIR|ORG/NAME[@REV]", help="Tokenizer.")
+@click.option(
+    "--base",
+    default="smollm2-135m",
+    show_default=True,
+    metavar="NAME|DIR|ORG/NAME[@REV]",
+    help="Whose tokenizer and chat template.",
+)
 @click.option(
     "--max-length",
     type=click.IntRange(min=8),
@@ -83,9 +89,10 @@ def check(
 ) -> None:
     """Check a chat JSONL FILE of training examples. Exits 1 when it has faults, unless --fix removes them.
 
-    Faults: lines that are no conversation, blank messages, exact and near duplicates, JSON answers that do not parse
-    (in tasks of JSON answers), answers under 20 tokens (in long-form tasks only: a label is short by nature), one
-    question answered differently (where answers are labels or JSON), and questions, of any turn, that --eval has too.
+    Faults: lines that are no conversation or one that the chat template of --base refuses, blank messages, exact and
+    near duplicates, JSON answers that do not parse (in tasks of JSON answers), answers under 20 tokens (in long-form
+    tasks only: a label is short by nature), one question answered differently (where answers are labels or JSON), and
+    questions, of any turn, that --eval has too.
 
     Advice, which fails nothing: nearly equal questions with different answers, unbalanced labels, rare labels that look
     like a misspelled other, examples too long for the recipe, the size of the hold-out. Make the hold-out before you

@@ -35,7 +35,7 @@ def read_table(path: Path, wording: Wording, delimiter: str | None = None, encod
     """
     data = path.read_bytes()
     try:
-        text = data.decode(encoding)
+        text = data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         name = "UTF-8" if encoding == UTF8 else encoding
         hint = f"say what it is in, --encoding {likely_encoding(data)}"

@@ -1,8 +1,9 @@
 """What is wrong with a chat JSONL file, with counts and examples, and the file without it.
 
 The checks run one after the other, each on what the ones before it left, so that no example is counted twice: lines
-that are no conversation, blank messages, answers of the wrong kind, duplicates, contradictions, near duplicates,
-examples that the evaluation file has too. Whatever is a fault can be dropped; advice is for a person to weigh.
+that are no conversation, or none that the base takes, blank messages, answers of the wrong kind, duplicates,
+contradictions, near duplicates, examples that the evaluation file has too. Whatever is a fault can be dropped; advice
+is for a person to weigh.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Final
 from training.build import card_beside
 from training.data import Example, decode_lines, digest_of, parse_line
 from training.data_report import Finding, Line, Report, Sample
-from training.errors import DataInvalid
+from training.errors import DataInvalid, TemplateUnsupported
 from training.near_duplicates import Pair, near_copies, near_matches
 from training.tasks import Answers
 from training.tasks.policy import parse_json
@@ -84,7 +85,7 @@ def check_file(
     checks = _Checks(samples)
     lines = checks.schema(raw)
     kind = answers or kind_of(list({line.example.messages: line.example.answer for line in lines}.values()))
-    tokens = {line.number: count_tokens(line.example) for line in lines}
+    tokens, lines = checks.template(lines, count_tokens)
     kept = checks.blank(lines)
     if kind == "json":
         kept = checks.json(kept)
@@ -133,6 +134,18 @@ class _Checks:
                 bad.append(Sample(number, text, str(error).partition(": ")[2]))
         self._fault("schema", bad, "are no conversation that ends with an answer", "lines")
         return good
+
+    def template(self, lines: list[Line], count_tokens: CountTokens) -> tuple[dict[int, tuple[int, int]], list[Line]]:
+        """The tokens of each line too, by its number."""
+        tokens, bad, found = {}, [], []
+        for line in lines:
+            try:
+                tokens[line.number] = count_tokens(line.example)
+            except TemplateUnsupported as error:
+                bad.append(line)
+                found.append(Sample(line.number, line.raw, str(error)))
+        self._fault("template", found, "are conversations that the base's chat template refuses")
+        return tokens, _without(lines, bad)
 
     def blank(self, lines: list[Line]) -> list[Line]:
         bad = [line for line in lines if any(not message.content.strip() for message in line.example.messages)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from training.data import Example
 from training.errors import DataTooSmall, MaskEmpty, StopTokenUntrained, TemplateMismatch, TemplateUnsupported
-from training.template import render
+from training.template import naming, refusals, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,15 +53,24 @@ def encode(
 
     `template` is a training template or None, `stop_ids` are the tokens on which generation stops. Raises `MaskEmpty`
     when nothing would be trained, `StopTokenUntrained` when an answer's mask does not end on a stop token, and
-    `TemplateMismatch` when the tokens in front of the last answer are not those a server sends for the same prompt.
+    `TemplateMismatch` when the tokens in front of the last answer are not those a server sends for the same prompt,
+    `TemplateUnsupported` when the base's template refuses the conversation.
     """
+    with naming(example):
+        return _encoded(tokenizer, template, example, stop_ids)
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, example: Example, stop_ids: frozenset[int]
+) -> Encoded:
     messages = [message.as_dict() for message in example.messages]
     if template is None:
         ids, mask = _masked_by_prefixes(tokenizer, messages, stop_ids)
     else:
-        processed = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        with refusals():
+            processed = tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
         ids, mask = list(processed["input_ids"]), [bool(on) for on in processed["assistant_masks"]]
     ends = [at for at, on in enumerate(mask) if on and (at + 1 == len(mask) or not mask[at + 1])]
     if not ends:

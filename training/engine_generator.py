@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -100,24 +100,45 @@ class EngineGenerator:
             self.cut_off[prompt.adapter] += done.finish_reason is FinishReason.LENGTH
         return found
 
-    def _requests(self, prompts: Sequence[Prompt]) -> Iterator[Request]:
-        for prompt in prompts:
-            try:
-                ids = self._engine.text.render_chat([message.as_dict() for message in prompt.messages])
-            except InvalidRequest as error:
-                raise GenerationFailed(str(error)) from error
-            if len(ids) + prompt.max_new_tokens > self._engine.base.context_tokens:
-                raise GenerationFailed(
-                    f"a prompt of {len(ids)} tokens and an answer of {prompt.max_new_tokens} do not fit the base's "
-                    f"context of {self._engine.base.context_tokens}"
-                )
-            use = self._adapters[prompt.adapter] if prompt.adapter is not None else None
-            yield Request(
+    def _requests(self, prompts: Sequence[Prompt]) -> list[Request]:
+        """All of them, so that one that cannot be answered is known before any is."""
+        rendered = [self._rendered(prompt) for prompt in prompts]
+        check_room(prompts, [len(ids) for ids in rendered], self._engine.base.context_tokens)
+        return [
+            Request(
                 id=f"eval-{next(self._ids)}",
-                prompt=tuple(ids),
+                prompt=ids,
                 stopping=Stopping(max_new_tokens=prompt.max_new_tokens),
-                adapters=(use,) if use is not None else (),
+                adapters=(self._adapters[prompt.adapter],) if prompt.adapter is not None else (),
             )
+            for prompt, ids in zip(prompts, rendered, strict=True)
+        ]
+
+    def _rendered(self, prompt: Prompt) -> tuple[int, ...]:
+        try:
+            return tuple(self._engine.text.render_chat([message.as_dict() for message in prompt.messages]))
+        except InvalidRequest as error:
+            raise GenerationFailed(f"{_named(prompt)}: {error}") from error
+
+
+def check_room(prompts: Sequence[Prompt], tokens: Sequence[int], context: int) -> None:
+    """Raise `GenerationFailed`, naming the question, where a prompt of so many `tokens` and its answer do not fit."""
+    long = {
+        _named(prompt): (count, prompt.max_new_tokens)
+        for prompt, count in zip(prompts, tokens, strict=True)
+        if count + prompt.max_new_tokens > context
+    }
+    if long:
+        name, (count, answer) = next(iter(long.items()))
+        more = f", nor do {len(long) - 1} more" if len(long) > 1 else ""
+        raise GenerationFailed(
+            f"{name}: a prompt of {count} tokens and an answer of {answer} do not fit the base's context of "
+            f"{context}{more}; shorten such questions or take them out"
+        )
+
+
+def _named(prompt: Prompt) -> str:
+    return prompt.label or f"the question {prompt.messages[-1].content[:60]!r}"
 
 
 def _from_directory(directory: Path) -> AdapterFiles:

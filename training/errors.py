@@ -46,7 +46,7 @@ class RecipeInvalid(TrainingError):
 
 
 class TemplateUnsupported(TrainingError):
-    """The base's chat template has no known counterpart that marks the assistant's tokens."""
+    """The base's chat template refuses a conversation, or has no known counterpart that marks the answers."""
 
     reason = "CHAT_TEMPLATE_UNSUPPORTED"
 

@@ -20,6 +20,7 @@ class Prompt:
     messages: tuple[Message, ...]
     adapter: str | None  # a name that the generator knows; None: the base
     max_new_tokens: int
+    label: str = ""  # which question this is, for whoever reads of an error
 
 
 class Generator(Protocol):
@@ -91,9 +92,9 @@ def evaluate(
     task.check(examples)
     limit = max_new_tokens or task.max_new_tokens
     prompts = [
-        Prompt(example.prompt, adapter, limit)
+        Prompt(example.prompt, adapter, limit, f"example {number}")
         # Question by question, so that the models share batches of prompts of about one length.
-        for example in examples
+        for number, example in enumerate(examples, 1)
         for adapter in adapters
     ]
     started = time.monotonic()

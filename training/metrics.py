@@ -10,6 +10,8 @@ on the whole set, and the bootstrap (`training.bootstrap`) is one matrix product
 from __future__ import annotations
 
 import json
+import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +24,23 @@ Floats = NDArray[np.float64]
 Pair = tuple[str, str]  # where in a record, and the value there as text
 
 _BLEU_ORDER: Final = 4
+# First and last characters of scripts written without blanks between words. Korean has blanks, Tibetan marks syllables.
+_UNSPACED: Final = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x19E0, 0x19FF),  # Khmer symbols
+    (0x2E80, 0x2FDF),  # parts of Chinese characters
+    (0x3005, 0x30FF),  # kana
+    (0x31F0, 0x31FF),  # kana
+    (0x3400, 0x4DBF),  # Chinese characters
+    (0x4E00, 0x9FFF),  # Chinese characters
+    (0xA9E0, 0xA9FF),  # Myanmar
+    (0xAA60, 0xAA7F),  # Myanmar
+    (0xF900, 0xFAFF),  # Chinese characters
+    (0xFF66, 0xFF9F),  # kana
+    (0x20000, 0x3FFFD),  # Chinese characters
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +99,7 @@ def micro_f1(wanted: Sequence[Iterable[Hashable]], given: Sequence[Iterable[Hash
 
 
 def rouge_l(wanted: Sequence[str], given: Sequence[str], weights: Sequence[float | bool] | None = None) -> Measured:
-    """Mean ROUGE-L F-measure with stemming, as rouge-score has it."""
+    """Mean ROUGE-L F-measure: on ASCII text rouge-score's with its stemming, on any other over `Words`."""
     return mean(rouge_l_each(wanted, given), weights)
 
 
@@ -88,15 +107,62 @@ def rouge_l_each(wanted: Sequence[str], given: Sequence[str]) -> list[float]:
     """ROUGE-L of each answer."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = RougeScorer(["rougeL"], tokenizer=Words())
     return [float(scorer.score(w, g)["rougeL"].fmeasure) for w, g in zip(wanted, given, strict=True)]
 
 
+class Words:
+    """What ROUGE-L compares: words of any script, single characters (with their marks) of those without blanks.
+
+    rouge-score's own tokens where the text is ASCII, English words over three characters stemmed; its tokenizer leaves
+    every other character out, so that a right answer in another script would score nothing.
+    """
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._english = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        """What `RougeScorer` asks for."""
+        plain = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+        return [
+            token for word in _split(plain) for token in (self._english.tokenize(word) if word.isascii() else [word])
+        ]
+
+
+def _split(text: str) -> Iterator[str]:
+    word = ""
+    for char in text:
+        kind = unicodedata.category(char)[0]
+        if kind == "M":  # a vowel sign or an accent, of the character before it
+            word += char
+            continue
+        if word and (kind not in "LN" or _unspaced(char) or _unspaced(word[0])):
+            yield word
+            word = ""
+        if kind in "LN":
+            word += char
+    if word:
+        yield word
+
+
+def _unspaced(char: str) -> bool:
+    at = bisect_right(_UNSPACED, (ord(char), _UNSPACED[-1][1]))
+    return at > 0 and ord(char) <= _UNSPACED[at - 1][1]
+
+
 def bleu(wanted: Sequence[str], given: Sequence[str]) -> Measured:
-    """Corpus BLEU in 0…1, sacrebleu's defaults (13a tokens, exponential smoothing) and its arithmetic."""
+    """Corpus BLEU in 0…1, sacrebleu's defaults (13a tokens, exponential smoothing) and its arithmetic.
+
+    Where most letters wanted are of scripts without blanks between words, the tokens are characters.
+    """
     from sacrebleu.metrics.bleu import BLEU
 
-    scorer = BLEU(effective_order=True)  # only so that it does not warn of short sentences; counts are the same
+    letters = [_unspaced(char) for text in wanted for char in text if char.isalpha()]
+    tokens = "char" if 2 * sum(letters) > len(letters) else "13a"
+    # The effective order only so that it does not warn of short sentences; counts are the same.
+    scorer = BLEU(effective_order=True, tokenize=tokens)
     rows = []
     for w, g in zip(wanted, given, strict=True):
         one = scorer.sentence_score(g, [w])

@@ -8,7 +8,8 @@ silently all zero. A training template renders the same text and wraps each answ
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +54,13 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def check_rendering(tokenizer: PreTrainedTokenizerBase, template: str, examples: Sequence[Example]) -> None:
     """Assert, on real examples, that `template` renders what the base's own template renders.
 
-    Raises `TemplateMismatch`, quoting the first place where they part.
+    Raises `TemplateMismatch`, quoting the first place where they part, and `TemplateUnsupported` for an example that
+    the base's template refuses.
     """
     for example in examples:
         messages = [message.as_dict() for message in example.messages]
-        wanted, got = render(tokenizer, messages), render(tokenizer, messages, chat_template=template)
+        with naming(example):
+            wanted, got = render(tokenizer, messages), render(tokenizer, messages, chat_template=template)
         if wanted != got:
             at = next(
                 (i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got))
@@ -68,8 +71,32 @@ def check_rendering(tokenizer: PreTrainedTokenizerBase, template: str, examples:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
-    """The conversation as text, by the base's template unless `chat_template` says otherwise."""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    """The conversation as text, by the base's template unless `chat_template` says otherwise.
+
+    Raises `TemplateUnsupported`, with the template's own words, where it refuses the conversation.
+    """
+    with refusals():
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What a template says against a conversation, as `TemplateUnsupported`."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        raise TemplateUnsupported(f"the base's chat template refuses the conversation: {error}") from error
+
+
+@contextmanager
+def naming(example: Example) -> Iterator[None]:
+    """Says of a `TemplateUnsupported` which example it is about."""
+    try:
+        yield
+    except TemplateUnsupported as error:
+        raise TemplateUnsupported(f"the example that asks {example.prompt[-1].content[:60]!r}: {error}") from error
 
 
 def _candidates(tokenizer: PreTrainedTokenizerBase, own: str) -> list[str]:
@@ -88,9 +115,7 @@ def _of_trl(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _same(tokenizer: PreTrainedTokenizerBase, candidate: str, probe: list[dict[str, str]]) -> bool:
-    from jinja2.exceptions import TemplateError
-
     try:
         return render(tokenizer, probe) == render(tokenizer, probe, chat_template=candidate)
-    except TemplateError:
+    except TemplateUnsupported:
         return False

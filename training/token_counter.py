@@ -7,7 +7,7 @@ from collections.abc import Callable
 from training.data import Example
 
 CountTokens = Callable[[Example], tuple[int, int]]
-"""Tokens of (the whole conversation, its answer)."""
+"""Tokens of (the whole conversation, its answer); raises `TemplateUnsupported` where the base's template refuses it."""
 
 
 def token_counter(base: str) -> CountTokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from training.data_check import check_file, kind_of
 from training.data_report import Report
 from training.errors import DataInvalid
 from training.tasks import Answers
+from training.token_counter import token_counter
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -66,6 +68,20 @@ def test_a_clean_file_passes_and_its_kind_is_seen(kind: Answers, check: Callable
     assert [line.example for line in report.kept] == examples
     assert {"schema", "duplicates", "near_duplicates", "leakage", "near_leakage", "hold_out"} <= set(report.passed)
     assert ("json" in report.passed, "short" in report.passed) == (kind == "json", kind == "long")
+
+
+def test_conversations_that_the_base_refuses_are_faults(tiny_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages }}"
+    (base / "chat_template.jinja").write_text(strict)
+    examples = [Example.of(user="one two", answer="yes"), *clean("label", 2), Example.of(user="three", answer="no")]
+    write_jsonl(path := tmp_path / "train.jsonl", examples)
+    report = check_file(path, token_counter(str(base)), answers="label", max_length=500)
+    [fault] = report.faults
+    assert (fault.check, fault.count, [sample.line for sample in fault.samples]) == ("template", 2, [2, 3])
+    assert "refuses the conversation: no system role" in str(fault.samples[0].other)
+    assert [line.number for line in report.kept] == [1, 4] and len(report.tokens) == 2
 
 
 def test_lines_that_are_no_conversation_are_all_named(tmp_path: Path) -> None:

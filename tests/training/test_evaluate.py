@@ -92,9 +92,17 @@ def test_a_mixed_batch_answers_as_each_model_alone(generator: EngineGenerator, t
     assert len(set(same)) == 3
 
 
-def test_a_prompt_that_cannot_be_answered_fails_the_evaluation(generator: EngineGenerator) -> None:
-    with pytest.raises(GenerationFailed, match="context of 512"):
+def test_a_prompt_that_cannot_be_answered_fails_the_evaluation_before_any_is_asked(
+    generator: EngineGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[Any] = []
+    monkeypatch.setattr(generator._engine, "submit", lambda *given: submitted.append(given))
+    with pytest.raises(GenerationFailed, match=r"'long long.*context of 512; shorten"):
         generator.generate([prompt("short", None), prompt("long " * 200, None)])
+    examples = [Example.of(user=text, answer="mixed") for text in ("short", "long " * 200, "longer " * 200)]
+    with pytest.raises(GenerationFailed, match=r"^example 2: a prompt of 1\d\d\d tokens.* 512, nor do 1 more"):
+        evaluate(task_named("sentiment"), examples, [None], generator)
+    assert not submitted
 
 
 def test_an_adapter_of_another_base_fails_the_evaluation(

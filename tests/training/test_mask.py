@@ -97,6 +97,20 @@ def test_templates_that_cannot_be_masked_are_refused(byte_tokenizer: Any, monkey
         training_template(byte_tokenizer)
 
 
+@pytest.mark.parametrize("by_markers", [True, False])
+def test_a_conversation_that_the_base_refuses_is_named(
+    byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, by_markers: bool
+) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    strict += "{% for m in messages %}{% generation %}{{ m['content'] }}</s>{% endgeneration %}{% endfor %}"
+    monkeypatch.setattr(byte_tokenizer, "chat_template", strict)
+    says = r"the example that asks 'Hi': the base's chat template refuses the conversation: System role not supported"
+    with pytest.raises(TemplateUnsupported, match=says):
+        encode(byte_tokenizer, strict if by_markers else None, CHATS[1], frozenset({257}))
+    with pytest.raises(TemplateUnsupported, match=says):
+        check_rendering(byte_tokenizer, strict, CHATS[1:])
+
+
 def test_long_examples_are_left_out_whole(byte_tokenizer: Any, conversations: tuple[Example, ...]) -> None:
     full = encode_all(byte_tokenizer, None, conversations, frozenset({257}), 1000)
     lengths = [len(example.input_ids) for example in full.examples]

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from training.bootstrap import interval, interval_of_difference
 from training.data import Example
-from training.metrics import Measured, accuracy, bleu, fields_of, macro_f1, mean, micro_f1, per_token, rouge_l
+from training.metrics import Measured, Words, accuracy, bleu, fields_of, macro_f1, mean, micro_f1, per_token, rouge_l
 from training.tasks.tagged_text import measure_records
 
 SEEDS = range(8)
@@ -75,6 +78,51 @@ def test_rouge_l_is_rouge_scores(seed: int) -> None:
     weights = [generator.random() < 0.5 for _ in wanted]
     chosen = [score for score, weight in zip(library, weights, strict=True) if weight]
     assert rouge_l(wanted, given, weights).value == pytest.approx(np.mean(chosen) if chosen else 0.0)
+
+
+ascii_words = st.sampled_from([*WORDS, "Running", "generalizations", "snake_case", "IPv6", "x86_64", "don't", "__"])
+
+
+@settings(deadline=None)  # the first call imports a library
+@drawn(
+    st.text(st.characters(max_codepoint=127), max_size=80)
+    | st.lists(ascii_words | st.text(st.characters(max_codepoint=127), max_size=8), max_size=12).map(" ".join)
+)
+def test_the_words_of_ascii_text_are_rouge_scores_own(text: str) -> None:
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    assert Words().tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Größe, Grüße", ["grösse", "grüsse"]),
+        ("cafe\u0301 \u2013 “Café”", ["café", "café"]),
+        ("Большая рыба_и", ["большая", "рыба", "и"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("删除S3桶。", ["删", "除", "s3", "桶"]),
+        ("カタカナ ｶﾅ", ["カ", "タ", "カ", "ナ", "ｶ", "ﾅ"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("ที่นี่", ["ที่", "นี่"]),
+        ("ខ្មែរ", ["ខ្", "មែ", "រ"]),
+    ],
+)
+def test_words_of_other_scripts(text: str, words: list[str]) -> None:
+    assert Words().tokenize(text) == words
+
+
+@pytest.mark.parametrize("text", ["Удалить очередь", "删除一个队列", "حذف قائمة الانتظار", "מחיקת התור", "ลบคิวนี้"])
+def test_right_answers_in_any_script_score_full_marks_and_wrong_ones_none(text: str) -> None:
+    other = "Größe zählt"
+    assert rouge_l([text], [text]).value == 1.0
+    assert rouge_l([text, "Größe"], [other, "Grüße"]).value == 0.0
+
+
+def test_bleu_of_text_without_blanks_counts_characters() -> None:
+    wanted, given = "这个操作删除一个消息队列", "这个操作删除一个队列"
+    assert bleu([wanted], [wanted]).value == pytest.approx(1.0)
+    assert 0.5 < bleu([wanted], [given]).value < 1.0
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
 from training.data import Example
+from training.errors import DataInvalid
 from training.tasks import task_named
 from training.tasks.iam_policy import policy_text
-from training.tasks.policy import f1, granted_actions, grants, is_valid, parse_json
+from training.tasks.policy import action_f1, f1, grants, is_valid, parse_json
 from training.tasks.sentiment import LABELS, parse_label
 
 BUCKET = "arn:aws:s3:::orders"
@@ -129,6 +130,32 @@ def test_policy_scores_on_hand_made_answers() -> None:
     }
 
 
+def test_an_answer_that_is_no_policy_scores_nothing_whatever_was_wanted() -> None:
+    task = task_named("iam-policy")
+    for wanted in (policy("iam:CreateUser", "*", Effect="Deny"), {"Effect": "Deny", "NotAction": "iam:*"}):
+        scores = task.score([Example.of(user="x", answer=json.dumps(wanted))], ["no idea"])
+        assert (scores["policy_accuracy"], scores["action_f1"]) == (0.0, 0.0)
+
+
+def test_denied_actions_count_where_some_are_wanted() -> None:
+    allowed, denied = policy("sqs:AddPermission", "*"), policy("sqs:AddPermission", "*", Effect="Deny")
+    both = {"Statement": [allowed["Statement"][0], denied["Statement"][0]]}  # type: ignore[index]
+
+    def score(wanted: object, given: object) -> float:
+        return action_f1(grants(wanted), grants(given))
+
+    assert score(denied, denied) == score(both, both) == score(allowed, both) == 1.0
+    assert score(denied, allowed) == score(allowed, denied) == 0.0
+    assert score(both, allowed) == score(denied, both) == pytest.approx(2 / 3)
+
+
+def test_wanted_policies_that_cannot_be_compared_are_refused_before_any_answer() -> None:
+    good, bad = policy("s3:ListBucket"), {"Statement": [{"Effect": "Deny", "NotAction": ["iam:*"], "Resource": "*"}]}
+    examples = [Example.of(user="x", answer=json.dumps(wanted)) for wanted in (good, bad)]
+    with pytest.raises(DataInvalid, match=r"the answer of example 2 is no policy.*NotAction.*own-json"):
+        task_named("iam-policy").check(examples)
+
+
 policy_keys = st.sampled_from(["Statement", "Action", "Effect", "Resource", "x"])
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
@@ -141,8 +168,7 @@ json_values = st.recursive(
 @given(json_values)
 def test_no_answer_makes_scoring_fail(value: object) -> None:
     is_valid(value)
-    grants(value)
-    granted_actions(value)
+    action_f1(grants(policy("s3:ListBucket")), grants(value))
 
 
 @settings(deadline=None)  # the first call imports a library

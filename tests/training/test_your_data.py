@@ -110,6 +110,9 @@ def test_tables_become_conversations(tmp_path: Path) -> None:
     assert second.prompt[1].content == "2: {a}!"  # a value is never read as a template
     [first, _] = read_table(file, Wording("b", "a"))
     assert (first.prompt[0].content, first.answer) == ("x\ny", "1")
+    for encoding in ("utf-8", "utf-16-le"):  # Excel's mark, whatever the encoding is called
+        file.write_text("\ufefftext,queue\nq,a\n", encoding)
+        assert read_table(file, Wording("text", "queue"), None, encoding)[0].prompt[0].content == "q"
     tabs = tmp_path / "t.tsv"
     tabs.write_text("q\ta\nhow, so?\tno\n")
     assert read_table(tabs, Wording("q", "a"))[0].prompt[0].content == "how, so?"

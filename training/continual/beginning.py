@@ -28,7 +28,8 @@ def begin(run: Run, strategy: Strategy) -> RunRecord:
     """The record of the run in its directory, written there: begun, gone on with, or with tasks appended.
 
     Raises `RunMismatch` where the directory holds another plan's run or the data has changed since, `AliasTaken` where
-    a first stage would take somebody else's alias, and `DataInvalid`, `DataTooSmall` for what could not be scored.
+    a first stage would take somebody else's alias, and `DataInvalid`, `DataTooSmall`, `GenerationFailed` for what could
+    not be scored.
     """
     now = {**digests(run.data), **text_digests(run.plan)}
     if run.trainer.base.fingerprint is not None:
@@ -90,6 +91,7 @@ def _check_new(run: Run, strategy: Strategy, first: int) -> None:
             task_named(task.task).check(data.evaluation.examples)
         except DataInvalid as error:
             raise DataInvalid(f"{task.label}, evaluation: {error}") from error
+    run.scorer.check(first)
     if run.embed is not None and not strategy.evolving and len(run.data) > 1:
         few = [data.label for data in run.data[first:] if len(data.train) < LEAST_PROMPTS]
         if few:

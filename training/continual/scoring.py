@@ -15,7 +15,8 @@ from torch import Tensor
 from server.config import EngineLimits, ModelConfig, Quantization
 from server.engine.engine import Engine
 from training.data import Example, Message
-from training.engine_generator import EngineGenerator, find_adapters
+from training.engine_generator import EngineGenerator, check_room, find_adapters
+from training.errors import GenerationFailed, TemplateUnsupported
 from training.evaluate import Prompt
 from training.metrics import Measured
 from training.tasks import Task
@@ -39,6 +40,10 @@ Cell = tuple[int, Path | None]  # (which exam, an adapter's directory or the bas
 
 class Scorer(Protocol):
     """What a run needs to know of models. Raises `GenerationFailed` when any question stays without an answer."""
+
+    def check(self, first: int) -> None:
+        """Raise `GenerationFailed` for a question of the exams from `first` on that no model could be asked."""
+        ...
 
     def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
         """All metrics of each cell."""
@@ -80,6 +85,18 @@ class EngineScorer:
     precision: str = "auto"  # in which inputs are read: the recipe's
     served_rank: int = 0  # the largest of any adapter asked; what a server takes by default always goes
 
+    def check(self, first: int) -> None:
+        """See `Scorer`; one too long for the base's context with its answer. Loads no model."""
+        from transformers import AutoConfig
+
+        prompts = [
+            prompt
+            for exam in range(first, len(self.exams))
+            for prompt in self._prompts(exam, [None] * len(self.exams[exam].examples))
+        ]
+        config = AutoConfig.from_pretrained(str(self.base_directory)).get_text_config()
+        check_room(prompts, [self._count_prompt(prompt) for prompt in prompts], int(config.max_position_embeddings))
+
     def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
         """See `Scorer`."""
         return self._measure([(exam, [adapter] * len(self.exams[exam].examples)) for exam, adapter in cells])
@@ -92,12 +109,8 @@ class EngineScorer:
         prompts: list[Prompt] = []
         spans: list[slice] = []
         for exam, adapters in cells:
-            asked, begin = self.exams[exam], len(prompts)
-            limit = asked.task.answer_limit(asked.examples, self._count_tokens)
-            prompts += [
-                Prompt(one.prompt, None if adapter is None else str(adapter), limit)
-                for one, adapter in zip(asked.examples, adapters, strict=True)
-            ]
+            begin = len(prompts)
+            prompts += self._prompts(exam, adapters)
             spans.append(slice(begin, len(prompts)))
         answers = self._asked(prompts, EngineGenerator.generate)
         return [
@@ -105,6 +118,14 @@ class EngineScorer:
                 self.exams[exam].task, self.exams[exam].task.measure(self.exams[exam].examples, answers[span])
             )
             for (exam, _), span in zip(cells, spans, strict=True)
+        ]
+
+    def _prompts(self, exam: int, adapters: Sequence[Path | None]) -> list[Prompt]:
+        asked = self.exams[exam]
+        limit = asked.task.answer_limit(asked.examples, self._count_tokens)
+        return [
+            Prompt(one.prompt, None if adapter is None else str(adapter), limit, f"{asked.label}, example {number}")
+            for number, (one, adapter) in enumerate(zip(asked.examples, adapters, strict=True), 1)
         ]
 
     def answers(self, adapter: Path, examples: Sequence[Example]) -> list[Example]:
@@ -117,6 +138,15 @@ class EngineScorer:
             for one, answer in zip(examples, said, strict=True)
             if answer is not None and answer.strip()
         ]
+
+    def _count_prompt(self, prompt: Prompt) -> int:
+        from training.template import render
+
+        messages = [message.as_dict() for message in prompt.messages]
+        try:
+            return self._count_tokens(render(self._tokenizer, messages, add_generation_prompt=True))
+        except TemplateUnsupported as error:
+            raise GenerationFailed(f"{prompt.label}: {error}") from error
 
     def _count_tokens(self, text: str) -> int:
         return len(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

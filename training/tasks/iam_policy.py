@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from training.data import Example
-from training.errors import DataTooSmall, SourceUnavailable
+from training.errors import DataInvalid, DataTooSmall, SourceUnavailable
 from training.metrics import Measured, mean
 from training.tasks import Answers, Built, Task
 from training.tasks.iam_definition import Action, actions
 from training.tasks.json_answers import check_objects
 from training.tasks.packages import installed_directory
-from training.tasks.policy import f1, granted_actions, grants, is_valid, parse_json
+from training.tasks.policy import action_f1, grants, is_valid, parse_json
 from training.tasks.split import RANKS, is_held, rank, split_by_group
 
 INSTRUCTION: Final = "Write the AWS IAM policy as compact JSON."
@@ -84,18 +84,24 @@ class IamPolicy(Task):
         )
 
     def check(self, examples: Sequence[Example]) -> None:
-        """See `Task.check`: a wanted answer that is no object."""
+        """See `Task.check`: a wanted answer that is no object, or no policy that `grants` reads."""
         check_objects(examples)
+        for number, example in enumerate(examples, 1):
+            if grants(json.loads(example.answer)) is None:
+                raise DataInvalid(
+                    f"the answer of example {number} is no policy that {self.name} can score: each statement needs "
+                    "Effect (Allow or Deny), Action and Resource; NotAction and NotResource cannot be compared, so "
+                    "score such policies with the task own-json"
+                )
 
     def measure(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Measured]:
         """Shares of exactly right policies, valid JSON and valid policies, and the mean F1 of the action sets."""
         parsed = [parse_json(answer) for answer in answers]
-        wanted = [json.loads(example.answer) for example in examples]
+        wanted = [grants(json.loads(example.answer)) for example in examples]
+        pairs = list(zip(wanted, map(grants, parsed), strict=True))
         return {
-            "policy_accuracy": mean([grants(p) == grants(w) for p, w in zip(parsed, wanted, strict=True)]),
-            "action_f1": mean(
-                [f1(granted_actions(w), granted_actions(p)) for p, w in zip(parsed, wanted, strict=True)]
-            ),
+            "policy_accuracy": mean([g is not None and g == w for w, g in pairs]),
+            "action_f1": mean([action_f1(w, g) for w, g in pairs]),
             "valid_json": mean([policy is not None for policy in parsed]),
             "valid_policy": mean([is_valid(policy) for policy in parsed]),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, Final
 
 # Findings that mean AWS would refuse the policy or it would not do what it says; the rest is advice.
@@ -67,12 +67,21 @@ def grants(policy: Any) -> frozenset[Grant] | None:
     return frozenset(found)
 
 
-def granted_actions(policy: Any) -> frozenset[str]:
-    """The actions it allows, wildcards expanded."""
-    return frozenset(action for effect, action, _, _ in grants(policy) or () if effect == "Allow")
+def action_f1(wanted: frozenset[Grant] | None, given: frozenset[Grant] | None) -> float:
+    """F1 of the actions with their effects, whatever the resource; 0 where either is no policy.
+
+    What `given` denies counts only where `wanted` denies something.
+    """
+    if wanted is None or given is None:
+        return 0.0
+    effects = {"Allow", *(effect for effect, *_ in wanted)}
+    first, second = (
+        frozenset((effect, action) for effect, action, *_ in policy if effect in effects) for policy in (wanted, given)
+    )
+    return f1(first, second)
 
 
-def f1(wanted: frozenset[str], given: frozenset[str]) -> float:
+def f1(wanted: frozenset[Hashable], given: frozenset[Hashable]) -> float:
     """Harmonic mean of precision and recall of `given` as a set."""
     if not wanted and not given:
         return 1.0

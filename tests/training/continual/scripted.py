@@ -55,6 +55,9 @@ class ScriptedScorer:
         [place] = [part for part in adapter.parts if part[0].isdigit() and part.partition("-")[2] in THREE]
         return int(place.partition("-")[0]) - 1
 
+    def check(self, first: int) -> None:
+        pass
+
     def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
         self.cells.append(list(cells))
         return [

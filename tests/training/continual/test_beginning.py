@@ -33,7 +33,7 @@ from training.continual.run import Run
 from training.continual.scoring import Cell, EngineScorer, Exam
 from training.continual.stage import Trained
 from training.data import Example, write_jsonl
-from training.errors import DataInvalid, DataTooSmall
+from training.errors import DataInvalid, DataTooSmall, GenerationFailed
 from training.tasks import task_named
 
 TWO = ("first", "second")
@@ -194,6 +194,17 @@ def test_answers_that_a_task_cannot_score_are_known_before_training(
     with pytest.raises(DataInvalid, match="odd, evaluation: the answer of example 1 is no JSON object"):
         make_run(ScriptedScorer(GOOD), tasks=odd)()
     assert not run.trainer.lessons and not (run.directory / "state.json").exists()  # type: ignore[attr-defined]
+
+
+def test_a_question_too_long_for_the_base_is_known_before_training(
+    write_plan: Callable[..., Path], tmp_path: Path, hub: Hub
+) -> None:
+    plan = ContinualPlan.read(write_plan())
+    write_jsonl(tmp_path / "second-eval.jsonl", [Example.of(user="x" * n, answer="mixed") for n in (5, 600)])
+    run = make_real(plan, tmp_path / "run", hub, 1, Console())
+    with pytest.raises(GenerationFailed, match=r"^second, example 2: a prompt of 6\d\d tokens.* context of 512"):
+        run()
+    assert not (run.directory / "state.json").exists() and not (run.directory / "stages").exists()
 
 
 def few(tmp_path: Path, make_run: Callable[..., Run]) -> Run:

@@ -23,6 +23,8 @@ def test_an_answer_that_was_cut_off_is_none() -> None:
         return Completion(text, (), reason, None, ())
 
     engine: Any = SimpleNamespace(
+        text=SimpleNamespace(render_chat=lambda messages: [1, 2, 3]),
+        base=SimpleNamespace(context_tokens=512),
         generate=lambda requests: [done("whole", FinishReason.STOP), done("in the mid", FinishReason.LENGTH)],
     )
     prompts = [Prompt(Example.of(user="x", answer="y").prompt, None, 3)] * 2

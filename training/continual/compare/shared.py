@@ -56,6 +56,10 @@ class SharingScorer:
     base: str  # its fingerprint
     shared: Path
 
+    def check(self, first: int) -> None:
+        """See `training.continual.scoring.Scorer`."""
+        self.inner.check(first)
+
     def scores(self, cells: Sequence[Cell]) -> list[dict[str, float]]:
         """See `training.continual.scoring.Scorer`."""
         places = {exam: self._exam(exam) for exam, adapter in cells if adapter is None}
