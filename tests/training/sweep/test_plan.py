@@ -45,6 +45,24 @@ def test_cells_are_the_product_with_overrides_from_wide_to_narrow() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "full", "lora"),
+    [
+        ({}, {1e-4}, {1e-3}),  # demo's, and a tenth of it, as `hub train --method full` takes
+        ({"set": {"learning_rate": 5e-4}}, {5e-4}, {5e-4}),
+        ({"tasks": {"sentiment": {"learning_rate": 5e-4}}}, {5e-4}, {5e-4}),
+        ({"grid": {"learning_rate": [3e-4, 6e-4]}}, {3e-4, 6e-4}, {3e-4, 6e-4}),
+    ],
+)
+def test_full_fine_tuning_takes_a_tenth_of_the_rate_unless_one_is_given(
+    change: dict[str, Any], full: set[float], lora: set[float]
+) -> None:
+    plan = {**SMALL, "tasks": {"sentiment": {}}, "variants": {"full": {"method": "full"}, "r4": {"rank": 4}}}
+    cells = SweepPlan.parse({**plan, **change}, "p", "small").cells
+    for line, rates in (("full", full), ("r4", lora)):
+        assert {cell.recipe.learning_rate for cell in cells if cell.line == line} == rates
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"variant": {}}, "unknown key 'variant'"),
