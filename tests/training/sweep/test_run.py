@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from training.bootstrap import resampled
 from training.data import Example, read_jsonl, write_jsonl
-from training.errors import CellFailed
+from training.errors import CellFailed, CellTaken
 from training.sweep import child
 from training.sweep import run as running
 from training.sweep.plan import Cell, SweepPlan
@@ -46,6 +47,7 @@ class Heard:
         self.cells: list[str] = []
         self.work: list[str] = []
         self.lines: list[str] = []
+        self.taken: list[str] = []
         self.begun: tuple[int, int] | None = None
 
     def begin(self, cells: int, finished: int) -> None:
@@ -56,6 +58,9 @@ class Heard:
 
     def said(self, line: str) -> None:
         self.lines.append(line)
+
+    def left_out(self, cell: Cell) -> None:
+        self.taken.append(cell.text)
 
     def finished(self, cell: Cell, record: Mapping[str, Any]) -> None:
         self.cells.append(cell.text)
@@ -155,6 +160,47 @@ def test_a_sweep_trains_scores_together_and_goes_on_where_it_was(
     assert "base, untrained" in text and "base in NF4" in text
     for name in ("tiny-sentiment-quality.png", "tiny-sentiment-losses.png"):
         assert name in text and (records.out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cell_that_another_process_is_at_is_left_out(
+    tmp_path: Path, data: dict[str, TaskData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four variants of one seed: one is held elsewhere, one is finished elsewhere when this process comes to it."""
+    plan, records, heard = SweepPlan.parse(PLAN, "tiny", "small"), Records(tmp_path / "out"), Heard()
+    plan = replace(plan, cells=plan.cells[:4])
+    keys = [records.key(cell, "b", data["sentiment"]) for cell in plan.cells]
+    asked = []
+
+    def work(spec: dict[str, Any], file: Path, what: str, said: Callable[[str], object]) -> None:
+        asked.append(spec["kind"])
+        if spec["kind"] == "score":
+            score = {"accuracy": {"value": 0.5, "resampled": [0.5]}}
+            told: dict[str, Any] = {"seconds": 1, "scores": {"base": score, **dict.fromkeys(spec["adapters"], score)}}
+        else:
+            Path(spec["out"]).mkdir()
+            told = {"metrics": {}}
+            with pytest.raises(CellTaken), records.alone(Path(spec["out"]).name):
+                pass
+        Path(spec["result"]).write_text(json.dumps(told))
+
+    monkeypatch.setattr(running, "_in_process", work)
+    alone = Records.alone
+
+    def last_moment(self: Records, key: str) -> AbstractContextManager[None]:
+        if key == keys[2]:
+            records.finish(key, {})
+        return alone(self, key)
+
+    monkeypatch.setattr(Records, "alone", last_moment)
+    elsewhere = records.weights(keys[1])
+    elsewhere.mkdir(parents=True)  # as a process leaves it between its weights and its measurements
+    with alone(records, keys[1]):
+        run(plan, data, Setting("base", "b", 1), records, heard)
+    assert heard.taken == [plan.cells[1].text] and elsewhere.is_dir()
+    assert heard.cells == [plan.cells[3].text, plan.cells[0].text]
+    assert asked == ["train", "train", "score", "score"]
+    run(plan, data, Setting("base", "b", 1), records, heard)
+    assert heard.cells[2:] == [plan.cells[1].text] and len(heard.taken) == 1
 
 
 @pytest.mark.timeout(180)
