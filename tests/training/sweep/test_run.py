@@ -20,7 +20,7 @@ from training.sweep import child
 from training.sweep import run as running
 from training.sweep.plan import Cell, SweepPlan
 from training.sweep.records import Records, TaskData
-from training.sweep.report import summaries, write_page
+from training.sweep.report import Summary, summaries, write_page
 from training.sweep.run import Setting, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -227,32 +227,64 @@ def test_finished_cells_are_scored_again_where_their_weights_are_kept(
     assert "answer nats minus" not in text  # not of every cell
 
 
+def finish(records: Records, cell: Cell, data: dict[str, TaskData], *, resumed: bool = False, **metrics: Any) -> None:
+    """Keep a cell that was never trained."""
+    known = {
+        "precision": "float32", "validation_loss_before": None, "validation_loss": None, "seconds": 1.0,
+        "cpu_seconds": 1.0, "tokens_per_second": 1, "trained_parameters": 1,
+    }  # fmt: skip
+    record = {
+        "scores": {"accuracy": {"value": 0.5, "resampled": [0.5] * 400}}, "recipe": cell.recipe.as_dict(),
+        "metrics": {**known, **metrics}, "peak_bytes": 1, "finished": "2026-01-01", "variant": cell.variant,
+        "curves": {"training": [[1, 1.0]], "validation": []}, "resumed": resumed,
+    }  # fmt: skip
+    records.finish(records.key(cell, "sha256:base", data[cell.task]), record)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_page_says_where_precisions_are_mixed(tmp_path: Path, data: dict[str, TaskData], apart: bool) -> None:
     """Finished on two machines, of which one computes in bfloat16."""
     plan, records = SweepPlan.parse(PLAN, "tiny", "small"), Records(tmp_path / "out")
     for number, cell in enumerate(plan.cells):
-        metrics = {
-            "precision": "bfloat16" if apart and number % 4 else "float32", "validation_loss_before": None,
-            "validation_loss": None, "seconds": 1.0, "cpu_seconds": 1.0, "tokens_per_second": 1,
-            "trained_parameters": 1,
-        }  # fmt: skip
-        records.finish(
-            records.key(cell, "sha256:base", data["sentiment"]),
-            {
-                "scores": {"accuracy": {"value": 0.5, "resampled": [0.5] * 400}}, "recipe": cell.recipe.as_dict(),
-                "metrics": metrics, "peak_bytes": 1, "finished": "2026-01-01", "variant": cell.variant,
-                "curves": {"training": [[1, 1.0]], "validation": []},
-            },
-        )  # fmt: skip
+        finish(records, cell, data, precision="bfloat16" if apart and number % 4 else "float32")
     text = write_page(plan, data, "sha256:base", records, "Machine: two.", "hub sweep tiny.yaml").read_text()
     assert ("bfloat16 or float32" in text) == apart
     assert (" bfloat16 | " in text) == apart and " float32 | " in text
 
 
+def timed(seed: int, cpu: float, *, seconds: float = 1.0, speed: float = 1.0, resumed: bool = False) -> dict[str, Any]:
+    metrics = {"cpu_seconds": cpu, "seconds": seconds, "tokens_per_second": speed}
+    return {"metrics": metrics, "peak_bytes": cpu * 1e6, "recipe": {"seed": seed}, "resumed": resumed}
+
+
+def test_interrupted_cells_are_left_out_of_memory_and_time() -> None:
+    """They measured both only since they went on."""
+    mixed = Summary("a", "a", None, (timed(0, 100.0), timed(1, 10.0, resumed=True)))
+    assert (mixed.cpu_seconds, mixed.peak_bytes, mixed.resumed) == (100.0, 100e6, 1)
+    none_whole = Summary("b", "b", None, (timed(0, 20.0, resumed=True), timed(1, 10.0, resumed=True)))
+    assert (none_whole.cpu_seconds, none_whole.peak_bytes, none_whole.resumed) == (15.0, 15e6, 2)
+
+
+@pytest.mark.parametrize("resumed", [0, 1, 2])
+def test_a_page_says_where_training_was_interrupted(tmp_path: Path, data: dict[str, TaskData], resumed: int) -> None:
+    plan, records = SweepPlan.parse(PLAN, "tiny", "small"), Records(tmp_path / "out")
+    for cell in plan.cells:
+        cut = cell.variant == "r2" and cell.recipe.seed < resumed
+        finish(records, cell, data, cpu_seconds=7.0 if cut else 1000.0, resumed=cut)
+    text = write_page(plan, data, "sha256:base", records, "Machine: this.", "hub sweep tiny.yaml").read_text()
+    [row] = [line for line in text.splitlines() if line.startswith("| r2 ") and "M |" in line]
+    assert ("| ≥ 7 |" in row, "| 1,000 |" in row) == (resumed == 2, resumed < 2)
+    assert (f"(r2: {resumed} of 2)" in text) == bool(resumed) and text.count("≥") == (0, 1, 3)[resumed]
+
+
+def test_tokens_are_counted_cell_by_cell() -> None:
+    """A slow long run and a fast short one, of 10 tokens each: no mean of seconds times a mean of rates."""
+    both = Summary("a", "a", None, (timed(0, 1.0, seconds=10, speed=1), timed(1, 1.0, seconds=1, speed=10)))
+    assert both.tokens_per_cpu_second == 10
+
+
 def test_means_and_intervals_over_seeds_are_those_of_the_answers() -> None:
     from training.metrics import accuracy
-    from training.sweep.report import Summary
 
     random = np.random.default_rng(5)
     wanted = random.integers(0, 3, 200).tolist()
