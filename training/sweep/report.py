@@ -272,7 +272,7 @@ def _pictures(plan: SweepPlan, task: str, each: Sequence[Summary], out: Path) ->
                 [s.x for s in own], [s.score(headline) for s in own], _bars(own, headline), marker="o", label=line
             )
         axes.set_xlabel(plan.x.replace("_", " "))
-        axes.set_xscale("log")
+        axes.set_xscale(_scale([summary.x for summary in each if summary.x is not None]))
         axes.legend()
     else:
         axes.bar([s.variant for s in each], [s.score(headline) for s in each], yerr=_bars(each, headline), capsize=4)
@@ -294,6 +294,11 @@ def _pictures(plan: SweepPlan, task: str, each: Sequence[Summary], out: Path) ->
     axes.legend(fontsize="small")
     save_figure(losses, out / f"{plan.name}-{task}-losses.png")
     return [f"![{what}, {task}]({plan.name}-{task}-{what}.png)" for what in ("quality", "losses")]
+
+
+def _scale(xs: Sequence[float]) -> str:
+    """Logarithmic where the points lie far apart; zero has no place there."""
+    return "log" if min(xs) > 0 and max(xs) >= 10 * min(xs) else "linear"
 
 
 def _bars(each: Sequence[Summary], metric: str) -> Floats:

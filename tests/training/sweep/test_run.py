@@ -16,7 +16,7 @@ import pytest
 from training.bootstrap import resampled
 from training.data import Example, read_jsonl, write_jsonl
 from training.errors import CellFailed, CellTaken
-from training.sweep import child
+from training.sweep import child, report
 from training.sweep import run as running
 from training.sweep.plan import Cell, SweepPlan
 from training.sweep.records import Records, TaskData
@@ -275,6 +275,34 @@ def test_a_page_says_where_training_was_interrupted(tmp_path: Path, data: dict[s
     [row] = [line for line in text.splitlines() if line.startswith("| r2 ") and "M |" in line]
     assert ("| ≥ 7 |" in row, "| 1,000 |" in row) == (resumed == 2, resumed < 2)
     assert (f"(r2: {resumed} of 2)" in text) == bool(resumed) and text.count("≥") == (0, 1, 3)[resumed]
+
+
+@pytest.mark.parametrize(
+    ("field", "points", "scale"),
+    [
+        ("learning_rate", [3e-5, 1e-3], "log"),
+        ("learning_rate", [1e-4, 3e-4, 1e-3], "log"),
+        ("rank", [4, 128], "log"),
+        ("epochs", [1.0, 5.0], "linear"),
+        ("weight_decay", [0.0, 0.01, 0.1], "linear"),  # of a logarithmic axis 0 falls off
+    ],
+)
+def test_no_point_falls_off_the_plot(
+    field: str, points: list[float], scale: str, tmp_path: Path, data: dict[str, TaskData],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    variants = {"a": {"method": "lora"}, "b": {"method": "qlora"}}
+    plan = SweepPlan.parse(
+        {**PLAN, "variants": variants, "reference": None, "grid": {field: points}, "plot": {"x": field}}, "p", "small"
+    )
+    records, drawn = Records(tmp_path / "out"), {}
+    for cell in plan.cells:
+        finish(records, cell, data)
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
+    write_page(plan, data, "sha256:base", records, "Machine: this.", "hub sweep p.yaml")
+    [axes] = drawn["p-sentiment-quality.png"].axes
+    assert axes.get_xscale() == scale
+    assert [list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "o"] == [points, points]
 
 
 def test_tokens_are_counted_cell_by_cell() -> None:
