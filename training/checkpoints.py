@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training import output
-from training.errors import OutputExists, ResumeMismatch
+from training.errors import OutputExists, OutputTaken, ResumeMismatch
+from training.lock import held
 
 _RUN_FILE = "run.json"
+_SUFFIX = ".checkpoints"
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,15 @@ class Checkpoints:
     @classmethod
     def beside(cls, out: Path, identity: Mapping[str, Any]) -> Checkpoints:
         """Those of the run that writes `out`."""
-        return cls(output.beside(out, ".checkpoints"), identity)
+        return cls(output.beside(out, _SUFFIX), identity)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Hold them, and so the run's output, for this process; raises `OutputTaken` where another one does."""
+        out = self.directory.with_name(self.directory.name.removesuffix(_SUFFIX))
+        return held(
+            self.directory,
+            OutputTaken(f"another process is training into {out}: wait for it, stop it, or choose another --out"),
+        )
 
     def check(self, *, resume: bool) -> None:
         """Look whether they are as a run needs them: none there, or, to be resumed, this run's.

@@ -53,9 +53,9 @@ def run(plan: Path, out: Path, threads: int, hub_url: str | None, as_json: bool)
 
     from hub.opening import open_hub
     from training.continual.errors import RunTaken
-    from training.continual.lock import held
     from training.continual.making import make_run
     from training.continual.plan import ContinualPlan
+    from training.lock import held
 
     read = ContinualPlan.read(plan)
     taken = RunTaken(f"another process runs a plan in {out}: wait for it, or stop it")

@@ -14,6 +14,7 @@ from hub.cli_options import examples, json_option
 from hub.cli_output import print_json, print_table, printable, progress_bar
 from training.data import digest_of, read_jsonl
 from training.errors import OutputExists
+from training.output import check_writable
 from training.presets import named_recipe
 from training.quiet import quiet_libraries
 from training.tasks import MODULES, Answers, task_named
@@ -102,6 +103,8 @@ def check(
 
     if fixed is not None and fixed.exists():
         raise OutputExists(f"{fixed} is there already; --fix writes a new file")
+    if fixed is not None:
+        check_writable(fixed)
     quiet_libraries()
     told = task or known_answers(file)
     if answers is None and told in MODULES:

@@ -121,6 +121,8 @@ def evaluate(
     from hub.model_base import find_base
 
     named, base = base, find_base(base, hub_url)
+    if text is not None and held_out is not None:
+        _check_length(text, held_out, base)
     config = ModelConfig(base=base, quantization=quantize, threads=threads)
     compared = compare_models(chosen, dataset, models, config, hub_url, max_new_tokens)
     comparison, adapters = compared.comparison, compared.adapters
@@ -183,6 +185,17 @@ def _read_text(path: Path) -> str:
     from training.text_loss import read_text
 
     return read_text(path)
+
+
+def _check_length(path: Path, text: str, base: str) -> None:
+    from hub.base import locate_base
+    from training.errors import DataTooSmall
+    from training.text_loss import cut
+
+    try:
+        cut(locate_base(base).directory, text)
+    except DataTooSmall as error:
+        raise DataTooSmall(f"--text {path}: {error}") from error
 
 
 def _text_losses(base: str, models: Sequence[str], adapters: Adapters, text: str, windows: int) -> dict[str, Measured]:

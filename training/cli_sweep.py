@@ -56,7 +56,8 @@ def sweep(
     Each cell trains in a process of its own, of which memory and time are measured. The adapters of one task and seed
     are scored together, in one mixed batch of the engine; a full fine-tune is served alone. A cell is known by its
     resolved recipe, base and data: what is finished is not run again, so a sweep goes on where it was stopped, and a
-    changed plan runs only what changed. Plans that share OUT share their cells. The page is written after every cell.
+    changed plan runs only what changed. Plans that share OUT share their cells, and several processes can work at them
+    side by side: a cell that one is at is left out by the others. The page is written after every cell.
     """
     bound_openmp(threads)
     quiet_libraries()
@@ -193,6 +194,11 @@ class _Line:
             _, _, told = line.partition(": ")
             text = f"[{self._done}/{self._cells}] {self._what}  {told}{self._left()}"
             click.echo(f"\r\x1b[K{text[: os.get_terminal_size(2).columns - 1]}", err=True, nl=False)
+
+    def left_out(self, cell: Cell) -> None:
+        """See `training.sweep.run.Watcher`."""
+        end = "\r\x1b[K" if self._terminal else ""
+        click.echo(f"{end}{cell.text}: another process is at it, so it is left out here", err=True)
 
     def finished(self, cell: Cell, record: Mapping[str, Any]) -> None:
         """See `training.sweep.run.Watcher`."""

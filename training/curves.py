@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from training.errors import LogUnavailable
+from training.output import check_makeable
 from training.watch import Curves, Listener
 
 SUFFIXES: Final = (".png", ".svg", ".json")
@@ -15,12 +16,16 @@ _INSTALL: Final = "pip install 'loraplex[plots]'"
 
 
 def check_curves(paths: Sequence[Path]) -> None:
-    """Raise `LogUnavailable` now rather than after hours of training, where one of `paths` could not be drawn."""
+    """Raise now rather than after hours of training, where one of `paths` could not be drawn or written.
+
+    `LogUnavailable` for what cannot be drawn, `OutputUnwritable` for what cannot be written.
+    """
     for path in paths:
         if path.suffix not in SUFFIXES:
             raise LogUnavailable(f"{path.name}: curves are written as {', '.join(SUFFIXES)}")
         if path.suffix != ".json":
             new_figure()
+        check_makeable(path)
 
 
 def write_curves(curves: Curves, title: str, path: Path) -> None:

@@ -87,6 +87,12 @@ class OutputUnwritable(TrainingError):
     reason = "OUTPUT_UNWRITABLE"
 
 
+class OutputTaken(TrainingError):
+    """Another process is training into the same output."""
+
+    reason = "OUTPUT_TAKEN"
+
+
 class ResumeMismatch(TrainingError):
     """The checkpoints belong to a run with other data, base or settings, or there are none."""
 
@@ -127,6 +133,12 @@ class CellFailed(TrainingError):
     """One cell of a sweep could not be run; the message ends with what its process said last."""
 
     reason = "CELL_FAILED"
+
+
+class CellTaken(TrainingError):
+    """Another sweep is at the same cell."""
+
+    reason = "CELL_TAKEN"
 
 
 class LogUnavailable(TrainingError):

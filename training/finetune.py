@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,8 +85,16 @@ def train(plan: Plan, console: Console | None = None) -> Outcome:
     processes = Processes.here()
     console = Console(quiet=True) if not processes.first else console or Console(stderr=True)
     checkpoints = Checkpoints.beside(plan.out, _identity(plan, examples, processes))
-    if processes.first:
-        checkpoints.check(resume=plan.resume)
+    with checkpoints.alone() if processes.first else nullcontext():
+        if processes.first:
+            output.check_free(plan.out)  # which another process may have written meanwhile
+            checkpoints.check(resume=plan.resume)
+        return _train(plan, examples, processes, checkpoints, console)
+
+
+def _train(
+    plan: Plan, examples: _Examples, processes: Processes, checkpoints: Checkpoints, console: Console
+) -> Outcome:
     if plan.threads:
         torch.set_num_threads(plan.threads)
     quiet_libraries()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,30 @@ def check_outside(out: Path, others: Iterable[Path]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `OutputUnwritable` now rather than after the work, where the file cannot be written."""
+    """Raise `OutputUnwritable` now rather than after the work, where the file cannot be written.
+
+    A file that is not there yet is not there afterwards either.
+    """
+    new = not os.path.lexists(path)
     try:
         path.open("ab").close()
     except OSError as error:
         raise OutputUnwritable(f"cannot write {path}: {error.strerror}") from error
+    if new:
+        path.unlink(missing_ok=True)  # of several processes another may have looked too
+
+
+def check_makeable(path: Path) -> None:
+    """As `check_writable`, for a file whose directory is made with it where it is not there."""
+    place = path.absolute().parent
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise OutputUnwritable(f"cannot write {path}: {place} is no directory")
+    if place == path.absolute().parent:
+        check_writable(path)
+    elif not os.access(place, os.W_OK | os.X_OK):
+        raise OutputUnwritable(f"cannot write {path}: no directory can be made in {place}")
 
 
 def write_directory(out: Path, save: Callable[[Path], None]) -> None:

@@ -57,6 +57,14 @@ def windows_of(ids: Sequence[int], length: int) -> list[Sequence[int]]:
     return windows
 
 
+def cut(base: Path, text: str) -> list[Sequence[int]]:
+    """The text's windows, in the base's tokens. Raises `DataTooSmall` as `windows_of` does."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(base))
+    return windows_of(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, WINDOW_TOKENS)
+
+
 def text_losses(
     base: Path, adapters: Mapping[str | None, AdapterFiles | None], text: str, limit: int | None = None
 ) -> dict[str | None, Measured]:
@@ -65,10 +73,7 @@ def text_losses(
     The base is read anew for each, since nothing of one adapter may stay behind for the next. `limit` bounds the
     number of windows.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(base))
-    windows = windows_of(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, WINDOW_TOKENS)[:limit]
+    windows = cut(base, text)[:limit]
     return {name: text_loss(_load(base, files), windows) for name, files in adapters.items()}
 
 

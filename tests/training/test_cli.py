@@ -149,6 +149,9 @@ def test_an_evaluation_finds_its_faults_before_any_answer(
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 10)
     common = ("eval", "base", "--base", tiny_base, "--data", labelled, "--task")
     run(*common, "sentiment", "--text", tmp_path / "latin.txt", fails=DataInvalid)
+    (tmp_path / "empty.txt").touch()
+    short = run(*common, "sentiment", "--text", tmp_path / "empty.txt", fails=DataTooSmall)
+    assert "empty.txt: the text has fewer than two tokens" in str(short.exception)
     run(*common, "sentiment", "--answers", tmp_path / "nodir" / "a.jsonl", fails=OutputUnwritable)
     for task in ("address-json", "iam-policy", "own-json"):
         run(*common, task, fails=DataInvalid)
@@ -202,6 +205,19 @@ def test_a_file_with_faults_fails_until_it_is_fixed(tiny_base: Path, tmp_path: P
     run(*common, "--fix", fixed, fails=OutputExists)
     assert run("data", "check", fixed, "--answers", "json", "--fix", tmp_path / "none", fails=DataTooSmall)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_fix_that_cannot_be_written_is_refused_before_the_checks(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise KeyError("checked")
+
+    monkeypatch.setattr("training.data_check.check_file", never)
+    monkeypatch.setattr("training.cli_data_check.token_counter", lambda base: None)
+    run("data", "check", labelled, "--fix", tmp_path / "nodir" / "clean.jsonl", fails=OutputUnwritable)
+    run("data", "check", labelled, "--fix", tmp_path / "clean.jsonl", fails=KeyError)
+    assert not (tmp_path / "clean.jsonl").exists()  # only looked at so far
 
 
 def test_a_built_file_knows_its_task(tiny_base: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import subprocess
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,15 @@ from hub.base import BaseIdentity
 from training import finetune, output, trainable
 from training.checkpoints import Checkpoints
 from training.data import Example, read_jsonl, write_jsonl
-from training.errors import DataInvalid, DataTooSmall, MethodUnsupported, OutputExists, ResumeMismatch, TrainingDiverged
+from training.errors import (
+    DataInvalid,
+    DataTooSmall,
+    MethodUnsupported,
+    OutputExists,
+    OutputTaken,
+    ResumeMismatch,
+    TrainingDiverged,
+)
 from training.finetune import Outcome, Plan, train
 from training.hold_out import hold_out
 from training.loss import LabelLoss
@@ -170,6 +179,39 @@ def test_checkpoints_are_not_overwritten_and_not_resumed_by_another_run(
     plan.data.write_text(plan.data.read_text().replace("red", "mauve"))
     with pytest.raises(ResumeMismatch, match="other: data; resume with"):
         train(replace(plan, resume=True), quiet())
+
+
+def test_two_processes_cannot_train_into_one_output(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def beside(*_: Any, **__: Any) -> None:  # while the first run is at its first step
+        if not refused:
+            with pytest.raises(OutputTaken, match=r"another process is training into \S+out: wait"):
+                train(plan, quiet())
+            refused.append(plan.out)
+            assert (tmp_path / "out.checkpoints" / "run.json").is_file()
+
+    from training.progress import ProgressLine
+
+    monkeypatch.setattr(ProgressLine, "on_step_end", beside)
+    train(replace(plan, max_steps=2), quiet())
+    assert refused and plan.out.is_dir() and not (tmp_path / "out.checkpoints").exists()
+
+
+def test_an_output_that_another_process_wrote_meanwhile_is_kept(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Checkpoints.alone
+
+    def at_last(self: Checkpoints) -> AbstractContextManager[None]:
+        plan.out.mkdir()
+        (plan.out / "adapter_config.json").write_text("{}")
+        return alone(self)
+
+    monkeypatch.setattr(Checkpoints, "alone", at_last)
+    with pytest.raises(OutputExists):
+        train(plan, quiet())
+    assert not plan.out.with_name("out.checkpoints").exists()
 
 
 def test_nothing_is_written_over(plan: Plan) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from hub.base import BaseIdentity
 from training.checkpoints import Checkpoints
 from training.data import Example, Message, read_jsonl, write_jsonl
-from training.errors import DataTooSmall, LogUnavailable, OutputExists, RecipeInvalid, ResumeMismatch
+from training.errors import DataTooSmall, LogUnavailable, OutputExists, OutputUnwritable, RecipeInvalid, ResumeMismatch
 from training.finetune import Plan, train
 from training.hold_out import hold_out
 from training.progress import ProgressLine
@@ -294,6 +294,11 @@ def test_what_cannot_be_drawn_is_refused_before_training(
 ) -> None:
     with pytest.raises(LogUnavailable, match=r"c\.gif"):
         train(replace(plan, curves=(tmp_path / "c.gif",), base_directory=tmp_path / "none"), quiet())
+    (tmp_path / "file").touch()
+    (tmp_path / "directory.json").mkdir()
+    for name in ("file/c.json", "file/below/c.json", "directory.json"):
+        with pytest.raises(OutputUnwritable, match="cannot write"):
+            train(replace(plan, curves=(tmp_path / name,), base_directory=tmp_path / "none"), quiet())
     import builtins
 
     real = builtins.__import__

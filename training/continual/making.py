@@ -18,7 +18,7 @@ from training.continual.stage import StageTrainer
 from training.continual.tasks import TaskData, prepare_data, text_of
 from training.errors import DataTooSmall
 from training.tasks import task_named
-from training.text_loss import WINDOW_TOKENS, windows_of
+from training.text_loss import cut
 
 
 def make_run(
@@ -65,11 +65,8 @@ def _text(plan: ContinualPlan, key: str, name: str | None, base: Path) -> str | 
     """The text that the plan's `key` names, if any, cut once as it will be, so that one too short is known at once."""
     text = text_of(plan, key, name)
     if text is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(base))
         try:
-            windows_of(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, WINDOW_TOKENS)
+            cut(base, text)
         except DataTooSmall as error:
             raise DataTooSmall(f"{key}: {name}: {error}") from error
     return text

@@ -186,7 +186,10 @@ def _check_rank(plan: ContinualPlan) -> None:
     """A strategy whose adapter grows must not outgrow what can be trained; refuses unknown options too."""
     rank = plan.served_rank
     try:
-        at_rank(plan.recipe, rank)
+        if plan.strategy == "merge":  # which never trains at the rank that it serves
+            plan.recipe.but(rank=rank)
+        else:
+            at_rank(plan.recipe, rank)
     except RecipeInvalid as error:
         raise ContinualPlanInvalid(
             f"strategy {plan.strategy}: {len(plan.tasks)} tasks at rank {plan.recipe.rank} make an adapter of rank "

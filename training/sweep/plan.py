@@ -3,7 +3,7 @@
 title: …                        what the page is called
 question: …                     what it is to answer
 base: smollm2-135m
-recipe: demo                    a named recipe; everything below overrides it
+recipe: demo                    a named recipe; everything below overrides it; method full takes a tenth of its rate
 set: {epochs: 1}                fields of every cell
 tasks: {sentiment: {}, iam-policy: {max_length: 512}}       tasks, with fields of their own
 variants: {full: {method: full, learning_rate: 1.0e-4}, lora-r16: {rank: 16, alpha: 32}}
@@ -115,6 +115,7 @@ class SweepPlan:
         )
         if not cells or len(cells) > MAX_CELLS:
             raise PlanInvalid(f"the plan makes {len(cells)} cells; 1 to {MAX_CELLS} are taken")
+        _check_unlike(cells)
         return cls(
             name, str(value.get("title", name)), str(value.get("question", "")), str(value.get("base", "smollm2-135m")),
             size, data, cells, reference, x,
@@ -132,17 +133,32 @@ def _variants(value: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]
     found = []
     for line, given in mapping(value.get("variants"), "variants").items():
         own = _overrides(given, f"variants: {line}")
+        if both := [field for field in own if field in grid]:
+            raise PlanInvalid(f"variants: {line} sets {both[0]}, which the grid varies; take it out of one of them")
         for point in combinations:
             mark = "".join(f" {field}={_shown(at)}" for field, at in point.items())
             found.append((f"{line}{mark}", str(line), {**own, **point}))
     return found
 
 
+def _check_unlike(cells: Sequence[Cell]) -> None:
+    """Two cells of one recipe would be one cell under two names."""
+    known: dict[tuple[str, Recipe], Cell] = {}
+    for cell in cells:
+        other = known.setdefault((cell.task, cell.recipe), cell)
+        if other is not cell:
+            both = f"{other.variant} and {cell.variant}"
+            raise PlanInvalid(f"variants: {both} have the same recipe for {cell.task}; take one of them out")
+
+
 def _recipe(value: Mapping[str, Any], overrides: Mapping[str, Any], seed: int, where: str) -> Recipe:
     if isinstance(overrides.get("targets"), list):
         overrides = {**overrides, "targets": tuple(overrides["targets"])}
     try:
-        return named_recipe(str(value.get("recipe", "recommended"))).but(**overrides, seed=seed)
+        named = named_recipe(str(value.get("recipe", "recommended")))
+        if overrides.get("method") == "full":  # as `hub train --method full`
+            named = named.for_every_weight()
+        return named.but(**overrides, seed=seed)
     except (RecipeInvalid, UnknownRecipe, TypeError) as error:
         raise PlanInvalid(f"{where}: {error}") from error
 

@@ -8,11 +8,14 @@ key = SHA-256 of (resolved recipe, base, data sets, task), its first 20 digits
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.cells import Cells, key_of, made_of_recipe, read_json
+from training.errors import CellTaken
+from training.lock import held
 from training.sweep.plan import Cell
 
 _FORMAT = 1
@@ -59,6 +62,10 @@ class Records:
     def trained(self, key: str) -> dict[str, Any] | None:
         """What a cell's training measured, where its weights are there still, or None."""
         return read_json(self.work / f"{key}.json") if self.weights(key).is_dir() else None
+
+    def alone(self, key: str) -> AbstractContextManager[None]:
+        """Hold a cell for this process; raises `CellTaken` where another one does."""
+        return held(self.work / "locks" / key, CellTaken(f"another process is at the cell {key} of {self.out}"))
 
     def weights(self, key: str) -> Path:
         """The adapter or model that a cell's training wrote."""

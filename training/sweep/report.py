@@ -59,9 +59,31 @@ class Summary:
         return float(np.mean([record["metrics"][metric] for record in self.records]))
 
     @property
+    def resumed(self) -> int:
+        """How many of the records are of interrupted training, whose memory and time are those since it went on."""
+        return sum(bool(record.get("resumed")) for record in self.records)
+
+    @property
+    def timed(self) -> tuple[Mapping[str, Any], ...]:
+        """The records that memory and time are read from: those of uninterrupted training, all where there are none."""
+        return tuple(record for record in self.records if not record.get("resumed")) or self.records
+
+    @property
     def peak_bytes(self) -> float:
         """The mean peak of the cells' processes."""
-        return float(np.mean([record["peak_bytes"] for record in self.records]))
+        return float(np.mean([record["peak_bytes"] for record in self.timed]))
+
+    @property
+    def cpu_seconds(self) -> float:
+        """The mean CPU time of the optimizer loops."""
+        return float(np.mean([record["metrics"]["cpu_seconds"] for record in self.timed]))
+
+    @property
+    def tokens_per_cpu_second(self) -> float:
+        """Tokens over CPU time, all cells together."""
+        each = [record["metrics"] for record in self.timed]
+        tokens = sum(metrics["seconds"] * metrics["tokens_per_second"] for metrics in each)
+        return float(tokens / max(sum(metrics["cpu_seconds"] for metrics in each), 1e-9))
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -187,8 +209,7 @@ def _section(
     for summary in each:
         recipe = summary.records[0]["recipe"]
         differences = [_difference(summary, reference, name) for name in compared if reference]
-        tokens = summary.mean_of("seconds") * summary.mean_of("tokens_per_second")
-        cpu = summary.mean_of("cpu_seconds")
+        least = "≥ " if summary.resumed == len(summary.records) else ""
         before = [record["metrics"]["validation_loss_before"] for record in summary.records]
         after = [record["metrics"]["validation_loss"] for record in summary.records]
         losses = "–" if None in before else f"{np.mean(before):.3f} → {np.mean(after):.3f}"
@@ -201,13 +222,14 @@ def _section(
                     f"{summary.mean_of('trained_parameters') / 1e6:.2f} M",
                     losses,
                     " ".join(summary.precisions),
-                    f"{summary.peak_bytes / 1e6:,.0f}",
-                    f"{cpu:,.0f}",
-                    f"{tokens / max(cpu, 1e-9):.0f}",
+                    f"{least}{summary.peak_bytes / 1e6:,.0f}",
+                    f"{least}{summary.cpu_seconds:,.0f}",
+                    f"{summary.tokens_per_cpu_second:.0f}",
                     " ".join(map(str, summary.seeds)),
                 ]
             )
         )
+    lines += _interrupted(each)
     precisions = sorted({precision for summary in each for precision in summary.precisions})
     if len(precisions) > 1:
         lines += [
@@ -216,6 +238,19 @@ def _section(
             "time compare only within one of them.",
         ]
     return lines
+
+
+def _interrupted(each: Sequence[Summary]) -> list[str]:
+    """What is to be known of memory and time where training was interrupted: they are those since it went on."""
+    cut = [summary for summary in each if summary.resumed]
+    if not cut:
+        return []
+    told = ", ".join(f"{summary.variant}: {summary.resumed} of {len(summary.records)}" for summary in cut)
+    return [
+        "",
+        f"Cells that were interrupted and went on ({told}) measured memory and time only since then: they are",
+        "left out of both, and where all of a row's cells are such, its figures are marked with ≥.",
+    ]
 
 
 def _difference(summary: Summary, reference: Summary, metric: str) -> str:
@@ -237,7 +272,7 @@ def _pictures(plan: SweepPlan, task: str, each: Sequence[Summary], out: Path) ->
                 [s.x for s in own], [s.score(headline) for s in own], _bars(own, headline), marker="o", label=line
             )
         axes.set_xlabel(plan.x.replace("_", " "))
-        axes.set_xscale("log")
+        axes.set_xscale(_scale([summary.x for summary in each if summary.x is not None]))
         axes.legend()
     else:
         axes.bar([s.variant for s in each], [s.score(headline) for s in each], yerr=_bars(each, headline), capsize=4)
@@ -259,6 +294,11 @@ def _pictures(plan: SweepPlan, task: str, each: Sequence[Summary], out: Path) ->
     axes.legend(fontsize="small")
     save_figure(losses, out / f"{plan.name}-{task}-losses.png")
     return [f"![{what}, {task}]({plan.name}-{task}-{what}.png)" for what in ("quality", "losses")]
+
+
+def _scale(xs: Sequence[float]) -> str:
+    """Logarithmic where the points lie far apart; zero has no place there."""
+    return "log" if min(xs) > 0 and max(xs) >= 10 * min(xs) else "linear"
 
 
 def _bars(each: Sequence[Summary], metric: str) -> Floats:

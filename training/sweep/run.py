@@ -15,12 +15,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from training.build import CARD, build_task
-from training.errors import CellFailed
+from training.errors import CellFailed, CellTaken
 from training.sweep.plan import Cell, SweepPlan
 from training.sweep.records import Records, TaskData
 
@@ -40,6 +41,9 @@ class Watcher(Protocol):
 
     def said(self, line: str) -> None:
         """The process at work said this."""
+
+    def left_out(self, cell: Cell) -> None:
+        """Another process is at this cell, so this one is not."""
 
     def finished(self, cell: Cell, record: Mapping[str, Any]) -> None:
         """A cell is finished."""
@@ -76,18 +80,37 @@ def prepare_data(plan: SweepPlan, records: Records) -> dict[str, TaskData]:
 
 
 def run(plan: SweepPlan, data: Mapping[str, TaskData], setting: Setting, records: Records, watcher: Watcher) -> None:
-    """Finish every cell of `plan`. Raises `CellFailed`; what was finished before stays."""
+    """Finish every cell of `plan` that no other process is at. Raises `CellFailed`; what was finished before stays."""
     keys = {cell: records.key(cell, setting.fingerprint, data[cell.task]) for cell in plan.cells}
     watcher.begin(len(keys), sum(records.finished(key) is not None for key in keys.values()))
     for group in _groups(plan.cells):
-        pending = {cell: keys[cell] for cell in group if _is_pending(keys[cell], setting, records)}
-        for cell, key in pending.items():
-            if records.trained(key) is None:
-                watcher.working(f"training {cell.text}")
-                _train(cell, key, data[cell.task], setting, records, watcher.said)
-        for cells in _scored_together(pending):
-            watcher.working(f"scoring {len(cells)} of {cells[0].task} together")
-            _score(cells, pending, data[cells[0].task], setting, records, watcher)
+        with ExitStack() as locks:
+            pending = _taken_up({cell: keys[cell] for cell in group}, setting, records, watcher, locks)
+            for cell, key in pending.items():
+                if records.trained(key) is None:
+                    watcher.working(f"training {cell.text}")
+                    _train(cell, key, data[cell.task], setting, records, watcher.said)
+            for cells in _scored_together(pending):
+                watcher.working(f"scoring {len(cells)} of {cells[0].task} together")
+                _score(cells, pending, data[cells[0].task], setting, records, watcher)
+
+
+def _taken_up(
+    group: Mapping[Cell, str], setting: Setting, records: Records, watcher: Watcher, locks: ExitStack
+) -> dict[Cell, str]:
+    """The cells to finish that no other process is at, with their keys; this one holds them until `locks` closes."""
+    found = {}
+    for cell, key in group.items():
+        if not _is_pending(key, setting, records):
+            continue
+        try:
+            locks.enter_context(records.alone(key))
+        except CellTaken:
+            watcher.left_out(cell)
+            continue
+        if _is_pending(key, setting, records):  # and not finished by another process just before
+            found[cell] = key
+    return found
 
 
 def _is_pending(key: str, setting: Setting, records: Records) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -24,7 +25,6 @@ from training.continual import beginning, ending, scoring
 from training.continual import run as run_module
 from training.continual.errors import AliasTaken, RunMismatch
 from training.continual.factors import Pair, joined, read_factors, write_factors
-from training.continual.lock import held
 from training.continual.making import make_run as make_real
 from training.continual.plan import ContinualPlan
 from training.continual.record import RunRecord, StageRecord
@@ -34,6 +34,7 @@ from training.continual.scoring import Cell, EngineScorer, Exam
 from training.continual.stage import Trained
 from training.data import Example, write_jsonl
 from training.errors import DataInvalid, DataTooSmall, GenerationFailed
+from training.lock import held
 from training.tasks import task_named
 
 TWO = ("first", "second")
@@ -257,6 +258,25 @@ def test_two_processes_cannot_run_in_one_directory(write_plan: Callable[..., Pat
     assert getattr(result.exception, "reason", None) == "CONTINUAL_RUN_TAKEN"
     with held(tmp_path / "run", AssertionError()):
         pass  # let go of
+    assert not (tmp_path / "run").exists()  # nothing came into it
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = held(tmp_path / "run", AssertionError())
+    first.__enter__()
+    real, opened = fcntl.flock, []
+
+    def flock(file: IO[str], how: int) -> None:
+        if not opened:
+            first.__exit__(None, None, None)  # the first lets go between the second's opening and locking
+        opened.append(file)
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with held(tmp_path / "run", AssertionError()):
+        assert len(opened) == 2 and (tmp_path / "run" / "lock").exists()
+        with pytest.raises(KeyError), held(tmp_path / "run", KeyError()):
+            pass
 
 
 def test_a_growing_adapter_says_what_a_server_takes(make_run: Callable[..., Run]) -> None:

@@ -322,6 +322,13 @@ def test_a_bound_is_of_the_same_tasks_and_base(make_run: Callable[..., Run], tmp
         write_report(*places, joint=bound.directory)
 
 
+def test_a_merge_may_serve_a_rank_at_which_nothing_could_train(write_plan: Callable[..., Path]) -> None:
+    """Rank 16 and alpha 8 would make alpha 10.5 at the rank of the merge."""
+    file = write_plan(strategy={"name": "merge", "rank_factor": 1.3}, set={"rank": 16, "alpha": 8})
+    plan = ContinualPlan.read(file)
+    assert (plan.served_rank, plan.recipe.rank, plan.recipe.alpha) == (21, 16, 8)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -342,6 +349,8 @@ def test_a_bound_is_of_the_same_tasks_and_base(make_run: Callable[..., Run], tmp
         ({"reduce_intruders": 2}, "from 0 to 1"),
         ({"strategy": None}, "strategy is missing"),
         ({"strategy": "o-lora", "set": {"rank": 600}}, "2 tasks at rank 600 make an adapter of rank 1200"),
+        ({"strategy": {"name": "merge", "rank_factor": 1.3}, "set": {"rank": 1000}}, "and rank must lie between 1 and"),
+        ({"strategy": "o-lora", "set": {"rank": 100, "alpha": 5000}}, "and alpha must lie between 1 and"),
         ({"gates": {"alias": "Prod Live!"}}, "gates: alias: 'Prod Live!'"),
         ({"gates": {"max_drop": None}}, "1 allows every fall"),
         ({"text": ""}, "text is the name of a file, not ''"),

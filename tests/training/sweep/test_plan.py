@@ -45,6 +45,24 @@ def test_cells_are_the_product_with_overrides_from_wide_to_narrow() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "full", "lora"),
+    [
+        ({}, {1e-4}, {1e-3}),  # demo's, and a tenth of it, as `hub train --method full` takes
+        ({"set": {"learning_rate": 5e-4}}, {5e-4}, {5e-4}),
+        ({"tasks": {"sentiment": {"learning_rate": 5e-4}}}, {5e-4}, {5e-4}),
+        ({"grid": {"learning_rate": [3e-4, 6e-4]}}, {3e-4, 6e-4}, {3e-4, 6e-4}),
+    ],
+)
+def test_full_fine_tuning_takes_a_tenth_of_the_rate_unless_one_is_given(
+    change: dict[str, Any], full: set[float], lora: set[float]
+) -> None:
+    plan = {**SMALL, "tasks": {"sentiment": {}}, "variants": {"full": {"method": "full"}, "r4": {"rank": 4}}}
+    cells = SweepPlan.parse({**plan, **change}, "p", "small").cells
+    for line, rates in (("full", full), ("r4", lora)):
+        assert {cell.recipe.learning_rate for cell in cells if cell.line == line} == rates
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"variant": {}}, "unknown key 'variant'"),
@@ -56,6 +74,9 @@ def test_cells_are_the_product_with_overrides_from_wide_to_narrow() -> None:
         ({"variants": {"a": {"method": "magic"}}}, "method must be"),
         ({"variants": [1]}, "variants is no mapping"),
         ({"grid": {"rank": 4}}, "needs a list"),
+        ({"grid": {"rank": [4, 8]}}, "r4 sets rank, which the grid varies"),
+        ({"variants": {"a": {"rank": 4}, "b": {"rank": 4}}}, "a weight_decay=0 and b weight_decay=0 have the same"),
+        ({"grid": {"epochs": [1.0, 2.0, 1]}}, "full epochs=1 and full epochs=1 have the same recipe for sentiment"),
         ({"reference": "r9"}, "no variant 'r9'"),
         ({"plot": {"x": "speed"}}, "'speed' is no field"),
         ({"sizes": {"large": {}}}, "no size 'small'"),

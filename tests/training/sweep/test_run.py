@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ import pytest
 
 from training.bootstrap import resampled
 from training.data import Example, read_jsonl, write_jsonl
-from training.errors import CellFailed
-from training.sweep import child
+from training.errors import CellFailed, CellTaken
+from training.sweep import child, report
 from training.sweep import run as running
 from training.sweep.plan import Cell, SweepPlan
 from training.sweep.records import Records, TaskData
-from training.sweep.report import summaries, write_page
+from training.sweep.report import Summary, summaries, write_page
 from training.sweep.run import Setting, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -46,6 +47,7 @@ class Heard:
         self.cells: list[str] = []
         self.work: list[str] = []
         self.lines: list[str] = []
+        self.taken: list[str] = []
         self.begun: tuple[int, int] | None = None
 
     def begin(self, cells: int, finished: int) -> None:
@@ -56,6 +58,9 @@ class Heard:
 
     def said(self, line: str) -> None:
         self.lines.append(line)
+
+    def left_out(self, cell: Cell) -> None:
+        self.taken.append(cell.text)
 
     def finished(self, cell: Cell, record: Mapping[str, Any]) -> None:
         self.cells.append(cell.text)
@@ -157,6 +162,47 @@ def test_a_sweep_trains_scores_together_and_goes_on_where_it_was(
         assert name in text and (records.out / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_cell_that_another_process_is_at_is_left_out(
+    tmp_path: Path, data: dict[str, TaskData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four variants of one seed: one is held elsewhere, one is finished elsewhere when this process comes to it."""
+    plan, records, heard = SweepPlan.parse(PLAN, "tiny", "small"), Records(tmp_path / "out"), Heard()
+    plan = replace(plan, cells=plan.cells[:4])
+    keys = [records.key(cell, "b", data["sentiment"]) for cell in plan.cells]
+    asked = []
+
+    def work(spec: dict[str, Any], file: Path, what: str, said: Callable[[str], object]) -> None:
+        asked.append(spec["kind"])
+        if spec["kind"] == "score":
+            score = {"accuracy": {"value": 0.5, "resampled": [0.5]}}
+            told: dict[str, Any] = {"seconds": 1, "scores": {"base": score, **dict.fromkeys(spec["adapters"], score)}}
+        else:
+            Path(spec["out"]).mkdir()
+            told = {"metrics": {}}
+            with pytest.raises(CellTaken), records.alone(Path(spec["out"]).name):
+                pass
+        Path(spec["result"]).write_text(json.dumps(told))
+
+    monkeypatch.setattr(running, "_in_process", work)
+    alone = Records.alone
+
+    def last_moment(self: Records, key: str) -> AbstractContextManager[None]:
+        if key == keys[2]:
+            records.finish(key, {})
+        return alone(self, key)
+
+    monkeypatch.setattr(Records, "alone", last_moment)
+    elsewhere = records.weights(keys[1])
+    elsewhere.mkdir(parents=True)  # as a process leaves it between its weights and its measurements
+    with alone(records, keys[1]):
+        run(plan, data, Setting("base", "b", 1), records, heard)
+    assert heard.taken == [plan.cells[1].text] and elsewhere.is_dir()
+    assert heard.cells == [plan.cells[3].text, plan.cells[0].text]
+    assert asked == ["train", "train", "score", "score"]
+    run(plan, data, Setting("base", "b", 1), records, heard)
+    assert heard.cells[2:] == [plan.cells[1].text] and len(heard.taken) == 1
+
+
 @pytest.mark.timeout(180)
 def test_finished_cells_are_scored_again_where_their_weights_are_kept(
     tiny_base: Path, tmp_path: Path, data: dict[str, TaskData], in_this_process: list[dict[str, Any]]
@@ -181,32 +227,92 @@ def test_finished_cells_are_scored_again_where_their_weights_are_kept(
     assert "answer nats minus" not in text  # not of every cell
 
 
+def finish(records: Records, cell: Cell, data: dict[str, TaskData], *, resumed: bool = False, **metrics: Any) -> None:
+    """Keep a cell that was never trained."""
+    known = {
+        "precision": "float32", "validation_loss_before": None, "validation_loss": None, "seconds": 1.0,
+        "cpu_seconds": 1.0, "tokens_per_second": 1, "trained_parameters": 1,
+    }  # fmt: skip
+    record = {
+        "scores": {"accuracy": {"value": 0.5, "resampled": [0.5] * 400}}, "recipe": cell.recipe.as_dict(),
+        "metrics": {**known, **metrics}, "peak_bytes": 1, "finished": "2026-01-01", "variant": cell.variant,
+        "curves": {"training": [[1, 1.0]], "validation": []}, "resumed": resumed,
+    }  # fmt: skip
+    records.finish(records.key(cell, "sha256:base", data[cell.task]), record)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_page_says_where_precisions_are_mixed(tmp_path: Path, data: dict[str, TaskData], apart: bool) -> None:
     """Finished on two machines, of which one computes in bfloat16."""
     plan, records = SweepPlan.parse(PLAN, "tiny", "small"), Records(tmp_path / "out")
     for number, cell in enumerate(plan.cells):
-        metrics = {
-            "precision": "bfloat16" if apart and number % 4 else "float32", "validation_loss_before": None,
-            "validation_loss": None, "seconds": 1.0, "cpu_seconds": 1.0, "tokens_per_second": 1,
-            "trained_parameters": 1,
-        }  # fmt: skip
-        records.finish(
-            records.key(cell, "sha256:base", data["sentiment"]),
-            {
-                "scores": {"accuracy": {"value": 0.5, "resampled": [0.5] * 400}}, "recipe": cell.recipe.as_dict(),
-                "metrics": metrics, "peak_bytes": 1, "finished": "2026-01-01", "variant": cell.variant,
-                "curves": {"training": [[1, 1.0]], "validation": []},
-            },
-        )  # fmt: skip
+        finish(records, cell, data, precision="bfloat16" if apart and number % 4 else "float32")
     text = write_page(plan, data, "sha256:base", records, "Machine: two.", "hub sweep tiny.yaml").read_text()
     assert ("bfloat16 or float32" in text) == apart
     assert (" bfloat16 | " in text) == apart and " float32 | " in text
 
 
+def timed(seed: int, cpu: float, *, seconds: float = 1.0, speed: float = 1.0, resumed: bool = False) -> dict[str, Any]:
+    metrics = {"cpu_seconds": cpu, "seconds": seconds, "tokens_per_second": speed}
+    return {"metrics": metrics, "peak_bytes": cpu * 1e6, "recipe": {"seed": seed}, "resumed": resumed}
+
+
+def test_interrupted_cells_are_left_out_of_memory_and_time() -> None:
+    """They measured both only since they went on."""
+    mixed = Summary("a", "a", None, (timed(0, 100.0), timed(1, 10.0, resumed=True)))
+    assert (mixed.cpu_seconds, mixed.peak_bytes, mixed.resumed) == (100.0, 100e6, 1)
+    none_whole = Summary("b", "b", None, (timed(0, 20.0, resumed=True), timed(1, 10.0, resumed=True)))
+    assert (none_whole.cpu_seconds, none_whole.peak_bytes, none_whole.resumed) == (15.0, 15e6, 2)
+
+
+@pytest.mark.parametrize("resumed", [0, 1, 2])
+def test_a_page_says_where_training_was_interrupted(tmp_path: Path, data: dict[str, TaskData], resumed: int) -> None:
+    plan, records = SweepPlan.parse(PLAN, "tiny", "small"), Records(tmp_path / "out")
+    for cell in plan.cells:
+        cut = cell.variant == "r2" and cell.recipe.seed < resumed
+        finish(records, cell, data, cpu_seconds=7.0 if cut else 1000.0, resumed=cut)
+    text = write_page(plan, data, "sha256:base", records, "Machine: this.", "hub sweep tiny.yaml").read_text()
+    [row] = [line for line in text.splitlines() if line.startswith("| r2 ") and "M |" in line]
+    assert ("| ≥ 7 |" in row, "| 1,000 |" in row) == (resumed == 2, resumed < 2)
+    assert (f"(r2: {resumed} of 2)" in text) == bool(resumed) and text.count("≥") == (0, 1, 3)[resumed]
+
+
+@pytest.mark.parametrize(
+    ("field", "points", "scale"),
+    [
+        ("learning_rate", [3e-5, 1e-3], "log"),
+        ("learning_rate", [1e-4, 3e-4, 1e-3], "log"),
+        ("rank", [4, 128], "log"),
+        ("epochs", [1.0, 5.0], "linear"),
+        ("weight_decay", [0.0, 0.01, 0.1], "linear"),  # of a logarithmic axis 0 falls off
+    ],
+)
+def test_no_point_falls_off_the_plot(
+    field: str, points: list[float], scale: str, tmp_path: Path, data: dict[str, TaskData],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    variants = {"a": {"method": "lora"}, "b": {"method": "qlora"}}
+    plan = SweepPlan.parse(
+        {**PLAN, "variants": variants, "reference": None, "grid": {field: points}, "plot": {"x": field}}, "p", "small"
+    )
+    records, drawn = Records(tmp_path / "out"), {}
+    for cell in plan.cells:
+        finish(records, cell, data)
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
+    write_page(plan, data, "sha256:base", records, "Machine: this.", "hub sweep p.yaml")
+    [axes] = drawn["p-sentiment-quality.png"].axes
+    assert axes.get_xscale() == scale
+    assert [list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "o"] == [points, points]
+
+
+def test_tokens_are_counted_cell_by_cell() -> None:
+    """A slow long run and a fast short one, of 10 tokens each: no mean of seconds times a mean of rates."""
+    both = Summary("a", "a", None, (timed(0, 1.0, seconds=10, speed=1), timed(1, 1.0, seconds=1, speed=10)))
+    assert both.tokens_per_cpu_second == 10
+
+
 def test_means_and_intervals_over_seeds_are_those_of_the_answers() -> None:
     from training.metrics import accuracy
-    from training.sweep.report import Summary
 
     random = np.random.default_rng(5)
     wanted = random.integers(0, 3, 200).tolist()

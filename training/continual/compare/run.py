@@ -30,11 +30,11 @@ from training.continual.compare.shared import sharing
 from training.continual.ending import read_intruders, read_routed
 from training.continual.errors import WorkTaken
 from training.continual.factors import read_factors
-from training.continual.lock import held
 from training.continual.making import make_run
 from training.continual.report import summary
 from training.continual.run import Run
 from training.continual.tasks import TaskData, digests, prepare_data, text_digests
+from training.lock import held
 from training.sitting import processor
 
 Make = Callable[[Case, Path, tuple[TaskData, ...]], Any]  # a context manager that gives a Run
