@@ -67,21 +67,39 @@ class Detokenizer:
     """Text of one answer, token by token; holds back bytes that do not yet make a character."""
 
     def __init__(self, text: Text) -> None:
-        self._text = text
+        self._backend = text._backend
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        self._emitted = 0
+        self._emitted = 0  # characters of `_ids`' text that are out
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, often one word, sometimes nothing."""
         self._ids.append(token_id)
-        piece = self._stream.step(self._text._backend, token_id) or ""
+        try:
+            piece = self._stream.step(self._backend, token_id) or ""
+        except Exception:  # it has no other class
+            return self._restart(token_id)
         self._emitted += len(piece)
         return piece
 
     def flush(self) -> str:
         """What was held back, at the end: an unfinished character comes out as U+FFFD."""
-        return self._text.decode(self._ids)[self._emitted :]
+        return self._decode(self._ids)[self._emitted :]
+
+    def _restart(self, token_id: int) -> str:
+        """The rest of the text where its beginning is no longer what was emitted.
+
+        Byte fallback decodes a run of byte tokens as a whole: a character that is out is U+FFFD when the run ends in
+        half of another one. What is out stays; the token after the run begins a text of its own.
+        """
+        piece = self._decode(self._ids)[self._emitted :]
+        self._ids = [token_id]
+        self._stream = DecodeStream(ids=self._ids, skip_special_tokens=True)
+        self._emitted = len(self._decode(self._ids))
+        return piece
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._backend.decode(token_ids, skip_special_tokens=True))
 
 
 class StopScanner:

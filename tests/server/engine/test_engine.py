@@ -399,3 +399,16 @@ def test_an_outbox_joins_what_nobody_takes() -> None:
     assert (joined.text, joined.token_ids) == ("01234", [0, 1, 2, 3, 4])
     assert wakes == [1]
     assert outbox.take() is None
+
+
+def test_an_outbox_keeps_the_end_that_came_first() -> None:
+    from server.engine.outbox import Outbox
+    from server.engine.request import Finish, Timing, Usage
+
+    outbox = Outbox(lambda: None)
+    finish = Finish(FinishReason.LENGTH, Usage(3, 1), Timing(0, 0, 0))
+    outbox.put(Delta(text="whole", finish=finish))
+    outbox.put(Delta(error=EngineFailed("the step failed")))
+    kept = outbox.take()
+    assert kept is not None
+    assert (kept.text, kept.finish, kept.error) == ("whole", finish, None)
