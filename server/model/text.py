@@ -112,15 +112,21 @@ class StopScanner:
         self._stops = tuple(stops)
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """(text that may be shown, whether a stop string was met; it and what follows are dropped)."""
+    def push(self, text: str, counts: bool = True) -> tuple[str, bool]:
+        """(text that may be shown, whether a stop string was met; it and what follows are dropped).
+
+        A stop string is met where its last character is in `text`. `counts`: whether any may be met so far; what
+        begins in text where none may is held back all the same.
+        """
         if not self._stops:
             return text, False
+        known = len(self._held)
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            shown, self._held = self._held[: min(found)], ""
-            return shown, True
+        if counts:
+            found = [self._held.find(stop, max(0, known - len(stop) + 1)) for stop in self._stops]
+            if max(found) >= 0:
+                shown, self._held = self._held[: min(at for at in found if at >= 0)], ""
+                return shown, True
         keep = max(_overlap(self._held, stop) for stop in self._stops)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
@@ -165,8 +171,8 @@ def _byte_level(pre_tokenizer: Mapping[str, Any] | None) -> bool:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    """Length of the longest end of `text` that is a beginning of `stop`, and not all of it."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _eos_ids(base: BaseModel) -> frozenset[int]:

@@ -112,6 +112,31 @@ def test_a_stop_string_is_found_however_the_text_is_cut() -> None:
         assert shown == whole[: whole.find(stop)]
 
 
+def test_a_stop_string_counts_by_where_it_ends() -> None:
+    rng = random.Random(0)
+    met = 0
+    for _ in range(2000):
+        stops = ["".join(rng.choices("ab", k=rng.randrange(1, 5))) for _ in range(2)]
+        pieces = ["".join(rng.choices("ab", k=rng.randrange(3))) for _ in range(8)]
+        counts_from = rng.randrange(9)
+        scanner, shown, stopped, ended, before = StopScanner(stops), "", False, False, ""
+        for index, piece in enumerate(pieces):
+            told, stopped = scanner.push(piece, index >= counts_from)
+            shown, whole = shown + told, before + piece
+            ends = [whole.find(stop, max(0, len(before) - len(stop) + 1)) for stop in stops]
+            ended = index >= counts_from and max(ends) >= 0
+            assert stopped == ended, (stops, pieces, counts_from)
+            if ended:
+                assert shown == whole[: min(at for at in ends if at >= 0)]
+                met += 1
+                break
+            assert whole.startswith(shown)
+            before = whole
+        if not ended:
+            assert shown + scanner.flush() == before
+    assert 500 < met < 1900
+
+
 def test_what_was_held_back_comes_out_at_the_end() -> None:
     scanner = StopScanner(["stop"])
     assert scanner.push("a sto") == ("a ", False)
