@@ -22,7 +22,7 @@ from server.adapters.load_pace import LoadPace
 from server.adapters.parts import AdapterParts
 from server.adapters.tickets import AdapterStatus, Ticket, Tier
 from server.adapters.weights import AdapterFetch, AdapterFiles, LoraWeights
-from server.errors import AdapterInUse, Draining, InvalidRequest
+from server.errors import AdapterInUse, Cancelled, Draining, InvalidRequest
 
 __all__ = ["AdapterStatus", "Residency", "Ticket", "Tier"]
 
@@ -115,14 +115,20 @@ class Residency:
 
     def load(self, digest: str, version: str) -> AdapterStatus:
         """Bring an adapter onto the device and wait for it. Raises what made it impossible."""
-        ticket = self.acquire((digest,), (version,))
+        return self.arrived(self.acquire((digest,), (version,)))
+
+    def arrived(self, ticket: Ticket) -> AdapterStatus:
+        """Wait for a ticket's only adapter, at most until another thread releases the ticket, and give it back.
+
+        Raises what made it impossible, and `Cancelled` for a released ticket.
+        """
+        [digest] = ticket.digests
         with self._changed:
-            self._changed.wait_for(lambda: ticket.ready or ticket.error is not None)
+            self._changed.wait_for(lambda: ticket.ready or ticket.error is not None or ticket.cancelled)
             status = self._status(digest) if ticket.ready else None
             self._claims.remove(ticket)
             if status is None:
-                assert ticket.error is not None
-                raise ticket.error
+                raise ticket.error or Cancelled("nobody waits for the adapter any more")
             # As it is without the lease of this call, which nobody else sees.
             return self._status(digest) if digest in self._device else status
 

@@ -19,10 +19,10 @@ from typing import Protocol, TypeVar
 from hub.refs import AdapterRef
 from protos.loraplex.v1 import inference_pb2 as wire
 from server.adapters.directory import AdapterDirectory
-from server.api.parse import AskedAdapter, ChatPrompt, Prompt, RequestParser, TextPrompt, TokenPrompt
+from server.api.parse import MAX_WEIGHT, AskedAdapter, ChatPrompt, Prompt, RequestParser, TextPrompt, TokenPrompt
 from server.api.routing import Routed, Routing
 from server.engine.request import AdapterUse, Request, Structure
-from server.errors import PromptEmpty, QueueFull
+from server.errors import InvalidRequest, PromptEmpty, QueueFull
 
 # Tokenizing this much takes about a millisecond; more is done off the event loop.
 INLINE_CHARS = 2048
@@ -160,17 +160,26 @@ class Admission:
         return pieces() if len(ids) <= INLINE_CHARS // 4 else await self._off_loop(self._tokenizing, pieces)
 
     async def resolve(self, asked: Sequence[AskedAdapter], key: str | None = None) -> tuple[AdapterUse, ...]:
-        """The versions that answer, each digest once: weights of names for the same version are summed."""
+        """The versions that answer, each digest once: weights of names for the same version are summed.
+
+        Raises `InvalidRequest` where such a sum is beyond what one weight may be.
+        """
         uses: dict[str, AdapterUse] = {}
+        names: dict[str, list[str]] = {}
         for each in asked:
             found = self._directory.cached(each.ref, key)
             if found is None:
                 found = await self._off_loop(self._resolving, partial(self._directory.resolve, each.ref, key))
             known = uses.get(found.digest)
-            if known is None:
-                uses[found.digest] = AdapterUse(found.digest, found.version, each.weight)
-            else:
-                uses[found.digest] = replace(known, weight=known.weight + each.weight)
+            weight = each.weight if known is None else known.weight + each.weight
+            uses[found.digest] = AdapterUse(found.digest, found.version if known is None else known.version, weight)
+            names.setdefault(found.digest, []).append(str(each.ref))
+        for use in uses.values():
+            if not -MAX_WEIGHT <= use.weight <= MAX_WEIGHT:
+                raise InvalidRequest(
+                    f"{' and '.join(names[use.digest])} name the same version, and the sum of their weights must be "
+                    "a finite number"
+                )
         return tuple(uses.values())
 
     def close(self) -> None:

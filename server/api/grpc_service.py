@@ -26,13 +26,16 @@ from server.api.candidates import Candidates
 from server.api.feedback import Feedback
 from server.api.parse import RequestParser, tenant_of
 from server.engine.request import Delta
+from server.errors import QueueFull
 
 if TYPE_CHECKING:
-    from server.adapters.residency import AdapterStatus
+    from server.adapters.residency import AdapterStatus, Ticket
     from server.engine.engine import Engine
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
+
+MAX_WAITING_LOADS = 32
 
 _TIERS = {
     "loading": adapters_pb2.TIER_LOADING,
@@ -135,8 +138,10 @@ class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
     def __init__(self, engine: Engine, directory: AdapterDirectory) -> None:
         self._adapters = engine.adapters
         self._directory = directory
-        # Loads may wait long for memory, hence threads of their own: an Unload must not queue behind them.
-        self._loads = ThreadPoolExecutor(4, thread_name_prefix="loraplex-load")
+        # Loads may wait long for memory, hence threads of their own: an Unload must not queue behind them. One each:
+        # who waits for a thread would keep memory that those with threads wait for.
+        self._loads = ThreadPoolExecutor(MAX_WAITING_LOADS, thread_name_prefix="loraplex-load")
+        self._waiting = 0
         self._quick = ThreadPoolExecutor(2, thread_name_prefix="loraplex-admin")
 
     async def List(  # noqa: N802
@@ -151,10 +156,20 @@ class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
     async def Load(  # noqa: N802
         self, request: adapters_pb2.LoadAdapterRequest, context: Context
     ) -> adapters_pb2.LoadAdapterResponse:
-        """Bring a version onto the device and answer when it is there."""
+        """Bring a version onto the device and answer when it is there.
+
+        A thread waits only for what is not there yet, and no longer than the caller does.
+        """
         started = time.monotonic()
         found = await self._resolve(request.ref)
-        status = await _in(self._loads, partial(self._adapters.load, found.digest, found.version))
+        ticket = self._adapters.acquire((found.digest,), (found.version,))
+        try:
+            if ticket.error is not None or self._adapters.begin(ticket):  # begun, nobody takes it back meanwhile
+                status = self._adapters.arrived(ticket)
+            else:
+                status = await self._arrived(ticket)
+        finally:
+            self._adapters.release(ticket)
         return adapters_pb2.LoadAdapterResponse(
             adapter=self._status(status), seconds=time.monotonic() - started, warnings=status.warnings
         )
@@ -172,6 +187,15 @@ class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
         """End the threads."""
         self._loads.shutdown(wait=False, cancel_futures=True)
         self._quick.shutdown(wait=False, cancel_futures=True)
+
+    async def _arrived(self, ticket: Ticket) -> AdapterStatus:
+        if self._waiting >= MAX_WAITING_LOADS:
+            raise QueueFull(f"{self._waiting} Loads are already waiting; send it again when one of them is through")
+        self._waiting += 1
+        try:
+            return await _in(self._loads, partial(self._adapters.arrived, ticket))
+        finally:
+            self._waiting -= 1
 
     async def _resolve(self, text: str) -> ResolvedAdapter:
         ref = AdapterRef.parse(text)

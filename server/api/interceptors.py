@@ -23,6 +23,7 @@ from server import errors
 log = logging.getLogger(__name__)
 
 CANCELLED_REASON = "CANCELLED"
+OWN_METHODS: Final = "/loraplex."
 
 
 class MalformedMessage(errors.InvalidRequest):
@@ -78,7 +79,8 @@ def answer_for(error: Exception) -> tuple[grpc.StatusCode, str, str]:
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no subscript at run time
-    """Answers what handlers raise. `count_error` is told each failed call's reason.
+    """Answers what handlers raise. `count_error` is told the reason of each failed call of our own methods: a health
+    watch or a reflection stream ends by its caller's going, and nothing has failed.
 
     `admission` is asked before each call with the method's name and raises to refuse it (`Loading`, `Draining`).
     """
@@ -117,12 +119,12 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
                 self._check(request, method)
                 return await behaviour(request, context)
             except asyncio.CancelledError:
-                self._count_error(CANCELLED_REASON)
+                self._count(method, CANCELLED_REASON)
                 raise
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await self._abort(context, _named(method, request), error)
+                await self._abort(context, method, request, error)
 
         return guarded
 
@@ -135,12 +137,12 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
                 async for message in behaviour(request, context):
                     yield message
             except asyncio.CancelledError:
-                self._count_error(CANCELLED_REASON)
+                self._count(method, CANCELLED_REASON)
                 raise
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await self._abort(context, _named(method, request), error)
+                await self._abort(context, method, request, error)
 
         return guarded
 
@@ -149,13 +151,20 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
         if isinstance(request, MalformedMessage):
             raise request
 
-    async def _abort(self, context: grpc.aio.ServicerContext[Any, Any], call: str, error: Exception) -> NoReturn:
+    def _count(self, method: str, reason: str) -> None:
+        if method.startswith(OWN_METHODS):
+            self._count_error(reason)
+
+    async def _abort(
+        self, context: grpc.aio.ServicerContext[Any, Any], method: str, request: Any, error: Exception
+    ) -> NoReturn:
+        call = _named(method, request)
         code, message, reason = answer_for(error)
         if reason == INTERNAL_REASON:
             log.error("%s failed", call, exc_info=error)
         elif isinstance(error, hub_errors.HubError) and str(error) != message:
             log.error("%s: %s", call, error)  # in full here, and only here
-        self._count_error(reason)
+        self._count(method, reason)
         await context.abort(code, message, ((REASON_KEY, reason),))
         raise AssertionError("abort returned")
 

@@ -26,12 +26,12 @@ class Outbox:
         self._pending: Delta | None = None
 
     def put(self, delta: Delta) -> None:
-        """Add `delta` to what waits; the engine's side."""
+        """Add `delta` to what waits; the engine's side. After the last one nothing is added."""
         with self._lock:
             waiting = self._pending
             if waiting is None:
                 self._pending = delta
-            else:
+            elif not waiting.last:
                 waiting.text += delta.text
                 waiting.token_ids += delta.token_ids
                 waiting.logprobs += delta.logprobs

@@ -104,9 +104,7 @@ class Sequence:
         if token in self.stop_ids:
             taken.reason = FinishReason.STOP
         elif stopping.stop_strings:
-            taken.text, stopped = self.detokenizer.push(token), False
-            if produced >= stopping.min_new_tokens:
-                taken.text, stopped = self.scanner.push(taken.text)
+            taken.text, stopped = self.scanner.push(self.detokenizer.push(token), self._long_enough)
             taken.reason = FinishReason.STOP_STRING if stopped else None
         if taken.reason is None and self.sampler.structure is not None and self.sampler.structure.complete:
             taken.reason = FinishReason.STOP
@@ -125,12 +123,17 @@ class Sequence:
             delta.text = self.detokenizer.push(taken.token)
         if taken.reason is not None:
             if taken.reason is not FinishReason.STOP_STRING:
-                rest, stopped = self.scanner.push(self.detokenizer.flush())
+                rest, stopped = self.scanner.push(self.detokenizer.flush(), self._long_enough)
                 delta.text += rest + self.scanner.flush()
                 if stopped:
                     taken.reason = FinishReason.STOP_STRING
             delta.finish = self._finish(taken.reason, self.last_token or time.monotonic())
         return delta
+
+    @property
+    def _long_enough(self) -> bool:
+        """Whether a stop string may end it by now."""
+        return self.produced >= self.request.stopping.min_new_tokens
 
     @property
     def flow(self) -> tuple[str, ...]:

@@ -161,8 +161,7 @@ class StepLoop:
             try:
                 delta = sequence.tell(taken)
             except Exception:
-                log.exception("a token could not be put into words")
-                failed = EngineFailed("the answer could not be put into words")
+                failed = _wordless()
                 if taken.reason is None:
                     sequence.refused = failed  # ended when the engine next takes requests in
                 else:
@@ -195,7 +194,8 @@ class StepLoop:
                 raise
             log.exception("an engine step failed")
             for share in shares:
-                self._end(share.sequence, EngineFailed("the step failed; the request may be sent again"))
+                if share.sequence.order:  # who has left was told
+                    self._end(share.sequence, EngineFailed("the step failed; the request may be sent again"))
 
     def _read_step(self, shares: Seq[Share]) -> None:
         """A step of prompts that are only read."""
@@ -268,7 +268,11 @@ class StepLoop:
                 sequence.tainted = True  # its pages are scrubbed before anybody else gets them
                 self._end(sequence, choice.error or EngineFailed("no token was chosen"))
                 continue
-            taken = sequence.take(choice)
+            try:
+                taken = sequence.take(choice)
+            except Exception:
+                self._end(sequence, _wordless())
+                continue
             if len(sequence.tokens) == self._long_from:
                 sequence.computed = 0  # all of its tokens rotate differently from here on
             if taken.first or taken.reason is not None:
@@ -313,6 +317,12 @@ class StepLoop:
             waiting_adapters=frozenset(u.version for s in scheduler.waiting for u in s.request.adapters),
         )
         self._door.count_waiting(Counter(scheduler.waiting.waiting_of()))
+
+
+def _wordless() -> EngineFailed:
+    """The end of an answer with a token that has no text; for whoever handles why, which is logged."""
+    log.exception("a token could not be put into words")
+    return EngineFailed("the answer could not be put into words")
 
 
 def _is_lost(error: Exception) -> bool:

@@ -73,11 +73,11 @@ def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, blocks: Sequence[LoraBl
     """`reference.lora_add` by the plan of `lora_blocks`; y: [T, out] and x: [T, in] are contiguous."""
     for block in blocks:
         h = x[block.t0 : block.t1] @ a[block.r0 : block.r1].T
-        if block.owner is not None:
-            # Not a product with zeros: an overflow in a neighbour's row must not become NaN here.
-            h = torch.where(block.owner, h, 0.0)
         if block.weight is not None:
             h = h * block.weight
+        if block.owner is not None:
+            # Not a product with zeros, and last: an overflow in a neighbour's row or weight must not become NaN here.
+            h = torch.where(block.owner, h, 0.0)
         y[block.t0 : block.t1].addmm_(h, b[block.r0 : block.r1])
 
 

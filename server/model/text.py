@@ -67,21 +67,39 @@ class Detokenizer:
     """Text of one answer, token by token; holds back bytes that do not yet make a character."""
 
     def __init__(self, text: Text) -> None:
-        self._text = text
+        self._backend = text._backend
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        self._emitted = 0
+        self._emitted = 0  # characters of `_ids`' text that are out
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, often one word, sometimes nothing."""
         self._ids.append(token_id)
-        piece = self._stream.step(self._text._backend, token_id) or ""
+        try:
+            piece = self._stream.step(self._backend, token_id) or ""
+        except Exception:  # it has no other class
+            return self._restart(token_id)
         self._emitted += len(piece)
         return piece
 
     def flush(self) -> str:
         """What was held back, at the end: an unfinished character comes out as U+FFFD."""
-        return self._text.decode(self._ids)[self._emitted :]
+        return self._decode(self._ids)[self._emitted :]
+
+    def _restart(self, token_id: int) -> str:
+        """The rest of the text where its beginning is no longer what was emitted.
+
+        Byte fallback decodes a run of byte tokens as a whole: a character that is out is U+FFFD when the run ends in
+        half of another one. What is out stays; the token after the run begins a text of its own.
+        """
+        piece = self._decode(self._ids)[self._emitted :]
+        self._ids = [token_id]
+        self._stream = DecodeStream(ids=self._ids, skip_special_tokens=True)
+        self._emitted = len(self._decode(self._ids))
+        return piece
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._backend.decode(token_ids, skip_special_tokens=True))
 
 
 class StopScanner:
@@ -94,15 +112,21 @@ class StopScanner:
         self._stops = tuple(stops)
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """(text that may be shown, whether a stop string was met; it and what follows are dropped)."""
+    def push(self, text: str, counts: bool = True) -> tuple[str, bool]:
+        """(text that may be shown, whether a stop string was met; it and what follows are dropped).
+
+        A stop string is met where its last character is in `text`. `counts`: whether any may be met so far; what
+        begins in text where none may is held back all the same.
+        """
         if not self._stops:
             return text, False
+        known = len(self._held)
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            shown, self._held = self._held[: min(found)], ""
-            return shown, True
+        if counts:
+            found = [self._held.find(stop, max(0, known - len(stop) + 1)) for stop in self._stops]
+            if max(found) >= 0:
+                shown, self._held = self._held[: min(at for at in found if at >= 0)], ""
+                return shown, True
         keep = max(_overlap(self._held, stop) for stop in self._stops)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
@@ -147,8 +171,8 @@ def _byte_level(pre_tokenizer: Mapping[str, Any] | None) -> bool:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    """Length of the longest end of `text` that is a beginning of `stop`, and not all of it."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _eos_ids(base: BaseModel) -> frozenset[int]:

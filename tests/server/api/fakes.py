@@ -103,6 +103,13 @@ class FakeStatus:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class FakeTicket:
+    digest: str
+    version: str
+    error: Exception | None = None
+
+
 class FakeAdapters:
     def __init__(self) -> None:
         self.held: dict[str, FakeStatus] = {}
@@ -110,6 +117,18 @@ class FakeAdapters:
 
     def load(self, digest: str, version: str) -> FakeStatus:
         return self.held.setdefault(digest, FakeStatus(digest, version, warnings=("it is only a fake",)))
+
+    def acquire(self, digests: Sequence[str], versions: Sequence[str]) -> FakeTicket:
+        return FakeTicket(digests[0], versions[0])
+
+    def begin(self, ticket: FakeTicket) -> bool:
+        return ticket.digest in self.held
+
+    def arrived(self, ticket: FakeTicket) -> FakeStatus:
+        return self.load(ticket.digest, ticket.version)
+
+    def release(self, ticket: FakeTicket) -> None:
+        pass
 
     def unload(self, digest: str) -> bool:
         if digest in self.used:

@@ -1,8 +1,11 @@
 """The table from exceptions to statuses."""
 
+import asyncio
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
@@ -10,7 +13,14 @@ import pytest
 import hub.errors
 import server.errors
 from hub.remote.status import MAX_MESSAGE_CHARS
-from server.api.interceptors import STATUSES, HubRefuses, Loading, MalformedMessage, answer_for
+from server.api.interceptors import (
+    STATUSES,
+    HubRefuses,
+    Loading,
+    MalformedMessage,
+    StatusInterceptor,
+    answer_for,
+)
 
 Code = grpc.StatusCode
 ERRORS = [
@@ -86,6 +96,46 @@ def test_what_a_database_says_stays_with_the_server() -> None:
 def test_messages_fit_into_metadata() -> None:
     _, message, _ = answer_for(server.errors.InvalidRequest("x" * 100_000))
     assert len(message) == MAX_MESSAGE_CHARS
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("method", "counts"),
+    [
+        ("/loraplex.v1.Inference/GenerateStream", True),
+        ("/loraplex.v1.Adapters/Load", True),
+        ("/grpc.health.v1.Health/Watch", False),
+        ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", False),
+    ],
+)
+def test_only_our_own_methods_calls_count_as_failed_when_their_client_goes(
+    method: str, counts: bool, streams: bool
+) -> None:
+    counted: list[str] = []
+    interceptor = StatusInterceptor(counted.append, lambda method: None)
+
+    async def unary(request: Any, context: Any) -> None:
+        raise asyncio.CancelledError
+
+    async def stream(request: Any, context: Any) -> Any:
+        yield "first"
+        raise asyncio.CancelledError
+
+    async def continuation(details: Any) -> Any:
+        build: Any = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        return build(stream if streams else unary, request_deserializer=bytes)
+
+    async def call() -> None:
+        details: Any = SimpleNamespace(method=method)
+        handler: Any = await interceptor.intercept_service(continuation, details)
+        if streams:
+            assert [message async for message in handler.unary_stream(b"", None)] == ["first"]
+        else:
+            await handler.unary_unary(b"", None)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(call())
+    assert counted == (["CANCELLED"] if counts else [])
 
 
 def test_the_guide_says_each_reasons_status() -> None:

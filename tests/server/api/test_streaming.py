@@ -71,6 +71,18 @@ def test_names_of_one_version_are_summed(client: Client, engine: FakeEngine) -> 
     assert [(use.version, use.weight) for use in engine.submitted[0].adapters] == [("team/a@1", 0.75), ("team/b@1", 1)]
 
 
+@pytest.mark.parametrize("weight", [3.4e38, -3.4e38])
+def test_names_of_one_version_whose_weights_sum_to_no_finite_number_are_refused(
+    client: Client, engine: FakeEngine, weight: float
+) -> None:
+    with pytest.raises(GenerationError, match="team/a:prod and team/a@1 name the same version") as refused:
+        client.generate("x", adapters=[("team/a:prod", weight), ("team/a@1", weight)], max_new_tokens=1)
+    assert (refused.value.status, refused.value.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+    assert engine.submitted == []
+    client.generate("x", adapters=[("team/a:prod", weight), ("team/b", weight), ("team/a@1", -weight)])
+    assert [use.weight for use in engine.submitted[0].adapters] == [0, pytest.approx(weight)]
+
+
 def test_chat_goes_through_the_template(client: Client, engine: FakeEngine) -> None:
     client.generate([{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], max_new_tokens=1)
     assert "".join(map(chr, engine.submitted[0].prompt)) == "<system>S<user>Q"

@@ -15,7 +15,7 @@ import torch
 from server.config import EngineLimits, ModelConfig
 from server.engine.engine import Engine
 from server.engine.request import AdapterUse, Request, Sampling, Stopping, Structure
-from server.errors import DeterminismUnavailable
+from server.errors import DeterminismUnavailable, NonFiniteLogits
 from server.kernels import native
 from server.model.attention import PagedKv
 from tests.conftest import write_byte_tokenizer, write_tiny_llama
@@ -169,6 +169,34 @@ def test_the_answers_are_those_of_the_ordinary_engine(
     finally:
         ours.close()
         plain.close()
+
+
+@pytest.mark.parametrize(("dtype", "weight"), [("bfloat16", 3.4e38), ("float16", 1e5)])
+def test_a_weight_that_the_precision_cannot_say_fails_its_own_request_alone(
+    tiny_base: Path,
+    adapters: dict[str, Path],
+    directory_fetch: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    weight: float,
+) -> None:
+    monkeypatch.setattr(native, "load", lambda dtype: None)
+    engine = build(str(tiny_base), directory_fetch(adapters), "none", dtype)
+    stopping = Stopping(max_new_tokens=40, ignore_eos=True)
+    base, other, heavy = (
+        Request(id=str(next(_ids)), prompt=(1, 2, 3), stopping=stopping, adapters=uses)
+        for uses in ((), (AdapterUse("b", "t/b@1"),), (AdapterUse("a", "t/a@1", weight),))
+    )
+    try:
+        engine.adapters.load("a", "t/a@1")  # or the others might be through before it is there
+        alone = [run(engine, [one])[0] for one in (base, other)]
+        sent = [again(one) for one in (base, other, heavy)]
+        *answers, failed = engine.generate(sent)
+        assert isinstance(failed.error, NonFiniteLogits)
+        assert [(answer.error, answer.token_ids) for answer in answers] == [(None, one[0]) for one in alone]
+        assert [LOGITS.pop(one.id) for one in sent[:2]] == [one[2] for one in alone]
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])

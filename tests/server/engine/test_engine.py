@@ -374,6 +374,24 @@ def test_stop_reasons(engine: Engine) -> None:
     assert cut.text == free.text[: free.text.find(free.text[1:3])]
 
 
+def test_a_stop_string_that_begins_before_the_fewest_tokens_ends_the_answer_once_it_is_whole(engine: Engine) -> None:
+    letters = sorted(engine.text.encode("abcdefgh"))
+    sampling = Sampling(temperature=1.0, seed=5, logit_bias=tuple((token, 100.0) for token in letters))
+    [free] = engine.generate([request(new=20, sampling=sampling)])
+    stop = free.text[8:12]
+    assert free.text.find(stop) == 8 and free.text.count(stop) == 1
+    fewest = [0, 8, 9, 10, 11, 12, 13]
+    answers = engine.generate(
+        [request(new=20, sampling=sampling, stop_strings=(stop,), min_new_tokens=count) for count in fewest]
+    )
+    for count, answer in zip(fewest, answers, strict=True):
+        got = (answer.text, answer.finish_reason, len(answer.token_ids))
+        if count <= 12:
+            assert got == (free.text[:8], FinishReason.STOP_STRING, 12), count
+        else:
+            assert got == (free.text, FinishReason.LENGTH, 20), count
+
+
 def test_a_seed_gives_the_same_answer_in_any_company(engine: Engine) -> None:
     def seeded() -> Request:
         return request("a4", new=20, sampling=Sampling(temperature=1.2, seed=7))
@@ -399,3 +417,16 @@ def test_an_outbox_joins_what_nobody_takes() -> None:
     assert (joined.text, joined.token_ids) == ("01234", [0, 1, 2, 3, 4])
     assert wakes == [1]
     assert outbox.take() is None
+
+
+def test_an_outbox_keeps_the_end_that_came_first() -> None:
+    from server.engine.outbox import Outbox
+    from server.engine.request import Finish, Timing, Usage
+
+    outbox = Outbox(lambda: None)
+    finish = Finish(FinishReason.LENGTH, Usage(3, 1), Timing(0, 0, 0))
+    outbox.put(Delta(text="whole", finish=finish))
+    outbox.put(Delta(error=EngineFailed("the step failed")))
+    kept = outbox.take()
+    assert kept is not None
+    assert (kept.text, kept.finish, kept.error) == ("whole", finish, None)

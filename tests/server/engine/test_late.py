@@ -93,11 +93,14 @@ def test_seeds_and_steps_are_as_ever(late: PretendEngine) -> None:
 
 @pytest.mark.parametrize("at_the_end", [False, True])
 @pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("stops", [(), ("never there",)], ids=["told", "taken"])
 def test_a_token_without_words_ends_its_own_answer_alone(
-    at_the_end: bool, is_late: bool, monkeypatch: pytest.MonkeyPatch
+    at_the_end: bool, is_late: bool, stops: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whether the words are wanted when it is handed out, or when it is chosen, to look for stop strings."""
     late = PretendEngine(ahead=is_late)
     asked, other = request("a", new=1 if at_the_end else 9), request("b", new=4)
+    asked = dataclasses.replace(asked, stopping=dataclasses.replace(asked.stopping, stop_strings=stops))
     begin = late.engine._sequence
 
     def broken(one, outbox):  # type: ignore[no-untyped-def]
@@ -111,6 +114,32 @@ def test_a_token_without_words_ends_its_own_answer_alone(
         ours, theirs = late.run(asked, other)
         assert isinstance(ours.error, EngineFailed) and ours.token_ids == []
         assert theirs.error is None and theirs.token_ids == expected(other)
+        late.check_empty()
+    finally:
+        late.close()
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_step_that_fails_on_its_way_leaves_those_whom_it_ended(
+    is_late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = PretendEngine(ahead=is_late)
+    done, other = request("a", new=1), request("a", new=9)
+    ended: list[str] = []
+    monkeypatch.setattr(late.counts, "finished", lambda asked, finish, error: ended.append(asked.id))
+    keep = late.scheduler.keep
+
+    def failing(sequence):  # type: ignore[no-untyped-def]
+        if sequence.request is other:
+            raise RuntimeError("a kernel went wrong")
+        keep(sequence)
+
+    monkeypatch.setattr(late.scheduler, "keep", failing)
+    try:
+        first, second = late.run(done, other)
+        assert first.error is None and first.token_ids == expected(done)
+        assert isinstance(second.error, EngineFailed)
+        assert ended == [done.id, other.id]
         late.check_empty()
     finally:
         late.close()

@@ -3,10 +3,12 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from server.config import ModelConfig
 from server.errors import InvalidRequest
@@ -34,6 +36,59 @@ def test_half_a_character_waits_and_ends_as_a_replacement(text: Text) -> None:
     assert stream.flush() == "\ufffd"
 
 
+@pytest.fixture(scope="module")
+def fallback() -> Text:
+    """A tokenizer as Llama 2's: ids 3 to 258 are the bytes, then "▁", "a", "b" and "▁a"."""
+    specials = ["<unk>", "<s>", "</s>"]
+    pieces = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a")], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return Text(SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(generation_config=None)))  # type: ignore[arg-type]
+
+
+def as_bytes(text: str) -> list[int]:
+    return [3 + byte for byte in text.encode()]
+
+
+@pytest.mark.parametrize(
+    ("ids", "pieces", "rest"),
+    [
+        ([260, *as_bytes("\n"), 3 + 0xE2, 261, 260], ["a", "\n", "", "\ufffdb", "a"], ""),
+        ([260, *as_bytes("é"), 3 + 0xE2, 261, *as_bytes("é")], ["a", "", "é", "", "\ufffd\ufffdb", "", "é"], ""),
+        ([*as_bytes("é"), 3 + 0xE2, 259, 262], ["", "é", "", "\ufffd\ufffd ", " a"], ""),
+        ([*as_bytes("A"), 3 + 0xC3, 260, *as_bytes("A"), 3 + 0xC3], ["A", "", "\ufffda", "A", ""], "\ufffd"),
+    ],
+)
+def test_half_a_character_after_a_whole_one_takes_nothing_back(
+    fallback: Text, ids: list[int], pieces: list[str], rest: str
+) -> None:
+    """Decoded as a whole, the run of bytes is U+FFFD for each of them, those of the whole character too."""
+    stream = fallback.stream()
+    assert [stream.push(token) for token in ids] == pieces
+    assert stream.flush() == rest
+
+
+def test_the_pieces_of_any_bytes_make_the_whole_where_it_is_sound(fallback: Text) -> None:
+    rng = random.Random(0)
+    parts = [[260], [261], [262], [259], [1], *map(as_bytes, ("\n", "A", "é", "世", "🌍"))]
+    sound = 0
+    for _ in range(3000):
+        ids = [token for part in rng.choices(parts, k=rng.randrange(12)) for token in part]
+        for _ in range(rng.choice([0, 0, 1, 2])):
+            ids.insert(rng.randint(0, len(ids)), rng.randrange(263))
+        stream = fallback.stream()
+        told = "".join([stream.push(token) for token in ids]) + stream.flush()
+        whole = fallback.decode(ids)
+        if "\ufffd" not in whole:
+            sound += 1
+            assert told == whole, ids
+    assert 1000 < sound < 2500
+
+
 def test_chat_template_and_its_refusal(text: Text) -> None:
     ids = text.render_chat([{"role": "user", "content": "hi"}])
     assert ids[-1] == text.encode("<|assistant|>")[0]
@@ -55,6 +110,31 @@ def test_a_stop_string_is_found_however_the_text_is_cut() -> None:
             shown, at = shown + piece, at + step
         assert stopped
         assert shown == whole[: whole.find(stop)]
+
+
+def test_a_stop_string_counts_by_where_it_ends() -> None:
+    rng = random.Random(0)
+    met = 0
+    for _ in range(2000):
+        stops = ["".join(rng.choices("ab", k=rng.randrange(1, 5))) for _ in range(2)]
+        pieces = ["".join(rng.choices("ab", k=rng.randrange(3))) for _ in range(8)]
+        counts_from = rng.randrange(9)
+        scanner, shown, stopped, ended, before = StopScanner(stops), "", False, False, ""
+        for index, piece in enumerate(pieces):
+            told, stopped = scanner.push(piece, index >= counts_from)
+            shown, whole = shown + told, before + piece
+            ends = [whole.find(stop, max(0, len(before) - len(stop) + 1)) for stop in stops]
+            ended = index >= counts_from and max(ends) >= 0
+            assert stopped == ended, (stops, pieces, counts_from)
+            if ended:
+                assert shown == whole[: min(at for at in ends if at >= 0)]
+                met += 1
+                break
+            assert whole.startswith(shown)
+            before = whole
+        if not ended:
+            assert shown + scanner.flush() == before
+    assert 500 < met < 1900
 
 
 def test_what_was_held_back_comes_out_at_the_end() -> None:

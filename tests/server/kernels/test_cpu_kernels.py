@@ -66,6 +66,18 @@ def test_a_neighbours_overflow_stays_its_own() -> None:
     torch.testing.assert_close(y[1], torch.full((8,), 8 * 32 * 0.01, dtype=torch.float16), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_neighbours_weight_that_the_precision_cannot_say_stays_its_own(dtype: torch.dtype) -> None:
+    """One factor for all rows, as fixed rows have it; 0 * inf must not reach the token that is not the adapter's."""
+    a, b = torch.ones(8, 32, dtype=dtype), torch.ones(8, 8, dtype=dtype)
+    y = torch.zeros(2, 8, dtype=dtype)
+    owner = torch.tensor([[True], [False]])
+    block = cpu.LoraBlock(0, 2, 0, 8, owner, torch.full((1, 1), 3.4e38, dtype=dtype))
+    cpu.lora_add(y, torch.ones(2, 32, dtype=dtype), a, b, [block])
+    assert not torch.isfinite(y[0]).any()
+    assert torch.equal(y[1], torch.zeros(8, dtype=dtype))
+
+
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (4, 4), (6, 1)])
