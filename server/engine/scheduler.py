@@ -192,8 +192,12 @@ class Scheduler:
         return self._max_batch_tokens if allowed is None else allowed
 
     def has_work(self) -> bool:
-        """Whether the next `schedule` or `failed` has something to give."""
-        return bool(self.running) or self.waiting.next() is not None or any(s.ticket.error for s in self.waiting)
+        """Whether the next `schedule` or `failed` has something to give, or another ticket's adapters to take back.
+
+        Not only whether somebody's turn has come: a request behind one that was recalled may hold the rows that others
+        wait for, and only a `schedule` that passes it over takes them back.
+        """
+        return bool(self.running) or any(s.ticket.ready or s.ticket.error is not None for s in self.waiting)
 
     def failed(self) -> list[Sequence]:
         """Sequences whose adapters could not be loaded, or mean nothing in the way they are asked for."""

@@ -105,6 +105,24 @@ def test_a_popular_adapter_does_not_keep_its_rows_for_ever(pretend: PretendEngin
     assert all(reader.error is None for reader in crowd)
 
 
+def test_the_engine_does_not_fall_asleep_over_an_adapter_that_is_to_make_room() -> None:
+    """The flow's first request gave its lease back; the second one still has its own when the last answer ends."""
+    pretend = PretendEngine(adapters=1, max_sequences=1)
+    try:
+        pretend.run(request("a"))
+        last = pretend.submit(request(new=3, tenant="other"))
+        pretend.step()
+        first = pretend.submit(request("a", new=2))
+        pretend.step()  # it was passed over once
+        readers = [first, pretend.submit(request("a", new=2)), pretend.submit(request("b", new=2, tenant="third"))]
+        pretend.wait(lambda: pretend.residency._device["a"].yielding)
+        pretend.finish(last, *readers, seconds=5)
+        assert all(reader.error is None for reader in readers)
+        pretend.check_empty()
+    finally:
+        pretend.close()
+
+
 def test_the_least_recently_used_goes_and_the_pinned_stays(pretend: PretendEngine) -> None:
     pretend.residency.pin("a")
     for name in "abcbd":
