@@ -376,10 +376,15 @@ class Scheduler:
         self._watcher.preempted(sequence.request)
 
     def _release_pages(self, sequence: Sequence) -> None:
-        if sequence.tainted:
-            # Pages without a key are this sequence's alone; those with one were looked at and are sound.
-            self._memory.scrub([page for page in sequence.pages if not self._pages.keyed(page)])
-            sequence.tainted = False
+        # Pages without a key are this sequence's alone; those with one, and the kept ones, were looked at and are
+        # sound. Of the others nobody knows: a prompt may end half computed, and finite logits do not tell of every key.
+        pages = [page for page in sequence.pages[sequence.kept :] if not self._pages.keyed(page)]
+        if pages and not sequence.tainted:
+            finite = self._memory.finite(pages)
+            pages = [page for page, clean in zip(pages, finite, strict=True) if not clean]
+        if pages:
+            self._memory.scrub(pages)
+        sequence.tainted = False
         self._pages.release(sequence.pages)
         sequence.pages = []
         sequence.kept = 0
