@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from server.adapters.arena import Rows
 from server.adapters.claims import Claims
+from server.adapters.device_cache import Resident
 from server.adapters.load_pace import LoadPace
 from server.adapters.priority import give_way
 from server.adapters.tickets import Ticket
@@ -57,9 +58,7 @@ class DeviceLoader:
             assert ticket is not None
             error = None
             try:
-                for digest, version in zip(ticket.digests, ticket.versions, strict=True):
-                    if not self._bring(digest, version, ticket):
-                        break
+                self._place(ticket)
             except Exception as raised:
                 error = raised
                 if not isinstance(error, ServerError):
@@ -83,6 +82,21 @@ class DeviceLoader:
             if all(digest in claims.device or digest in claims.host for digest in ticket.digests):
                 return ticket
         return None
+
+    def _place(self, ticket: Ticket) -> None:
+        """Put a ticket's adapters on the device and lease them to it, as far as that is to be now."""
+        claims = self._claims
+        with claims.changed:
+            wanted: dict[str, Resident | LoraWeights] = {}
+            for digest in ticket.digests:
+                known = claims.device.get(digest) or claims.host.get(digest)
+                if known is None:
+                    return  # unloaded meanwhile: it is being fetched again
+                wanted[digest] = known
+            claims.device.refuse_oversized(wanted)  # before anybody makes room in vain
+        for digest, version in zip(ticket.digests, ticket.versions, strict=True):
+            if not self._bring(digest, version, ticket):
+                return
 
     def _bring(self, digest: str, version: str, ticket: Ticket) -> bool:
         """Put one adapter on the device and lease it to the ticket; False when that is not to be now."""
@@ -125,7 +139,6 @@ class DeviceLoader:
     def _find_rows(self, weights: LoraWeights, ticket: Ticket) -> Rows | None:
         """Rows for an adapter, waiting for some to be given back; None when the ticket was cancelled."""
         claims = self._claims
-        claims.device.refuse_oversized(weights)
         with claims.changed:
             while ticket in claims.queue:
                 rows = claims.device.allocate(weights)

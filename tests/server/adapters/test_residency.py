@@ -3,11 +3,15 @@
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hub.errors import HubUnavailable
+from server.adapters.arena import Arena
+from server.adapters.device_cache import DeviceCache
 from server.adapters.residency import Tier
 from server.errors import AdapterInUse, Cancelled, RequestTooLarge
 from tests.server.engine.pretend import RANK, PretendEngine, expected, request
@@ -121,6 +125,43 @@ def test_the_engine_does_not_fall_asleep_over_an_adapter_that_is_to_make_room() 
         pretend.check_empty()
     finally:
         pretend.close()
+
+
+def test_what_can_never_fit_is_refused_before_anybody_makes_room_for_it() -> None:
+    pretend = PretendEngine(adapters=3)
+    try:
+        pretend.run(request("a"), request("b"))
+        running = pretend.submit(request("a", new=9))
+        pretend.step()
+        asked = request("c", "d", "e", "f")
+        refused = pretend.submit(asked)
+        ticket = pretend.engine._door.inside()[asked.id].ticket
+        pretend.wait(lambda: ticket.error is not None, seconds=3)  # no answer need end for that
+        assert set(pretend.residency._device) == {"a", "b"}
+        assert not any(resident.yielding for resident in pretend.residency._device.values())
+        pretend.finish(running, refused)
+        assert isinstance(refused.error, RequestTooLarge)
+        assert f"need {4 * RANK} rows, the server has {3 * RANK}" in str(refused.error)
+    finally:
+        pretend.close()
+
+
+def test_adapters_that_fit_one_by_one_and_not_together_are_refused_by_their_parts() -> None:
+    def adapter(digest: str, part_bytes: int) -> Any:
+        return SimpleNamespace(digest=digest, rank=RANK, parts=SimpleNamespace(bytes=part_bytes))
+
+    device = DeviceCache(Arena({}, 8 * RANK, torch.float32, "cpu"), parts_budget=100)
+    device.refuse_oversized({"a": adapter("a", 60), "b": adapter("b", 40)})
+    with pytest.raises(RequestTooLarge, match=r"together need 120 bytes .* has 100 \(--adapter-parts-memory\)"):
+        device.refuse_oversized({"a": adapter("a", 60), "b": adapter("b", 60)})
+    pinned = adapter("pinned", 50)
+    rows = device.allocate(pinned)
+    assert rows is not None
+    device.put(SimpleNamespace(**vars(pinned), warnings=(), reaches_kv=True), "t/pinned@1", rows, pinned.parts)  # type: ignore[arg-type]
+    device.pinned.add("pinned")
+    with pytest.raises(RequestTooLarge, match="100, 50 of them for pinned adapters"):
+        device.refuse_oversized({"a": adapter("a", 60)})
+    device.refuse_oversized({"a": adapter("a", 50), "pinned": pinned})
 
 
 def test_the_least_recently_used_goes_and_the_pinned_stays(pretend: PretendEngine) -> None:
