@@ -132,6 +132,16 @@ class DeviceCache(Mapping[str, Resident]):
                 return True
         return False
 
+    def clear(self, digests: Collection[str]) -> bool:
+        """Drop those of these adapters that nobody leases, and ask the others to yield; whether there are such."""
+        left = False
+        for digest in digests:
+            if digest in self._residents and self._evictable(digest):
+                self.drop(digest)
+            elif digest in self._residents and digest not in self.pinned:
+                left = self._residents[digest].yielding = True
+        return left
+
     def check_integrity(self, leased: Counter[str]) -> None:
         """Raise AssertionError unless rows add up and the leases are those that tickets hold."""
         owned = {digest: resident.rows for digest, resident in self._residents.items()}

@@ -146,6 +146,28 @@ def test_what_can_never_fit_is_refused_before_anybody_makes_room_for_it() -> Non
         pretend.close()
 
 
+@pytest.mark.parametrize("host_bytes", [1, 1 << 30])
+@pytest.mark.parametrize("used", [False, True])
+def test_whether_adapters_fit_does_not_depend_on_where_one_of_them_lies(used: bool, host_bytes: int) -> None:
+    """One of the two lies in the middle of the rows, somebody's or nobody's."""
+    pretend = PretendEngine(adapters=8, host_adapter_memory_bytes=host_bytes)
+    pretend.hub.ranks = {"before": 3 * RANK, "big": 5 * RANK}
+    try:
+        pretend.run(request("before"))
+        pretend.run(request("small"))
+        assert pretend.residency._device["small"].rows.start == 3 * RANK
+        readers = [pretend.submit(request("small", new=20))] if used else []
+        pretend.step()
+        asked = request("small", "big")
+        readers += [pretend.submit(asked), pretend.submit(request("small", new=3))]
+        pretend.finish(*readers)
+        assert [reader.error for reader in readers] == [None] * len(readers)
+        assert readers[-2].token_ids == expected(asked)
+        pretend.check_empty()
+    finally:
+        pretend.close()
+
+
 def test_adapters_that_fit_one_by_one_and_not_together_are_refused_by_their_parts() -> None:
     def adapter(digest: str, part_bytes: int) -> Any:
         return SimpleNamespace(digest=digest, rank=RANK, parts=SimpleNamespace(bytes=part_bytes))
