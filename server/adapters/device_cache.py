@@ -52,17 +52,19 @@ class DeviceCache(Mapping[str, Resident]):
 
     # -- coming and going -----------------------------------------------------------------------------------------
 
-    def refuse_oversized(self, weights: LoraWeights) -> None:
-        """Raise `RequestTooLarge` for an adapter that would not fit even if it were alone."""
-        if blocks(weights.rank) > self.arena.rows:
-            raise RequestTooLarge(
-                f"the adapter needs {blocks(weights.rank)} rows, the server's adapter memory has {self.arena.rows}"
-            )
-        if weights.parts.bytes > self._parts_budget:
-            raise RequestTooLarge(
-                f"the adapter brings {weights.parts.bytes} bytes beside its LoRA rows, the server has room for "
-                f"{self._parts_budget} (--adapter-parts-memory)"
-            )
+    def refuse_oversized(self, wanted: Mapping[str, Resident | LoraWeights]) -> None:
+        """Raise `RequestTooLarge` for adapters, by digest, that would not fit even if they and the pinned ones were
+        alone."""
+        who = "the request's adapters together need" if len(wanted) > 1 else "the adapter needs"
+        pinned = {d: r for d, r in self._residents.items() if d in self.pinned and d not in wanted}
+        for unit, option, total, need in (
+            ("rows", "--adapter-memory", self.arena.rows, lambda adapter: blocks(adapter.rank)),
+            ("bytes beside LoRA rows", "--adapter-parts-memory", self._parts_budget, lambda a: a.parts.bytes),
+        ):
+            needed, taken = sum(map(need, wanted.values())), sum(map(need, pinned.values()))
+            if needed > total - taken:
+                but = f", {taken} of them for pinned adapters" if taken else ""
+                raise RequestTooLarge(f"{who} {needed} {unit}, the server has {total}{but} ({option})")
 
     def allocate(self, weights: LoraWeights) -> Rows | None:
         """Rows for an adapter, evicting what nobody leases; None when that is not enough.
@@ -129,6 +131,16 @@ class DeviceCache(Mapping[str, Resident]):
                 resident.yielding = True
                 return True
         return False
+
+    def clear(self, digests: Collection[str]) -> bool:
+        """Drop those of these adapters that nobody leases, and ask the others to yield; whether there are such."""
+        left = False
+        for digest in digests:
+            if digest in self._residents and self._evictable(digest):
+                self.drop(digest)
+            elif digest in self._residents and digest not in self.pinned:
+                left = self._residents[digest].yielding = True
+        return left
 
     def check_integrity(self, leased: Counter[str]) -> None:
         """Raise AssertionError unless rows add up and the leases are those that tickets hold."""

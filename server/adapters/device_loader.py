@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from server.adapters.arena import Rows
 from server.adapters.claims import Claims
+from server.adapters.device_cache import Resident
 from server.adapters.load_pace import LoadPace
 from server.adapters.priority import give_way
 from server.adapters.tickets import Ticket
@@ -57,9 +58,7 @@ class DeviceLoader:
             assert ticket is not None
             error = None
             try:
-                for digest, version in zip(ticket.digests, ticket.versions, strict=True):
-                    if not self._bring(digest, version, ticket):
-                        break
+                self._place(ticket)
             except Exception as raised:
                 error = raised
                 if not isinstance(error, ServerError):
@@ -83,6 +82,54 @@ class DeviceLoader:
             if all(digest in claims.device or digest in claims.host for digest in ticket.digests):
                 return ticket
         return None
+
+    def _place(self, ticket: Ticket) -> None:
+        """Put a ticket's adapters on the device and lease them to it, as far as that is to be now.
+
+        Those that are there lie where they lie, and may leave room only in pieces; then all of them are placed anew.
+        """
+        claims = self._claims
+        with claims.changed:
+            wanted: dict[str, Resident | LoraWeights] = {}
+            for digest in ticket.digests:
+                known = claims.device.get(digest) or claims.host.get(digest)
+                if known is None:
+                    return  # unloaded meanwhile: it is being fetched again
+                wanted[digest] = known
+            claims.device.refuse_oversized(wanted)  # before anybody makes room in vain
+        try:
+            self._bring_all(ticket, wanted)
+        except RequestTooLarge:
+            if not self._take_away(ticket):
+                raise
+            self._bring_all(ticket, wanted)
+
+    def _bring_all(self, ticket: Ticket, wanted: Mapping[str, Resident | LoraWeights]) -> None:
+        """Those on the device first, for they are not to be evicted for the others; then the largest first."""
+        named = list(zip(ticket.digests, ticket.versions, strict=True))
+        with self._claims.changed:
+            device = self._claims.device
+            named.sort(key=lambda one: (one[0] not in device, -wanted[one[0]].rank))
+        for digest, version in named:
+            if not self._bring(digest, version, ticket):
+                return
+
+    def _take_away(self, ticket: Ticket) -> bool:
+        """Clear the device of a ticket's adapters, waiting for those who use them; False when none of them can go.
+
+        Whoever else can go has gone by now, and nobody else places anything: what fits is certain to find room then,
+        unless pinned adapters lie in between.
+        """
+        claims = self._claims
+        with claims.changed:
+            claims.give_back(ticket)
+            mine = [d for d in ticket.digests if d in claims.device and d not in claims.device.pinned]
+            while ticket in claims.queue and claims.device.clear(mine):
+                if claims.closed:
+                    raise Draining("the server is shutting down")
+                claims.changed.wait()
+            claims.dropped()
+        return bool(mine)
 
     def _bring(self, digest: str, version: str, ticket: Ticket) -> bool:
         """Put one adapter on the device and lease it to the ticket; False when that is not to be now."""
@@ -125,7 +172,6 @@ class DeviceLoader:
     def _find_rows(self, weights: LoraWeights, ticket: Ticket) -> Rows | None:
         """Rows for an adapter, waiting for some to be given back; None when the ticket was cancelled."""
         claims = self._claims
-        claims.device.refuse_oversized(weights)
         with claims.changed:
             while ticket in claims.queue:
                 rows = claims.device.allocate(weights)

@@ -3,7 +3,8 @@
 Where every core computes, whatever a loader does makes steps longer, low priority or not: the threads of a step wait
 for each other. So loading has an allowance: a share of one core, saved up while it is not used, and as much as it
 likes while nothing is being computed. What it saves on is time, not order: a request whose adapter is not there waits
-a little longer, so that all the others do not.
+a little longer, so that all the others do not. A little: a load that took more than the share of `LONGEST` seconds is
+charged no more than that, or one expensive adapter would keep all the others away for ten times as long as it took.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 SHARE = 0.1  # of one core
 SAVED = 0.1  # seconds of a core that may be used at once
+LONGEST = 2.0  # seconds that a load may keep the next one waiting
 
 
 def every_core_computes() -> bool:
@@ -68,7 +70,7 @@ class LoadPace:
         finally:
             took = self._spent() - before
             with self._lock:
-                self._allowance -= took
+                self._charge(took)
 
     def close(self) -> None:
         """From now on nobody waits."""
@@ -77,15 +79,24 @@ class LoadPace:
     def _begin(self) -> float | None:
         """Take what a load will probably cost, so that many threads cannot all use the same allowance; None: wait."""
         with self._lock:
-            now = self._clock()
-            self._allowance = min(self._saved, self._allowance + self._share * (now - self._seen))
-            self._seen = now
+            self._save_up()
             if self._allowance <= 0 and self._busy is not None and self._busy():
                 return None
-            self._allowance -= self._expected
-            return self._expected
+            expected = min(self._expected, self._share * LONGEST)
+            self._allowance -= expected
+            return expected
 
     def _end(self, took: float, expected: float) -> None:
         with self._lock:
-            self._allowance += expected - took
+            self._charge(took, expected)
             self._expected += 0.2 * (took - self._expected)
+
+    def _charge(self, took: float, charged: float = 0.0) -> None:
+        """Under the lock: `took` seconds of a core were used, of which `charged` were charged before."""
+        self._save_up()  # what was saved meanwhile counts before the debt is cut, or nobody would ever wait
+        self._allowance = max(self._allowance + charged - took, -self._share * LONGEST)
+
+    def _save_up(self) -> None:
+        now = self._clock()
+        self._allowance = min(self._saved, self._allowance + self._share * (now - self._seen))
+        self._seen = now

@@ -87,10 +87,12 @@ class FrontDoor:
     def wait(self, has_work: Callable[[], bool]) -> bool:
         """Wait for something to do, here or by `has_work`; False when it is time to stop."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closed or self._awake or self._arrivals or self._cancelled or has_work()
-            )
+            self._changed.wait_for(lambda: self._closed or self._called(has_work))
             return not self._closed
+
+    def _called(self, has_work: Callable[[], bool]) -> bool:
+        """Whether the engine's thread has something to do."""
+        return bool(self._awake or self._arrivals or self._cancelled or has_work())
 
     @property
     def awake(self) -> bool:

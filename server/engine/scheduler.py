@@ -192,8 +192,12 @@ class Scheduler:
         return self._max_batch_tokens if allowed is None else allowed
 
     def has_work(self) -> bool:
-        """Whether the next `schedule` or `failed` has something to give."""
-        return bool(self.running) or self.waiting.next() is not None or any(s.ticket.error for s in self.waiting)
+        """Whether the next `schedule` or `failed` has something to give, or another ticket's adapters to take back.
+
+        Not only whether somebody's turn has come: a request behind one that was recalled may hold the rows that others
+        wait for, and only a `schedule` that passes it over takes them back.
+        """
+        return bool(self.running) or any(s.ticket.ready or s.ticket.error is not None for s in self.waiting)
 
     def failed(self) -> list[Sequence]:
         """Sequences whose adapters could not be loaded, or mean nothing in the way they are asked for."""
@@ -372,10 +376,15 @@ class Scheduler:
         self._watcher.preempted(sequence.request)
 
     def _release_pages(self, sequence: Sequence) -> None:
-        if sequence.tainted:
-            # Pages without a key are this sequence's alone; those with one were looked at and are sound.
-            self._memory.scrub([page for page in sequence.pages if not self._pages.keyed(page)])
-            sequence.tainted = False
+        # Pages without a key are this sequence's alone; those with one, and the kept ones, were looked at and are
+        # sound. Of the others nobody knows: a prompt may end half computed, and finite logits do not tell of every key.
+        pages = [page for page in sequence.pages[sequence.kept :] if not self._pages.keyed(page)]
+        if pages and not sequence.tainted:
+            finite = self._memory.finite(pages)
+            pages = [page for page, clean in zip(pages, finite, strict=True) if not clean]
+        if pages:
+            self._memory.scrub(pages)
+        sequence.tainted = False
         self._pages.release(sequence.pages)
         sequence.pages = []
         sequence.kept = 0

@@ -84,6 +84,32 @@ def test_threads_do_not_spend_the_same_allowance_twice() -> None:
     assert begun == [True, True, *[False] * 6]
 
 
+def test_nobody_waits_long_for_anothers_expensive_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    pace = paced(clock, True, monkeypatch)
+    for _ in range(3):
+        with pace.turn():
+            clock.work(60)
+        with pace.charged():
+            clock.work(5)
+        ended = clock.now
+        with pace.turn():  # of somebody else
+            assert 1 < clock.now - ended < 2.01
+
+
+def test_nobody_waits_long_beside_a_load_that_will_be_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As others were before it: what is expected of it is charged when it begins."""
+    clock = Clock()
+    pace = paced(clock, True, monkeypatch)
+    for _ in range(3):
+        with pace.turn():
+            clock.work(60)
+    with pace.turn():
+        began = clock.now
+        with pace.turn():
+            assert clock.now - began < 2.01
+
+
 def test_a_failed_load_is_charged_too_and_closing_frees_those_who_wait() -> None:
     clock = Clock()
     pace = LoadPace(lambda: True, share=0.25, saved=0.01, clock=lambda: clock.now, spent=lambda: clock.computed)

@@ -3,11 +3,15 @@
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hub.errors import HubUnavailable
+from server.adapters.arena import Arena
+from server.adapters.device_cache import DeviceCache
 from server.adapters.residency import Tier
 from server.errors import AdapterInUse, Cancelled, RequestTooLarge
 from tests.server.engine.pretend import RANK, PretendEngine, expected, request
@@ -103,6 +107,83 @@ def test_a_popular_adapter_does_not_keep_its_rows_for_ever(pretend: PretendEngin
     assert modest.error is None
     pretend.finish(*crowd)
     assert all(reader.error is None for reader in crowd)
+
+
+def test_the_engine_does_not_fall_asleep_over_an_adapter_that_is_to_make_room() -> None:
+    """The flow's first request gave its lease back; the second one still has its own when the last answer ends."""
+    pretend = PretendEngine(adapters=1, max_sequences=1)
+    try:
+        pretend.run(request("a"))
+        last = pretend.submit(request(new=3, tenant="other"))
+        pretend.step()
+        first = pretend.submit(request("a", new=2))
+        pretend.step()  # it was passed over once
+        readers = [first, pretend.submit(request("a", new=2)), pretend.submit(request("b", new=2, tenant="third"))]
+        pretend.wait(lambda: pretend.residency._device["a"].yielding)
+        pretend.finish(last, *readers, seconds=5)
+        assert all(reader.error is None for reader in readers)
+        pretend.check_empty()
+    finally:
+        pretend.close()
+
+
+def test_what_can_never_fit_is_refused_before_anybody_makes_room_for_it() -> None:
+    pretend = PretendEngine(adapters=3)
+    try:
+        pretend.run(request("a"), request("b"))
+        running = pretend.submit(request("a", new=9))
+        pretend.step()
+        asked = request("c", "d", "e", "f")
+        refused = pretend.submit(asked)
+        ticket = pretend.engine._door.inside()[asked.id].ticket
+        pretend.wait(lambda: ticket.error is not None, seconds=3)  # no answer need end for that
+        assert set(pretend.residency._device) == {"a", "b"}
+        assert not any(resident.yielding for resident in pretend.residency._device.values())
+        pretend.finish(running, refused)
+        assert isinstance(refused.error, RequestTooLarge)
+        assert f"need {4 * RANK} rows, the server has {3 * RANK}" in str(refused.error)
+    finally:
+        pretend.close()
+
+
+@pytest.mark.parametrize("host_bytes", [1, 1 << 30])
+@pytest.mark.parametrize("used", [False, True])
+def test_whether_adapters_fit_does_not_depend_on_where_one_of_them_lies(used: bool, host_bytes: int) -> None:
+    """One of the two lies in the middle of the rows, somebody's or nobody's."""
+    pretend = PretendEngine(adapters=8, host_adapter_memory_bytes=host_bytes)
+    pretend.hub.ranks = {"before": 3 * RANK, "big": 5 * RANK}
+    try:
+        pretend.run(request("before"))
+        pretend.run(request("small"))
+        assert pretend.residency._device["small"].rows.start == 3 * RANK
+        readers = [pretend.submit(request("small", new=20))] if used else []
+        pretend.step()
+        asked = request("small", "big")
+        readers += [pretend.submit(asked), pretend.submit(request("small", new=3))]
+        pretend.finish(*readers)
+        assert [reader.error for reader in readers] == [None] * len(readers)
+        assert readers[-2].token_ids == expected(asked)
+        pretend.check_empty()
+    finally:
+        pretend.close()
+
+
+def test_adapters_that_fit_one_by_one_and_not_together_are_refused_by_their_parts() -> None:
+    def adapter(digest: str, part_bytes: int) -> Any:
+        return SimpleNamespace(digest=digest, rank=RANK, parts=SimpleNamespace(bytes=part_bytes))
+
+    device = DeviceCache(Arena({}, 8 * RANK, torch.float32, "cpu"), parts_budget=100)
+    device.refuse_oversized({"a": adapter("a", 60), "b": adapter("b", 40)})
+    with pytest.raises(RequestTooLarge, match=r"together need 120 bytes .* has 100 \(--adapter-parts-memory\)"):
+        device.refuse_oversized({"a": adapter("a", 60), "b": adapter("b", 60)})
+    pinned = adapter("pinned", 50)
+    rows = device.allocate(pinned)
+    assert rows is not None
+    device.put(SimpleNamespace(**vars(pinned), warnings=(), reaches_kv=True), "t/pinned@1", rows, pinned.parts)  # type: ignore[arg-type]
+    device.pinned.add("pinned")
+    with pytest.raises(RequestTooLarge, match="100, 50 of them for pinned adapters"):
+        device.refuse_oversized({"a": adapter("a", 60)})
+    device.refuse_oversized({"a": adapter("a", 50), "pinned": pinned})
 
 
 def test_the_least_recently_used_goes_and_the_pinned_stays(pretend: PretendEngine) -> None:

@@ -1,10 +1,12 @@
 """Pages shared between requests: only the same content, never the last token's page, never a poisoned one."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+from torch import Tensor
 
+from server.engine.batch import StepBatch
 from server.engine.kv_cache import PageTable
 from server.engine.prefix import extend_keys, root_key
 from server.engine.request import AdapterUse, Request
@@ -124,6 +126,38 @@ def test_poisoned_pages_are_never_found_and_leave_nothing(pretend: PretendEngine
     assert pretend.engine._pages.cached == 0
     assert all(content == content for content in pretend.memory.values())
     assert answered(pretend, request("a", prompt=asked)) == 0
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("end", ["cancel", "failed step", "preemption"])
+def test_who_leaves_before_a_token_is_chosen_leaves_no_poison(
+    cache: bool, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a prompt was computed, and nobody has seen what came of it."""
+    pretend = PretendEngine(max_batch_tokens=2 * PAGE_TOKENS + 1, prefix_cache=cache)
+    try:
+        pretend.run(request(PretendEngine.POISON, prompt=(1,), new=1))  # it is on the device
+        asked = request(PretendEngine.POISON, prompt=prompt(6 * PAGE_TOKENS))
+        reader = pretend.submit(asked)
+        run = pretend.engine._computing._run
+
+        def fail(batch: StepBatch, between: Callable[[], None] | None = None) -> Tensor:
+            run(batch, between)
+            raise RuntimeError("the step failed")
+
+        if end == "failed step":
+            monkeypatch.setattr(pretend.engine._computing, "_run", fail)
+        pretend.step()
+        assert any(content != content for content in pretend.memory.values()) != reader.ended
+        if end == "cancel":
+            pretend.engine.cancel(asked.id)
+            pretend.step()
+        elif end == "preemption":
+            pretend.scheduler._preempt(pretend.scheduler.running[0])
+        assert reader.ended == (end != "preemption")
+        assert all(content == content for content in pretend.memory.values())
+    finally:
+        pretend.close()
 
 
 def test_a_finite_answer_over_a_poisoned_page_is_not_shared_either(pretend: PretendEngine) -> None:
