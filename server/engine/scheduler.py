@@ -35,6 +35,11 @@ class Share:
 class PageMemory(Protocol):
     """What the scheduler needs of the pages' memory, `model.attention.PagedKv`."""
 
+    @property
+    def read_past_ends(self) -> bool:
+        """Whether what a page holds behind a sequence's last token is read, to be weighed with zero."""
+        ...
+
     def finite(self, pages: Seq[int]) -> list[bool]:
         """For each page, whether it holds neither NaN nor infinity."""
 
@@ -380,7 +385,8 @@ class Scheduler:
         # sound. Of the others nobody knows: a prompt may end half computed, and finite logits do not tell of every key.
         pages = [page for page in sequence.pages[sequence.kept :] if not self._pages.keyed(page)]
         if pages and not sequence.tainted:
-            finite = self._memory.finite(pages)
+            # Where nobody reads past an end, whoever gets them writes first: to look would only make a device wait.
+            finite = self._memory.finite(pages) if self._memory.read_past_ends else [True] * len(pages)
             pages = [page for page, clean in zip(pages, finite, strict=True) if not clean]
         if pages:
             self._memory.scrub(pages)

@@ -82,6 +82,12 @@ class PagedKv:
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.check: Callable[[Sequence[int]], list[bool]] | None = None  # what `finite` asks on a GPU
 
+    @property
+    def read_past_ends(self) -> bool:
+        """Whether attention reads a page to its end, behind a sequence's last token too: torch's does, which runs on
+        CPUs alone."""
+        return self.k[0].device.type == "cpu"
+
     def scrub(self, pages: Sequence[int]) -> None:
         """Zero pages that may hold NaN before somebody else gets them: a weight of zero does not silence a NaN."""
         for cache in (*self.k, *self.v):
