@@ -24,6 +24,7 @@ hub promote team/sentiment:canary prod --gate gate.toml
 
 gate.toml:
   require = ["f1 >= 0.8", "test.loss < 1.2"]   # numbers it must have
+  # "sentiment.accuracy >= 0.7": what `hub eval --task sentiment --record` found
   no_lower = {f1 = 0.01}                       # at most this much below what the alias holds
   no_higher = {"test.loss" = 0}                # at most this much above it
 
@@ -42,9 +43,10 @@ gate.toml:
 def promote(ref: str, alias: str, gate: Path, hub_url: str | None, as_json: bool) -> None:
     """Point ALIAS at the version REF names, provided its metrics meet the gate.
 
-    Metrics are what the version was pushed with (`hub show REF`), or, where the gate names an evaluation, what that
-    measures now: of the version, and of what the alias holds where the gate compares the two. Refused with every number
-    that fails; refused too when the alias moved while the numbers were measured or compared.
+    Metrics are what the version was pushed with, what `hub eval --record` added as TASK.METRIC (`hub show REF` has
+    both; two versions are compared by the same questions on the same base alone), or, where the gate names an
+    evaluation, what that measures now: of the version, and of what the alias holds where the gate compares the two.
+    Refused with every number that fails; refused too when the alias moved while the numbers were measured or compared.
     """
     conditions = Gate.read(gate)
     alias = alias.removeprefix(":")

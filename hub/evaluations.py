@@ -59,6 +59,15 @@ class Evaluation:
             raise BlobCorrupt(f"an evaluation's record {error}") from error
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """Newest scores of two versions as a gate names them, "task.metric"."""
+
+    candidate: Mapping[str, float]
+    current: Mapping[str, float]  # of what the alias holds, by the same questions on the same base
+    apart: frozenset[str]  # what that one has by other questions or on another base alone
+
+
 class Evaluations:
     """The records of one hub; safe to use from several processes."""
 
@@ -111,9 +120,19 @@ class Evaluations:
                 raise BlobCorrupt(f"an evaluation's record of {version.text} is about another version")
         return found
 
-    def metrics(self, version: Version) -> dict[str, dict[str, float]]:
-        """The newest scores of each task, {task: {metric: number}}: what a gate may ask for as "task.metric"."""
-        return {each.task: dict(each.metrics) for each in self.all_of(version)}
+    def recorded(self, version: Version, current: Version | None) -> Recorded:
+        """What a gate may ask of `version`, to be held to `current`; raises what `all_of` raises."""
+        newest = {each.task: each for each in self.all_of(version)}
+        had: dict[str, float] = {}
+        others: set[str] = set()
+        for each in self.all_of(current) if current is not None else ():
+            asked = newest.get(each.task)
+            if asked is not None and (each.data, each.base) == (asked.data, asked.base):
+                had |= _named(each)
+            else:
+                others |= _named(each).keys()
+        scores = {name: number for each in newest.values() for name, number in _named(each).items()}
+        return Recorded(scores, had, frozenset(others - had.keys()))
 
     def digests(self) -> list[Digest]:
         """Of the versions that have records; raises HubUnavailable."""
@@ -150,3 +169,7 @@ class Evaluations:
                 name = f"evaluations/{digest.hex[:16]}…/{file.name}"
                 found.append(Problem(f"sha256:{digest.hex[:16]}…", name, BlobCorrupt.reason, what))
         return found
+
+
+def _named(one: Evaluation) -> dict[str, float]:
+    return {f"{one.task}.{metric}": number for metric, number in one.metrics.items()}

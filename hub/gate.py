@@ -22,6 +22,7 @@ from typing import Any, Final, Self
 
 from hub import json_text
 from hub.errors import GateMalformed, GateRefused, QueryInvalid
+from hub.evaluations import Recorded
 from hub.gate_evaluation import Evaluation, Scores
 from hub.search import METRIC_NAME, MetricTest, metric_numbers
 from hub.versions import Version
@@ -81,17 +82,30 @@ class Gate:
             raise GateMalformed(f"{name}: {error}") from error
         return gate
 
-    def check(self, version: Version, current: Version | None, scores: Scores | None = None) -> tuple[str, ...]:
+    def check(
+        self,
+        version: Version,
+        current: Version | None,
+        scores: Scores | None = None,
+        recorded: Recorded | None = None,
+    ) -> tuple[str, ...]:
         """Every condition with its numbers, all met by `version`; `current` is what the alias holds.
 
-        `scores` were measured just now and count before recorded metrics of the same name.
+        `scores` were measured just now and count before metrics of the same name that were `recorded` by evaluations,
+        as those do before what the versions were pushed with.
 
         Raises GateRefused, naming all that failed.
         """
-        have = dict(metric_numbers(version.manifest.metrics)) | dict(scores.candidate if scores else {})
+        recorded = recorded or Recorded({}, {}, frozenset())
+        have = dict(metric_numbers(version.manifest.metrics)) | dict(recorded.candidate)
         had = dict(metric_numbers(current.manifest.metrics)) if current is not None else {}
-        if current is not None and scores is not None and scores.current_digest == current.digest:
-            had |= scores.current
+        had |= recorded.current
+        apart = recorded.apart
+        if scores is not None:
+            have |= scores.candidate
+            if current is not None and scores.current_digest == current.digest:
+                had |= scores.current
+                apart -= scores.current.keys()
         passed: list[str] = []
         failed: list[str] = []
         for test in self.require:
@@ -105,6 +119,9 @@ class Gate:
             for name, slack in slacks.items():
                 if name not in have:
                     failed.append(f"{name} is not recorded")
+                elif name in apart:
+                    assert current is not None
+                    failed.append(f"{name} of {current.text} was measured by other questions or on another base")
                 elif name not in had:
                     passed.append(f"{name} {have[name]:g}, nothing to compare with")
                 else:

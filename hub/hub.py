@@ -270,7 +270,9 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         return self._catalog.tag(wanted, Alias.parse(alias).name, expect)
 
     def promote(self, ref: AdapterRef | str, alias: str, gate: Gate, scores: Scores | None = None) -> Promotion:
-        """Point `alias` at the version `ref` names, provided its metrics meet `gate`: those recorded, and `scores`.
+        """Point `alias` at the version `ref` names, provided its metrics meet `gate`.
+
+        They are those it was pushed with, those of its evaluations ("task.metric"; in a hub's directory), and `scores`.
 
         Comparisons with what the alias holds are made with what it holds at the moment it moves: where it moved
         meanwhile, also while `scores` were measured, AliasMoved. Raises GateRefused, naming every number that failed,
@@ -283,7 +285,8 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
         compares = bool(gate.no_lower or gate.no_higher)
         if scores is not None and compares and scores.current_digest != (current.digest if current else None):
             raise AliasMoved(f"{version.full_name}:{name} was moved while the evaluation ran")
-        passed = gate.check(version, current, scores)
+        recorded = self._evaluations.recorded(version, current) if self._evaluations is not None else None
+        passed = gate.check(version, current, scores, recorded)
         exact = replace(target, selector=version.digest)
         note = f"promote: {'; '.join([*passed, scores.source] if scores else passed)}"[:500]
         self._catalog.tag([(exact, 1)], name, None, generation=held.generation if held else 0, note=note)

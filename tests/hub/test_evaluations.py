@@ -38,7 +38,7 @@ def test_records_are_kept_in_order_and_the_newest_of_a_task_counts(
 ) -> None:
     first, second = versions
     kept = Evaluations.of(str(tmp_path / "hub"))
-    assert kept.all_of(first) == [] and kept.metrics(first) == {}
+    assert kept.all_of(first) == [] and kept.recorded(first, None).candidate == {}
     now = [1_800_000_000.25]
     monkeypatch.setattr(time, "time", lambda: now[0])
     for accuracy in (0.5, 0.7, 0.6):
@@ -49,7 +49,7 @@ def test_records_are_kept_in_order_and_the_newest_of_a_task_counts(
     kept.add(first, scored(first, "own-label", 0.9))
     again = Evaluations.of(f"file://{tmp_path / 'hub'}")
     assert [each.metrics["accuracy"] for each in again.all_of(first)] == [0.5, 0.7, 0.6, 0.9]
-    assert again.metrics(first) == {"sentiment": {"accuracy": 0.6}, "own-label": {"accuracy": 0.9}}
+    assert again.recorded(first, None).candidate == {"sentiment.accuracy": 0.6, "own-label.accuracy": 0.9}
     assert again.all_of(second) == []
 
 
@@ -142,3 +142,37 @@ def test_fsck_reads_the_records(tmp_path: Path, versions: tuple[Version, Version
         assert [found.message for found in hub.fsck()] == [
             "an evaluation's record of team/x@1 is about another version"
         ]
+
+
+def test_a_gate_asks_for_what_evaluations_recorded(tmp_path: Path, versions: tuple[Version, Version]) -> None:
+    """By the verb: nothing recorded, too little, enough, and held to what the alias holds."""
+    first, second = versions
+    url = str(tmp_path / "hub")
+    kept = Evaluations.of(url)
+    (tmp_path / "gate.toml").write_text(
+        'require = ["sentiment.accuracy >= 0.6"]\nno_lower = {"sentiment.accuracy" = 0.01}'
+    )
+
+    def promoted(version: Version) -> tuple[int, str]:
+        command = ["promote", version.text, "prod", "--gate", str(tmp_path / "gate.toml"), "--hub", url]
+        done = CliRunner().invoke(group, command)
+        return done.exit_code, done.output + str(done.exception or "")
+
+    code, said = promoted(first)
+    assert code == 1 and "sentiment.accuracy is not recorded" in said
+    kept.add(first, scored(first, accuracy=0.5))
+    code, said = promoted(first)
+    assert code == 1 and "sentiment.accuracy 0.5 >= 0.6" in said
+    kept.add(first, scored(first, accuracy=0.8))
+    assert promoted(first)[0] == 0
+
+    other = replace(scored(second, accuracy=0.9), data={"digest": "sha256:2", "examples": 9})
+    kept.add(second, other)
+    code, said = promoted(second)
+    assert code == 1 and "of team/x@1 was measured by other questions or on another base" in said
+    kept.add(first, replace(scored(first, accuracy=0.95), data=other.data))
+    code, said = promoted(second)
+    assert code == 1 and "sentiment.accuracy 0.9 >= 0.94 (team/x@1 has 0.95)" in said
+    kept.add(second, scored(second, accuracy=0.795))
+    code, said = promoted(second)
+    assert code == 0 and "sentiment.accuracy 0.795 >= 0.79 (team/x@1 has 0.8)" in said
