@@ -298,6 +298,7 @@ def _trainer(
         max_steps=plan.max_steps or -1,
         per_device_train_batch_size=recipe.batch,
         gradient_accumulation_steps=recipe.accumulation,
+        optim=optimizer_of(plan.method, processes.device),
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.schedule,
         warmup_steps=recipe.warmup,  # below 1 it is a fraction of all steps
@@ -334,6 +335,15 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     float32_adapters(trainer.model)
     return trainer
+
+
+def optimizer_of(method: Method, device: str) -> str:
+    """transformers' name of the optimizer that trains by `method` on `device`: AdamW with float32 moments.
+
+    QLoRA's on a GPU are paged, as its authors have it (Dettmers et al. 2023, arXiv:2305.14314, section 3): they move to
+    the host's memory while a long batch needs the device's.
+    """
+    return "paged_adamw_32bit" if method == "qlora" and device != "cpu" else "adamw_torch_fused"
 
 
 def _open_events(plan: Plan, watch: Watch, resumed: Path | None) -> Any:

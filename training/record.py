@@ -105,6 +105,7 @@ def facts_of(
             "trained_parameters": trainable.trained,
             "all_parameters": trainable.parameters,
             "precision": trainable.precision,
+            "optimizer": str(trainer.args.optim.value),
             "processes": trainer.processes.count,
             "device": f"{trainer.processes.device} ({platform.machine()}, {torch.get_num_threads()} threads)",
         },

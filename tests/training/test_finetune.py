@@ -31,7 +31,7 @@ from training.errors import (
     ResumeMismatch,
     TrainingDiverged,
 )
-from training.finetune import Outcome, Plan, train
+from training.finetune import Outcome, Plan, optimizer_of, train
 from training.hold_out import hold_out
 from training.loss import LabelLoss
 from training.recipe import Recipe
@@ -318,10 +318,29 @@ def test_an_adapter_trains_on_the_nf4_base(plan: Plan, tmp_path: Path) -> None:
     assert outcome.facts.base is not None and outcome.facts.base.quantization == "nf4"
     assert outcome.facts.metrics["validation_loss"] < outcome.facts.metrics["validation_loss_before"]
     assert outcome.facts.metrics["all_parameters"] == plain_parameters
+    assert outcome.facts.metrics["optimizer"] == "adamw_torch_fused"  # a paged one is for GPUs
     weights = load_file(plan.out / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     moved = [name for name, tensor in weights.items() if "lora_B" in name and tensor.abs().max() > 0]
     assert len(moved) == 14  # a weight repacked by an evaluation would leave the layers below without gradients
+
+
+def test_the_optimizer_of_qlora_is_paged_on_a_gpu() -> None:
+    from transformers import Trainer, TrainingArguments
+
+    chosen = {
+        (method, device): optimizer_of(method, device)
+        for method in trainable.METHODS
+        for device in ("cpu", "cuda", "cuda:1")
+    }
+    paged = {key for key, name in chosen.items() if name.startswith("paged")}
+    assert paged == {("qlora", "cuda"), ("qlora", "cuda:1")}
+    found = {}
+    for name in set(chosen.values()):
+        made, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim=name, use_cpu=True))
+        found[made.__module__.partition(".")[0]] = options
+    assert found["bitsandbytes"]["is_paged"] and found["bitsandbytes"]["optim_bits"] == 32
+    assert found.keys() == {"bitsandbytes", "torch"}
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
