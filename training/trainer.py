@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from training.batches import LengthGroupedOrder
@@ -32,6 +33,7 @@ class LabelTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped
         self.losses: list[float] = []
         self.tokens = 0  # real ones
         self.padding = 0
+        self.add_callback(_TellEpoch(self))
 
     @property
     def padding_share(self) -> float:
@@ -67,10 +69,25 @@ class LabelTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in rows["input_ids"]]
-        return LengthGroupedOrder(lengths, self.args.train_batch_size, self.args.seed)
+        self.order = LengthGroupedOrder(lengths, self.args.train_batch_size, self.args.seed)
+        return self.order
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Nothing: checkpoints are ours to resume from, not to publish."""
+
+
+class _TellEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Tells the order which epoch begins.
+
+    accelerate does too, but not through what it puts around the order to skip the first batches of one process of
+    several: a run resumed within an epoch would go on with the first epoch's batches.
+    """
+
+    def __init__(self, trainer: LabelTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.trainer.order.set_epoch(int(state.epoch or 0))
 
 
 def _causal_model(model: Any) -> Any:

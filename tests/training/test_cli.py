@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def test_train_push_and_eval(tiny_base: Path, labelled: Path, tmp_path: Path) ->
     assert facts["base"]["name"] == tiny_base.name and facts["base"]["fingerprint"].startswith("sha256:")
     shown = json.loads(run("show", "team/tiny:prod", "--hub", hub, "--json").stdout)
     assert shown["manifest"]["base"]["fingerprint"] == facts["base"]["fingerprint"]
+    assert shown["manifest"]["datasets"]["digest"] == read_jsonl(labelled).digest
 
     models = ("base", "team/tiny:prod", str(out))
     answers = tmp_path / "answers.jsonl"
@@ -122,6 +124,21 @@ def test_train_push_and_eval(tiny_base: Path, labelled: Path, tmp_path: Path) ->
 
     again = run("train", labelled, "--out", out, *common, fails=OutputExists)
     assert again.exception.reason == "OUTPUT_EXISTS"  # type: ignore[union-attr]
+
+
+def test_the_data_that_a_version_names_is_what_it_was_trained_on(
+    tiny_base: Path, labelled: Path, tmp_path: Path
+) -> None:
+    fixed, hub = tmp_path / "fixed.jsonl", tmp_path / "hub"
+    with labelled.open("a") as lines:
+        lines.write("no conversation\n")
+    checked = run("data", "check", labelled, "--fix", fixed, "--base", tiny_base, "--json")
+    report = json.loads(checked.stdout)
+    settings = ("--rank", "2", "--batch", "4", "--max-steps", "1", "--max-length", "100", "--threads", "1")
+    run("train", fixed, "--out", tmp_path / "out", "--base", tiny_base, "--push", "team/tiny", "--hub", hub, *settings)
+    recorded = json.loads(run("show", "team/tiny", "--hub", hub, "--json").stdout)["manifest"]["datasets"]
+    assert recorded["digest"] == report["fix"]["digest"] != report["digest"]
+    assert recorded["digest"] == "sha256:" + hashlib.sha256(fixed.read_bytes()).hexdigest()
 
 
 def test_wrong_use_is_refused_before_anything_is_loaded(labelled: Path, tmp_path: Path) -> None:

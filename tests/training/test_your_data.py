@@ -84,6 +84,9 @@ def test_the_guide_works(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.Mo
             result = CliRunner().invoke(group, [*words, *ADDED.get(name, ())], catch_exceptions=False)
             assert result.exit_code == 0, (words, result.output)
             said[name] = result.stdout
+            if name == "generate":
+                again = CliRunner().invoke(group, [*words, "--json"], catch_exceptions=False)
+                answer = json.loads(again.stdout)
     finally:
         if served is not None:
             served.terminate()
@@ -100,6 +103,8 @@ def test_the_guide_works(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     shown = CliRunner().invoke(group, ["show", "team/tickets:candidate"], catch_exceptions=False).output
     assert "evaluation: own-label" in shown and ":prod" in shown
     assert served is not None and served.returncode == 0
+    assert said["generate"] == answer["text"] + "\n" and 0 < answer["completion_tokens"] <= 8
+    assert [used["version"] for used in answer["adapters"]] == ["team/tickets@1"]  # which :prod names
 
 
 def test_tables_become_conversations(tmp_path: Path) -> None:

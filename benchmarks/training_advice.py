@@ -1,0 +1,205 @@
+"""What `hub advise` says of a run, and what `hub train` then takes: memory and time, on bases of different shape.
+
+Both are run as a person runs them, on the same file with the same recipe. Memory is the whole process's largest
+resident set; time is the processor's in the optimizer loop. The advice is asked for before and after each base's runs,
+and the mean of the two times is taken, for a machine's speed drifts. Beside SmolLM2-135M two models with random
+weights: half a billion parameters with Qwen2's shape (a vocabulary of 151,936, biases), and four wide layers of Llama's
+kind. What was learned does not matter here; the planner's numbers were fitted on SmolLM2-135M alone.
+
+    python -m benchmarks.training_advice --threads 1 [--write] [--base smollm2-135m …] [--rows 32]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+RESULTS = Path(__file__).parent / "results" / "training_advice"
+RECIPE: Final = "demo"
+SHAPES: Final = {
+    "qwen2-0.5b-shaped": {
+        "architecture": "Qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    },
+    "llama-4-wide-layers": {
+        "architecture": "Llama", "vocab_size": 49152, "hidden_size": 1536, "intermediate_size": 4096,
+        "num_hidden_layers": 4, "num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+BASES: Final = ("smollm2-135m", *SHAPES)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to train one base: bytes and seconds, said and taken."""
+
+    base: str
+    task: str
+    precision: str
+    method: str
+    checkpointing: bool
+    said_bytes: int
+    bytes: int
+    said_seconds: tuple[float, float]  # before and after
+    seconds: float
+
+    @property
+    def memory_error(self) -> float:
+        """Of the prediction, relative."""
+        return self.said_bytes / self.bytes - 1
+
+    @property
+    def time_error(self) -> float:
+        """Of the prediction, relative."""
+        return statistics.mean(self.said_seconds) / self.seconds - 1
+
+
+def make_base(name: str, directory: Path) -> str:
+    """What --base takes: the name of a base that is here, or a new model of that shape with SmolLM2's tokenizer."""
+    if name not in SHAPES:
+        return name
+    import torch
+    import transformers
+
+    from hub.base import locate_base
+
+    shape = dict(SHAPES[name])
+    kind = shape.pop("architecture")
+    config = getattr(transformers, f"{kind}Config")(**shape, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16()
+    model.save_pretrained(directory)
+    for file in locate_base("smollm2-135m").directory.glob("*token*"):
+        shutil.copy(file, directory)
+    for file in locate_base("smollm2-135m").directory.glob("chat_template*"):
+        shutil.copy(file, directory)
+    return str(directory)
+
+
+def hub(arguments: list[str], threads: int) -> tuple[str, int]:
+    """What the command said, and the largest resident set of its process in bytes."""
+    code = "from hub.cli import main; main()"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    threaded = [] if arguments[0] == "data" else ["--threads", str(threads)]
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(
+            [sys.executable, "-c", code, *arguments, *threaded, "--json"],
+            stdout=said, stderr=subprocess.DEVNULL, env=environment,
+        ) as process,
+    ):  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{shlex.join(['hub', *arguments])} ended with {process.returncode}")
+        said.seek(0)
+        return said.read(), usage.ru_maxrss * 1024
+
+
+def measure(name: str, base: str, task: str, data: Path, precision: str, threads: int, work: Path) -> list[Run]:
+    """Every method with and without checkpointing."""
+    common = ["--base", base, "--recipe", RECIPE, "--precision", precision]
+
+    def advice() -> list[dict[str, Any]]:
+        options: list[dict[str, Any]] = json.loads(hub(["advise", "--data", str(data), *common], threads)[0])["options"]
+        return options
+
+    before, taken = advice(), []
+    for option in before:
+        flags = ["--gradient-checkpointing"] if option["checkpointing"] else []
+        rate = ["--learning-rate", "1e-5"]  # whatever is learned, nothing may diverge
+        out = work / "out"
+        said, size = hub(
+            ["train", str(data), "--out", str(out), "--method", option["method"], *flags, *rate, *common], threads
+        )
+        shutil.rmtree(out)
+        taken.append((size, json.loads(said)["metrics"]["cpu_seconds"]))
+        print(f"{name} {task} {option['method']} {flags}: {size / 1e9:.2f} GB", file=sys.stderr, flush=True)
+    return [
+        Run(
+            name, task, precision, was["method"], was["checkpointing"], was["memory"], size,
+            (was["seconds"], now["seconds"]), seconds,
+        )
+        for was, now, (size, seconds) in zip(before, advice(), taken, strict=True)
+    ]  # fmt: skip
+
+
+def page(runs: list[Run], command: str) -> str:
+    """The result file."""
+    worst = {
+        what: max(abs(getattr(run, f"{what}_error")) for run in runs) for what in ("memory", "time")
+    }  # fmt: skip
+    near = {
+        what: sum(abs(getattr(run, f"{what}_error")) <= 0.15 for run in runs) for what in ("memory", "time")
+    }  # fmt: skip
+    return "\n".join(
+        [
+            "# hub advise against hub train",
+            "",
+            f"`{command}`",
+            "",
+            "Memory: the whole process's largest resident set. Time: the processor's in the optimizer loop; said is",
+            "the mean of an advice before and one after all runs of a base, which are in brackets.",
+            "",
+            f"Of {len(runs)} runs {near['memory']} are within 15 % of the memory said and {near['time']} of the time;",
+            f"the worst is {worst['memory']:.0%} off in memory and {worst['time']:.0%} in time.",
+            "",
+            "| base | task | precision | method | checkpointing | said GB | GB | error | said s | s | error |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+            *(
+                f"| {run.base} | {run.task} | {run.precision} | {run.method} | {'yes' if run.checkpointing else 'no'} "
+                f"| {run.said_bytes / 1e9:.2f} | {run.bytes / 1e9:.2f} | {run.memory_error:+.0%} "
+                f"| {statistics.mean(run.said_seconds):.0f} ({run.said_seconds[0]:.0f}, {run.said_seconds[1]:.0f}) "
+                f"| {run.seconds:.0f} | {run.time_error:+.0%} |"
+                for run in runs
+            ),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base", action="append", choices=BASES)
+    parser.add_argument("--task", default="aws-summary")
+    parser.add_argument("--rows", type=int, default=32, help="examples, of which some are held out")
+    parser.add_argument("--precision", action="append", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help=f"keep {RESULTS}.json and .md; runs there already stay")
+    given = parser.parse_args()
+    runs = []
+    if given.write and RESULTS.with_suffix(".json").is_file():
+        kept = json.loads(RESULTS.with_suffix(".json").read_text("utf-8"))
+        runs = [Run(**{**run, "said_seconds": tuple(run["said_seconds"])}) for run in kept]
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        hub(["data", "build", given.task, "--out", str(work / "data"), "--train", str(given.rows), "--eval", "2"], 0)
+        for called in given.base or BASES:
+            base = make_base(called, work / called)
+            for precision in given.precision or ("auto",):
+                data = work / "data" / "train.jsonl"
+                runs += measure(called, base, given.task, data, precision, given.threads, work)
+                if given.write:
+                    RESULTS.with_suffix(".json").write_text(
+                        json.dumps([asdict(run) for run in runs], indent=1) + "\n", "utf-8"
+                    )
+    command = shlex.join(["python", "-m", "benchmarks.training_advice", *sys.argv[1:]])
+    text = page(runs, command)
+    print(text)
+    if given.write:
+        RESULTS.with_suffix(".md").write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
