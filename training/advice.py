@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from training.planner import Data, Option
 
-GOALS = ("format", "style", "classification", "knowledge", "reasoning")
+GOALS = ("format", "style", "classification", "knowledge", "reasoning", "latency", "cost")
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,20 @@ class Verdict:
 def advise(data: Data, options: Sequence[Option], goal: str | None, critical: bool) -> Verdict:
     """Weigh the options for `goal` (one of `GOALS` or unknown); `critical`: a wrong answer costs much."""
     reasons = [*_about_data(data), *_about_goal(goal, critical), *_about_memory(options)]
-    order = ("full", "lora", "qlora") if critical or goal in ("knowledge", "reasoning") else ("lora", "qlora")
-    for method in order:
+    for method in _order(goal, critical):
         for option in options:  # without checkpointing first
             if option.method == method and option.fits:
                 return Verdict(option, _sentence(option, data), tuple(reasons))
     return Verdict(
         None, "Nothing fits: take a smaller base, shorter rows, a smaller batch or more memory.", tuple(reasons)
     )
+
+
+def _order(goal: str | None, critical: bool) -> tuple[str, ...]:
+    """The methods, the one to take first if it fits."""
+    if critical or goal in ("knowledge", "reasoning"):
+        return "full", "lora", "qlora"
+    return ("qlora", "lora") if goal in ("latency", "cost") else ("lora", "qlora")
 
 
 def _about_data(data: Data) -> list[Reason]:
@@ -79,6 +85,9 @@ def _about_goal(goal: str | None, critical: bool) -> list[Reason]:
     if goal == "reasoning":
         found.append(Reason("LoRA lags on mathematical reasoning", "article 002", "full"))
         found.append(Reason("full gained 2 to 3 % on reasoning with 70B, at ten times the cost", "article 001", "full"))
+    if goal in ("latency", "cost"):
+        text = f"for {goal}: QLoRA of a base of 7 to 13 billion parameters, in place of a larger one that is prompted"
+        found.append(Reason(text, "article 003", "qlora"))
     if critical:
         found.append(Reason("full for critical tasks; LoRA keeps 95 to 98 % of its quality", "article 000", "full"))
     return found
@@ -93,6 +102,9 @@ def _about_memory(options: Sequence[Option]) -> list[Reason]:
             found.append(Reason(f"{method} does not fit in the memory given", "this case", ""))
         elif method not in plainly:
             found.append(Reason(f"{method} fits only with gradient checkpointing", "this case", ""))
+    if "qlora" in fits and "lora" in fits:
+        text = "QLoRA to experiment, LoRA of rank 32 to 64 for production"
+        found.append(Reason(text, "article 000", "lora"))
     if "lora" in fits:
         found.append(
             Reason(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from training.recipe import Recipe
 
 _GPU_NAMES = ("t4", "l4", "rtx-4090", "a100-40", "a100", "h100", "h200")
-_GOALS = ("format", "style", "classification", "knowledge", "reasoning")
+_GOALS = ("format", "style", "classification", "knowledge", "reasoning", "latency", "cost")
 
 
 class _Gigabytes(click.ParamType[int]):
@@ -56,7 +56,7 @@ hub advise --base ./Llama-3.1-8B --data mine.jsonl --gpu-memory 24GB --gpu l4 --
     "--gpu-memory", type=_Gigabytes(), help="24GB: plan for a GPU of this size; speed is --gpu's, or an a100's."
 )
 @click.option("--price-per-hour", type=click.FloatRange(min=0), help="Of the machine, in your currency.")
-@click.option("--goal", type=click.Choice(_GOALS), help="What the adapter should learn.")
+@click.option("--goal", type=click.Choice(_GOALS), help="What the adapter should learn, or what it is to save.")
 @click.option("--critical", is_flag=True, help="A wrong answer costs much.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads.  [default: all cores]")
 @json_option

@@ -83,7 +83,8 @@ def compare_command(
 
     def page() -> Path:
         made = records()
-        told = " ".join(filter(None, (machine({one["threads"] for one in made.values()}, "a run"), note)))
+        threads_of, processors = ({one[field] for one in made.values()} for field in ("threads", "processor"))
+        told = " ".join(filter(None, (machine(threads_of, "a run", processors), note)))
         return write_page(read, made, kept.data(read.cases[0]), out, told, command)
 
     if not report_only:

@@ -80,8 +80,11 @@ def sweep(
     command = shlex.join(["hub", "sweep", str(plan), "--size", size])
 
     def page() -> Path:
-        made = (records.finished(records.key(cell, fingerprint, data[cell.task])) for cell in whole.cells)
-        told = " ".join(filter(None, (machine({one["threads"] for one in made if one}), note)))
+        every = (records.finished(records.key(cell, fingerprint, data[cell.task])) for cell in whole.cells)
+        made = [one for one in every if one]
+        processors = {one["processor"] for one in made if "processor" in one}  # of older cells not known
+        where = machine({one["threads"] for one in made}, processors=processors)
+        told = " ".join(filter(None, (where, note)))
         return write_page(whole, data, fingerprint, records, told, command)
 
     if not report_only:

@@ -14,11 +14,12 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
-def machine(threads: Collection[int], each: str = "a cell") -> str:
-    """A sentence; `threads` are what one of `each` or another has used, 0 all."""
+def machine(threads: Collection[int], each: str = "a cell", processors: Collection[str] = ()) -> str:
+    """A sentence or two; `threads` are what one of `each` or another has used, 0 all, `processors` where they ran."""
     used = sorted({count or len(os.sched_getaffinity(0)) for count in threads})
     counts = f"{' or '.join(map(str, used))} thread{'s' if used != [1] else ''} {each}, " if used else ""
-    return f"Machine: {platform.machine()}, {os.cpu_count()} cores, {counts}Python {platform.python_version()}."
+    named = f" Processor: {' or '.join(sorted(set(processors)))}." if processors else ""
+    return f"Machine: {platform.machine()}, {os.cpu_count()} cores, {counts}Python {platform.python_version()}.{named}"
 
 
 def processor() -> str:

@@ -123,6 +123,10 @@ def test_reasons_follow_the_case_and_the_choice_fits(tiny_base: Path) -> None:
     assert easy.choice is not None and (easy.choice.method, easy.choice.checkpointing) == ("lora", False)
     hard = advise(data, roomy, "reasoning", critical=True)
     assert hard.choice is not None and hard.choice.method == "full"
+    cheap = advise(data, roomy, "cost", critical=False)
+    assert cheap.choice is not None and cheap.choice.method == "qlora"
+    assert any("7 to 13 billion" in reason.text and reason.source == "article 003" for reason in cheap.reasons)
+    assert any("QLoRA to experiment" in reason.text and reason.source == "article 000" for reason in easy.reasons)
     few = advise(replace(data, examples=300), roomy, None, critical=False)
     assert few.first.startswith("Try prompts first") and few.reasons[0].speaks_for == "prompts"
     smallest = min(option.memory for option in roomy)

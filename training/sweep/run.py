@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol
 
 from training.build import CARD, build_task
 from training.errors import CellFailed, CellTaken
+from training.sitting import processor
 from training.sweep.plan import Cell, SweepPlan
 from training.sweep.records import Records, TaskData
 
@@ -199,6 +200,7 @@ def _score(
             "recipe": cell.recipe.as_dict(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "threads": setting.threads,
+            "processor": processor(),
             "evaluation": {
                 "digest": data.evaluation_digest,
                 "quantization": quantization,

@@ -369,6 +369,7 @@ def test_the_verb_lists_filters_runs_and_reports(
     from click.testing import CliRunner
 
     from hub.cli import group
+    from training.sitting import processor
 
     monkeypatch.setattr(running, "prepare_data", lambda plan, records: data)
     file, out = tmp_path / "tiny.yaml", tmp_path / "results"
@@ -396,7 +397,7 @@ def test_the_verb_lists_filters_runs_and_reports(
     sweep("--report-only", "--threads", "2")
     page = (out / "tiny.md").read_text()
     assert "2 of 8 cells finished" in page and not in_this_process
-    assert "1 thread a cell" in page  # as they ran
+    assert "1 thread a cell" in page and f"Processor: {processor()}." in page  # as they ran
     for wrong, words in (
         (("--variant", "x*"), "no variant like this"),
         (("--task", "poetry"), "no task poetry"),

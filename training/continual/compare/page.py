@@ -55,7 +55,6 @@ def _how(comparison: Comparison, records: Mapping[Case, Record], machine: str, c
     told = list(records.values())
     days = sorted({record["finished"][:10] for record in told})
     when = f" Run {days[0]}{f' to {days[-1]}' if len(days) > 1 else ''}." if days else ""
-    processors = sorted({record["processor"] for record in told})
     trained = sorted({record["precision"]["training"] for record in told})
     answered = sorted({record["precision"]["answers"] for record in told})
     libraries = {
@@ -65,7 +64,6 @@ def _how(comparison: Comparison, records: Mapping[Case, Record], machine: str, c
     recipe = comparison.cases[0].plan.recipe
     lines = [
         f"`{command}`, size `{comparison.size}`: {len(told)} of {len(comparison.cases)} runs finished.{when} {machine}"
-        + (f" Processor: {', '.join(processors)}." if processors else "")
         + (f" Trained in {' or '.join(trained)}, answered in {' or '.join(answered)}." if told else "")
         + (f" Libraries: {', '.join(sorted(libraries))}." if libraries else ""),
         "",
