@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -162,7 +160,7 @@ def _show(report: Report) -> None:
             click.echo(f"and {len(report.labels) - len(shown)} more labels")
     if report.tokens:
         click.echo()
-        _show_lengths([whole for whole, _ in report.tokens], [answer for _, answer in report.tokens])
+        _show_lengths(report)
     click.echo()
     dropped = report.lines - len(report.kept)
     if report.ok:
@@ -181,18 +179,16 @@ def _show_finding(finding: Finding, mark: str) -> None:
         click.echo(f"          … ({finding.count} in all; --number shows more)")
 
 
-def _show_lengths(whole: Sequence[int], answers: Sequence[int]) -> None:
-    """Powers of two, from the shortest to the longest."""
-    edges = [0, 1]
-    while edges[-1] <= max(whole):
-        edges.append(edges[-1] * 2)
-    rows: list[tuple[str, str, str, str]] = []
-    for low, high in pairwise(edges):
-        conversations = sum(low <= count < high for count in whole)
-        answered = sum(low <= count < high for count in answers)
-        if rows or conversations or answered:
-            share = conversations / len(whole)
-            rows.append((f"{low} … {high - 1}", str(answered), str(conversations), _bar(share)))
+def _show_lengths(report: Report) -> None:
+    rows = [
+        (
+            f"{each.shortest} … {each.longest}",
+            str(each.answers),
+            str(each.conversations),
+            _bar(each.conversations / len(report.tokens)),
+        )
+        for each in report.histogram
+    ]
     print_table(("tokens", "answers", "conversations", ""), rows)
 
 

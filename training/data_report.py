@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import dropwhile, pairwise
 from typing import Any
 
 from training.data import Example, Messages
@@ -65,6 +66,16 @@ def _asked(messages: Messages) -> str:
 
 
 @dataclass(frozen=True)
+class LengthBin:
+    """How many are between `shortest` and `longest` tokens long, both included."""
+
+    shortest: int
+    longest: int
+    conversations: int
+    answers: int
+
+
+@dataclass(frozen=True)
 class Report:
     """All that was found."""
 
@@ -112,7 +123,24 @@ class Report:
             "passed": list(self.passed),
             "labels": self.labels,
             "tokens": {"conversation": summary(whole), "answer": summary(answer)},
+            "histogram": [asdict(one) for one in self.histogram],
         }
+
+    @property
+    def histogram(self) -> tuple[LengthBin, ...]:
+        """How many are how long, by powers of two from the shortest answer to the longest conversation."""
+        edges = [0, 1]
+        while self.tokens and edges[-1] <= max(whole for whole, _ in self.tokens):
+            edges.append(edges[-1] * 2)
+        bins = [
+            LengthBin(
+                low, high - 1,
+                sum(low <= whole < high for whole, _ in self.tokens),
+                sum(low <= answer < high for _, answer in self.tokens),
+            )
+            for low, high in pairwise(edges)
+        ]  # fmt: skip
+        return tuple(dropwhile(lambda one: not (one.conversations or one.answers), bins))
 
 
 def summary(counts: Sequence[int]) -> dict[str, float]:

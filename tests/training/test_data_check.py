@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -220,6 +221,15 @@ def test_what_the_recipe_would_leave_out(check: Callable[..., Report]) -> None:
     assert report.ok and advice.count == 1 and advice.samples[0].line == 4 and advice.samples[0].other == "603 tokens"
     assert report.as_json()["tokens"]["conversation"]["max"] == 603
     assert report.as_json()["tokens"]["answer"] == {"min": 3, "median": 4, "p95": 4, "max": 4, "mean": 4.0}
+
+
+def test_lengths_are_counted_in_powers_of_two(check: Callable[..., Report]) -> None:
+    report = check([Example.of(user="x", answer=answer) for answer in "abc"])
+    lengths = [(2, 1), (7, 3), (8, 4)]  # conversation, answer
+    told = dataclasses.replace(report, tokens=tuple(lengths)).as_json()["histogram"]
+    assert [tuple(each.values()) for each in told] == [(1, 1, 0, 1), (2, 3, 1, 1), (4, 7, 1, 1), (8, 15, 1, 0)]
+    assert list(told[0]) == ["shortest", "longest", "conversations", "answers"]
+    assert dataclasses.replace(report, tokens=()).as_json()["histogram"] == []
 
 
 @pytest.mark.parametrize(
