@@ -37,12 +37,12 @@ def test_a_run_of_two_processes_killed_ends_as_if_it_had_not_been(
     tiny_base: Path, chat_file: Path, tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    asked = ["--base", str(tiny_base), "--method", "qlora", "--accumulation", "1"]
+    asked = ["--base", str(tiny_base), "--method", "qlora", "--batch", "2", "--epochs", "6"]  # of four steps each
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     launch += [str(Path(sys.executable).with_name("hub"))]
     kill_at_step_12(launch, arguments(chat_file, cut, asked))
-    assert not cut.exists()
+    assert not cut.exists() and not (tmp_path / "cut.checkpoints" / "checkpoint-20").exists()  # within an epoch
     for out, resume in ((whole, []), (cut, ["--resume"])):
         command = [*launch, *arguments(chat_file, out, asked), *resume]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100)
@@ -52,10 +52,10 @@ def test_a_run_of_two_processes_killed_ends_as_if_it_had_not_been(
 
 
 def arguments(data: Path, out: Path, asked: list[str]) -> list[str]:
-    """A run of 60 steps with dropout, validated at steps that are not its checkpoints'."""
+    """A run with dropout, by default of 60 steps, validated at steps that are not its checkpoints'."""
     fixed = "--rank 4 --dropout 0.1 --epochs 30 --batch 4 --checkpoint-steps 5 --hold-out 0.2"
     fixed += " --validation-steps 7 --early-stop 1000 --learning-rate 1e-3 --max-length 200 --threads 1 --seed 3"
-    return ["train", str(data), "--out", str(out), *asked, *fixed.split(), "--curves", f"{out}.json"]
+    return ["train", str(data), "--out", str(out), *fixed.split(), *asked, "--curves", f"{out}.json"]
 
 
 def kill_at_step_12(launch: list[str], run: list[str]) -> None:
@@ -67,20 +67,19 @@ def kill_at_step_12(launch: list[str], run: list[str]) -> None:
         said = []
         for line in process.stderr:
             said.append(line)
-            if "step 12/60" in line:
+            if "step 12/" in line:
                 os.killpg(process.pid, signal.SIGKILL)
                 break
         process.wait()
     assert process.returncode == -signal.SIGKILL, "".join(said)
     out = Path(run[run.index("--out") + 1])
-    checkpoints = [path.name for path in out.parent.glob(f"{out.name}.checkpoints/checkpoint-*")]
-    assert checkpoints and "checkpoint-60" not in checkpoints
+    assert [*out.parent.glob(f"{out.name}.checkpoints/checkpoint-*")]
 
 
 def check_equal(whole: Path, cut: Path) -> None:
     """Losses, weights and figures, to the last bit."""
     curves = [json.loads(Path(f"{out}.json").read_text()) for out in (whole, cut)]
-    assert len(curves[0]["training"]) == 60
+    assert len(curves[0]["training"]) > 20
     assert curves[0]["training"] == curves[1]["training"] and curves[0]["validation"] == curves[1]["validation"]
     [name] = [path.name for path in whole.glob("*model.safetensors")]
     one, other = load_file(whole / name), load_file(cut / name)
