@@ -27,7 +27,8 @@ GPUS: dict[str, tuple[int, float, int]] = {
 GPU_SHARE = 0.35  # of the maker's figure that training of a few billion parameters reaches; an assumption
 GPU_BANDWIDTH_SHARE = 0.8  # of the maker's figure that the optimizer's update reaches; an assumption
 UPDATE_BYTES = 32  # of a parameter: gradient twice (its norm, the update), weight and two moments read and written
-# Of a layer's speed, see `layer_speed`, that the products of a whole training run reach; see docs/planner.md.
+# Of a layer's speed, see `layer_speed`, that the products of a whole training run reach; chosen on six runs of
+# SmolLM2-135M in bfloat16 on one thread, see benchmarks/results/training_advice.md.
 CPU_SHARE = 0.82
 _CUDA_CONTEXT = 600_000_000
 _PROCESS = 660_000_000  # Python with torch, transformers, peft and trl imported; measured
@@ -88,7 +89,7 @@ def layer_speed(
 
 
 def update_seconds(
-    parameters: int = 8_000_000, seconds: float = 0.5, clock: Callable[[], float] | None = None
+    parameters: int = 16_000_000, seconds: float = 0.5, clock: Callable[[], float] | None = None
 ) -> float:
     """For one float32 parameter, in one step: its gradient made and clipped, its value updated by AdamW."""
     held = torch.zeros(parameters, requires_grad=True)
