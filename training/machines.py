@@ -14,27 +14,29 @@ from server.engine.machine_memory import whole_memory
 from training.planner import Machine
 from training.trainable import attention_for, dtype_of
 
-# Name → (memory in GB, dense bfloat16 (t4: float16) TFLOP/s by its maker).
-GPUS: dict[str, tuple[int, float]] = {
-    "t4": (16, 65.0),
-    "l4": (24, 121.0),
-    "rtx-4090": (24, 165.0),
-    "a100-40": (40, 312.0),
-    "a100": (80, 312.0),
-    "h100": (80, 989.0),
-    "h200": (141, 989.0),
+# Name → (memory in GB, dense bfloat16 (t4: float16) TFLOP/s, GB/s of its memory), by its maker.
+GPUS: dict[str, tuple[int, float, int]] = {
+    "t4": (16, 65.0, 320),
+    "l4": (24, 121.0, 300),
+    "rtx-4090": (24, 165.0, 1008),
+    "a100-40": (40, 312.0, 1555),
+    "a100": (80, 312.0, 2039),
+    "h100": (80, 989.0, 3350),
+    "h200": (141, 989.0, 4800),
 }
 GPU_SHARE = 0.35  # of the maker's figure that training of a few billion parameters reaches; an assumption
-# Of a layer's speed, see `layer_speed`, that a whole training run reaches: 0.67 to 0.76 in bfloat16 and 0.77 to 0.83 in
-# float32 (five short runs on one thread of an AMD EPYC with AVX512-BF16, SmolLM2-135M).
-CPU_SHARE = 0.75
+GPU_BANDWIDTH_SHARE = 0.8  # of the maker's figure that the optimizer's update reaches; an assumption
+UPDATE_BYTES = 32  # of a parameter: gradient twice (its norm, the update), weight and two moments read and written
+# Of a layer's speed, see `layer_speed`, that the products of a whole training run reach; chosen on six runs of
+# SmolLM2-135M in bfloat16 on one thread, see benchmarks/results/training_advice.md.
+CPU_SHARE = 0.82
 _CUDA_CONTEXT = 600_000_000
 _PROCESS = 660_000_000  # Python with torch, transformers, peft and trl imported; measured
 
 
 def gpu(name: str, memory: int | None = None) -> Machine:
     """The GPU of that name, with `memory` bytes instead of its own where given."""
-    gigabytes, tflops = GPUS[name]
+    gigabytes, tflops, bandwidth = GPUS[name]
     return Machine(
         name=name,
         device="cuda",
@@ -42,6 +44,7 @@ def gpu(name: str, memory: int | None = None) -> Machine:
         overhead=_CUDA_CONTEXT,
         flops=tflops * 1e12 * GPU_SHARE,
         dtype=torch.bfloat16,
+        update=UPDATE_BYTES / (bandwidth * 1e9 * GPU_BANDWIDTH_SHARE),
     )
 
 
@@ -52,7 +55,7 @@ def this_machine(base: Path, memory: int | None = None, precision: str = "auto")
     """
     dtype = dtype_of(precision, "cpu")
     flops = layer_speed(base, dtype) * CPU_SHARE
-    return Machine("this machine's CPU", "cpu", memory or whole_memory(), _PROCESS, flops, dtype)
+    return Machine("this machine's CPU", "cpu", memory or whole_memory(), _PROCESS, flops, dtype, update_seconds())
 
 
 def layer_speed(
@@ -82,6 +85,26 @@ def layer_speed(
     with FlopCounterMode(display=False) as counter:
         step()
     operations: int = counter.get_total_flops()
+    return operations / _shortest(step, seconds, clock)
+
+
+def update_seconds(
+    parameters: int = 16_000_000, seconds: float = 0.5, clock: Callable[[], float] | None = None
+) -> float:
+    """For one float32 parameter, in one step: its gradient made and clipped, its value updated by AdamW."""
+    held = torch.zeros(parameters, requires_grad=True)
+    optimizer = torch.optim.AdamW([held], fused=True)
+
+    def step() -> None:
+        held.grad = torch.ones(parameters)  # a new one every step
+        torch.nn.utils.clip_grad_norm_([held], 1.0)
+        optimizer.step()
+
+    step()  # which makes the moments
+    return _shortest(step, seconds, clock) / parameters
+
+
+def _shortest(step: Callable[[], object], seconds: float, clock: Callable[[], float] | None) -> float:
     if clock is None:
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     best, until = math.inf, time.monotonic() + seconds
@@ -89,4 +112,4 @@ def layer_speed(
         started = clock()
         step()
         best = min(best, clock() - started)
-    return operations / best
+    return best

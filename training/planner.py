@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +65,9 @@ class Machine:
     device: str  # "cpu" or "cuda"
     memory: int  # bytes
     overhead: int  # bytes that are not the run's: interpreter and libraries, or the CUDA context
-    flops: float  # matrix products per second that training reaches, see `reached`
+    flops: float  # matrix products per second that training reaches, see `training.machines`
     dtype: torch.dtype
+    update: float = 0.0  # seconds in which the optimizer updates one trained parameter, a step
 
     @property
     def usable(self) -> int:
@@ -93,7 +95,7 @@ def weigh(base: Path, recipe: Recipe, data: Data, machine: Machine, price_per_ho
         for checkpointing in (False, True):
             tried = recipe.but(gradient_checkpointing=checkpointing)
             rehearsal = rehearse(base, method, tried, data.longest, machine.device, machine.dtype)
-            seconds = flops_of(rehearsal, data, recipe) / machine.flops * slowed(method, machine.device)
+            seconds = seconds_of(rehearsal, data, recipe, method, machine)
             memory = peak_in_process(base, tried, method, rehearsal, machine) + machine.overhead
             options.append(
                 Option(
@@ -138,12 +140,22 @@ def mapped_bytes(base: Path, method: str, rehearsal: Rehearsal) -> int:
     return max(0, file - rehearsal.unpacked)
 
 
-def slowed(method: str, device: str) -> float:
+def seconds_of(rehearsal: Rehearsal, data: Data, recipe: Recipe, method: str, machine: Machine) -> float:
+    """Of the whole run's optimizer loop: its products, and an update of every trained parameter each step."""
+    products = flops_of(rehearsal, data, recipe) / machine.flops * slowed(method, machine)
+    steps = recipe.epochs * math.ceil(data.examples / (recipe.batch * recipe.accumulation))
+    return products + steps * rehearsal.trained * machine.update
+
+
+def slowed(method: str, machine: Machine) -> float:
     """How many times longer an operation takes where weights are unpacked for every product.
 
-    On a CPU as measured (benchmarks/results/training_processes_float32.md), on a GPU as article 002 gives it.
+    On a CPU as measured (in float32 benchmarks/results/training_processes_float32.md, in bfloat16 the 12 cells of
+    QLoRA in experiment 5 against LoRA's 12), on a GPU as article 002 gives it.
     """
-    return 1.0 if method != "qlora" else 1.19 if device == "cpu" else 1.39
+    if method != "qlora":
+        return 1.0
+    return 1.39 if machine.device != "cpu" else 1.19 if machine.dtype == torch.float32 else 1.15
 
 
 def flops_of(rehearsal: Rehearsal, data: Data, recipe: Recipe) -> float:

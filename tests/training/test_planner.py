@@ -17,7 +17,7 @@ from training.advice import advise
 from training.data import Example, write_jsonl
 from training.encode import Encoded, EncodedSet
 from training.loss import label_loss
-from training.planner import Data, Machine, Option, flops_of, weigh
+from training.planner import Data, Machine, Option, flops_of, seconds_of, weigh
 from training.presets import ARTICLES, named_recipe
 from training.recipe import Recipe
 from training.rehearsal import Shape, rehearse, rehearse_all_layers
@@ -107,6 +107,18 @@ def test_the_largest_batch_and_the_operations(tiny_base: Path) -> None:
     told = rehearse(tiny_base, "lora", RECIPE, data.longest, "cpu", torch.float32)
     twice = replace(data, tokens=56, squared_lengths=2 * data.squared_lengths)
     assert flops_of(told, twice, RECIPE) == pytest.approx(2 * flops_of(told, data, RECIPE))
+
+
+def test_time_is_that_of_the_products_and_of_an_update_a_step(tiny_base: Path) -> None:
+    data = Data(10, 1000, 80_000, SHAPE)
+    told = rehearse(tiny_base, "lora", RECIPE, SHAPE, "cpu", torch.float32)
+    recipe = RECIPE.but(batch=4, accumulation=2, epochs=3.0)  # two steps a pass, of which one is not full
+    products = flops_of(told, data, recipe) / 1e9
+    machine = Machine("a test's", "cpu", 10**9, 0, 1e9, torch.float32, update=1e-6)
+    assert seconds_of(told, data, recipe, "lora", machine) == pytest.approx(products + 6 * told.trained * 1e-6)
+    for dtype, times in ((torch.float32, 1.19), (torch.bfloat16, 1.15)):
+        slower = replace(machine, dtype=dtype, update=0.0)
+        assert seconds_of(told, data, recipe, "qlora", slower) == pytest.approx(products * times)
 
 
 def options_that_fit(tiny_base: Path, memory: int) -> tuple[Data, list[Option]]:

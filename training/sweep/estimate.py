@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from training.planner import Data, Machine, flops_of, peak_in_process, read_data, slowed
+from training.planner import Data, Machine, flops_of, peak_in_process, read_data, seconds_of
 from training.rehearsal import Rehearsal, rehearse
 from training.sweep.plan import Cell
 from training.sweep.records import TaskData
@@ -38,9 +38,8 @@ class Estimator:
         """One cell's."""
         recipe, rehearsal = cell.recipe, self.rehearsal(cell, data)
         machine = self._machine(recipe.precision)
-        seconds = self.operations(cell, data) / machine.flops
         return Estimate(
-            seconds * slowed(recipe.method, machine.device),
+            seconds_of(rehearsal, self._sizes(cell, data), recipe, recipe.method, machine),
             peak_in_process(self._base, recipe, recipe.method, rehearsal, machine) + machine.overhead,
         )
 
