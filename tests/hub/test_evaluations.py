@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,22 @@ def test_records_are_kept_in_order_and_the_newest_of_a_task_counts(
     assert [each.metrics["accuracy"] for each in again.all_of(first)] == [0.5, 0.7, 0.6, 0.9]
     assert again.recorded(first, None).candidate == {"sentiment.accuracy": 0.6, "own-label.accuracy": 0.9}
     assert again.all_of(second) == []
+
+
+def test_a_record_is_the_file_that_it_always_was(
+    tmp_path: Path, versions: tuple[Version, Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = versions
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.25)
+    in_directory(tmp_path).add(first, scored(first))
+    [file] = (tmp_path / "hub" / "evaluations" / first.digest.hex).iterdir()
+    assert re.fullmatch(r"20270115T080000\.250000-[0-9a-f]{8}\.json", file.name)
+    assert file.read_text() == (
+        '{"at":"2027-01-15T08:00:00Z","base":{"name":"t","quantization":"nf4"},"by":"somebody",'
+        '"data":{"digest":"sha256:1","examples":9},"digest":"' + first.digest + '",'
+        '"intervals":{"accuracy":[0.4,0.6]},"metrics":{"accuracy":0.5},"schema":"loraplex.evaluation/1",'
+        '"task":"sentiment","version":"team/x@1"}'
+    )
 
 
 def test_damaged_and_foreign_records_are_seen(tmp_path: Path, versions: tuple[Version, Version]) -> None:

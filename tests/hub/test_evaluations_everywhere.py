@@ -160,6 +160,21 @@ def test_objects_lie_where_the_format_says_and_a_broken_one_is_named(tmp_path: P
         assert "is about another version" in " ".join(found.message for found in hub.fsck())
 
 
+def test_every_set_up_keeps_them(hub: HubFacade, tmp_path: Path) -> None:
+    version = pushed(hub, tmp_path)
+    written = hub.add_evaluation(scored(version))
+    assert hub.evaluations(version.digest) == [written] and hub.fsck() == []
+
+
+def test_a_hub_with_a_directory_keeps_them_there_also_where_its_blobs_are_in_s3(tmp_path: Path, s3_url: str) -> None:
+    with Hub.open(f"file://{tmp_path / 'hub'}?blobs={s3_url}") as hub:
+        version = pushed(hub, tmp_path)
+        written = hub.add_evaluation(scored(version))
+    [file] = (tmp_path / "hub" / "evaluations" / version.digest.hex).iterdir()
+    assert Evaluation.parse(file.read_bytes()) == written
+    assert list(obstore.list(Bucket.parse(s3_url).connect(), "evaluations")) == []
+
+
 def test_who_may_read_the_bucket_alone_reads_them_and_adds_none(
     tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
