@@ -57,8 +57,7 @@ class Evaluations:
 
     def add(self, version: Version | Record, found: Evaluation) -> Evaluation:
         """Keep a record of `version`, whole or not at all, with the time; raises EvaluationRefused, HubUnavailable."""
-        if found.digest != version.digest:
-            raise EvaluationRefused(f"the evaluation is of {found.digest}, and {version.text} is another version")
+        assert found.digest == version.digest
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
         kept = replace(found, version=version.text, at=stamp)

@@ -20,6 +20,7 @@ from hub.evaluations import MAX_RECORDS, Evaluations
 from hub.facade import HubFacade
 from hub.gate import Gate
 from hub.hub import Hub
+from hub.refs import Digest
 from hub.registry.server import RegistryConfig, RegistryServer
 from hub.remote.remote_hub import RemoteHub
 from hub.s3_evaluations import S3Records
@@ -188,7 +189,9 @@ def test_who_may_read_the_bucket_alone_reads_them_and_adds_none(
         assert len(hub.evaluations(version.digest)) == 1
 
 
-def test_a_bucket_that_is_away_is_told_and_is_no_damage(tmp_path: Path, s3_url: str) -> None:
+def test_a_bucket_that_is_away_is_told_and_is_no_damage(
+    tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     port = free_port()
     with in_bucket(tmp_path, s3_url) as hub:
         version = pushed(hub, tmp_path)
@@ -196,6 +199,15 @@ def test_a_bucket_that_is_away_is_told_and_is_no_damage(tmp_path: Path, s3_url: 
         for look in (lambda: hub.evaluations(version.digest), lambda: hub.add_evaluation(scored(version)), hub.fsck):
             with pytest.raises(StorageUnreachable):
                 look()
+
+    def away(self: S3Records, digest: Digest) -> None:
+        raise StorageUnreachable("away")
+
+    with in_bucket(tmp_path, s3_url) as hub:
+        hub.add_evaluation(scored(version))
+        monkeypatch.setattr(S3Records, "read", away)  # since it listed them
+        with pytest.raises(StorageUnreachable):
+            hub.fsck()
 
 
 def test_the_verbs_in_postgresql_with_s3(tmp_path: Path, postgres_database: str, s3_url: str) -> None:

@@ -17,6 +17,7 @@ from hub import json_text
 from hub.cli import group
 from hub.errors import (
     AdapterNotFound,
+    BlobCorrupt,
     EvaluationRefused,
     EvaluationsUnsupported,
     Forbidden,
@@ -27,6 +28,7 @@ from hub.errors import (
 from hub.evaluation import MAX_RECORD_BYTES
 from hub.gate import Gate
 from hub.hub import Hub
+from hub.refs import Digest
 from hub.registry.grants import Grant
 from hub.registry.server import RegistryServer
 from hub.registry.tokens import TokenStore
@@ -156,6 +158,18 @@ def test_hostile_records_are_refused_and_never_kept(connect: ConnectAs, store: H
     hub.connection.call("AddEvaluation", request)
     [kept] = store.evaluations(version.digest)
     assert (kept.version, kept.by, kept) == ("team/x@1", "ada", replace(scored(version), at=kept.at, by="ada"))
+
+
+def test_a_server_that_answers_with_another_versions_scores_is_not_believed(
+    connect: ConnectAs, version: Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(scored(version), digest=Digest.of_hex("0" * 64))
+    monkeypatch.setattr(Hub, "evaluations", lambda self, digest: [other])
+    monkeypatch.setattr(Hub, "add_evaluation", lambda self, found: other)
+    hub = connect("team:push")
+    for call in (lambda: hub.evaluations(version.digest), lambda: hub.add_evaluation(scored(version))):
+        with pytest.raises(BlobCorrupt, match="when asked for"):
+            call()
 
 
 def test_many_records_come_in_parts(
