@@ -81,6 +81,11 @@ class Catalog:
         return Catalog(self._engine, self._journal, actor=actor, step=self._step, read_only=self._read_only)
 
     @property
+    def actor(self) -> str | None:
+        """By whom is written what is written through it."""
+        return self._actor
+
+    @property
     def engine(self) -> sa.Engine:
         """The database, for tables that are no part of the catalog (the shared server's tokens)."""
         return self._engine

@@ -25,7 +25,7 @@ from hub.cli_output import (
     version_json,
 )
 from hub.errors import EvaluationsUnsupported
-from hub.evaluations import Evaluation, Evaluations
+from hub.evaluation import Evaluation
 from hub.facade import HubFacade
 from hub.hub import Version
 from hub.lineage import Lineage
@@ -63,7 +63,7 @@ def show(ref: str, card: bool, lineage: bool, config: bool, hub_url: str | None,
         text = hub.read_file(version, README_FILE).decode("utf-8", "replace") if card and README_FILE in files else None
         named = CONFIG_FILE if version.manifest.kind == "adapter" else model_dir.CONFIG_FILE
         settings = json.loads(hub.read_file(version, named)) if config else None
-    scored = _evaluations(version, hub_url)
+        scored = _evaluations(hub, version)
     held = {alias: state for alias, state in states.items() if state.holds(version.number)}
     if as_json:
         value = version_json(version, list(held))
@@ -85,15 +85,15 @@ def show(ref: str, card: bool, lineage: bool, config: bool, hub_url: str | None,
         aliases = " ".join(f":{alias}{share_text(state, version.number)}" for alias, state in held.items())
         _print_all(version, aliases, ", ".join(map(holder_text, leases)), parents)
         for each in scored:
-            click.secho(f"evaluation: {each.task}, {each.at}", bold=True)
+            click.secho(printable(f"evaluation: {each.task}, {each.at}"), bold=True)
             print_pairs(_flat(each.metrics))
 
 
-def _evaluations(version: Version, hub_url: str | None) -> list[Evaluation]:
+def _evaluations(hub: HubFacade, version: Version) -> list[Evaluation]:
     try:
-        return Evaluations.of(hub_url).all_of(version)
+        return hub.evaluations(version.digest)
     except EvaluationsUnsupported:
-        return []
+        return []  # a server of an older release: everything else can be shown
 
 
 def _print_all(version: Version, aliases: str, holders: str, parents: list[str]) -> None:

@@ -391,9 +391,15 @@ class ProfileMalformed(HubError):
 
 
 class EvaluationsUnsupported(HubError):
-    """The hub has no directory on this machine in which evaluations could be kept."""
+    """The hub keeps no evaluations: its server is of an older release, or it was opened offline."""
 
     reason = "EVALUATIONS_UNSUPPORTED"
+
+
+class EvaluationRefused(HubError):
+    """What should be kept as an evaluation is no sound record, is of another version, or is one too many."""
+
+    reason = "EVALUATION_REFUSED"
 
 
 class Unauthenticated(HubError):

@@ -1,62 +1,32 @@
 """Scores found after a version was pushed: records beside it, since the version itself never changes.
 
-    <hub's directory>/evaluations/<64 digits of the version's digest>/<time>-<random>.json
+    <hub's directory, or the bucket's prefix>/evaluations/<64 digits of the version's digest>/<time>-<random>.json
 
-    {"schema": "loraplex.evaluation/1", "version": "team/x@3", "digest": …, "task": …, "data": {"digest", "examples"},
-     "base": {"name", "quantization"}, "metrics": {name: number}, "intervals": {name: [low, high]}, "at": …, "by": …}
-
-Records are added, never changed; of several for a task the newest counts. A sweep takes those of versions it forgot.
-They lie with the hub's catalog and are for
-hubs that have a directory on this machine: not for those behind a server, nor for PostgreSQL with S3.
+Records (see `hub.evaluation`) are added, never changed; of several for a task the newest counts. A sweep takes those of
+versions it forgot. They lie with the hub's catalog where that is in a directory, and in the bucket where the hub has no
+directory on this machine.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Final, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Self
 
-from hub import json_text
-from hub.errors import BlobCorrupt, EvaluationsUnsupported, HubUnavailable
-from hub.place import Place, named
+from hub.errors import BlobCorrupt, EvaluationRefused, EvaluationsUnsupported, HubUnavailable, StorageUnreachable
+from hub.evaluation import Evaluation
+from hub.evaluation_records import DirectoryRecords, Records
+from hub.place import Place
 from hub.refs import Digest
 from hub.versions import Problem, Version
 
-SCHEMA: Final = "loraplex.evaluation/1"
-MAX_RECORD_BYTES: Final = 64 * 1024
+if TYPE_CHECKING:
+    from hub.catalog import Catalog
+    from hub.catalog_rows import Record
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One version's scores on one task."""
-
-    version: str  # "team/x@3"
-    digest: Digest  # the version's
-    task: str
-    data: Mapping[str, Any]  # "digest" of the questions' file, and how many "examples" were asked
-    base: Mapping[str, Any]  # "name" and "quantization" of what the adapter ran on
-    metrics: Mapping[str, float]
-    intervals: Mapping[str, tuple[float, float]]  # 95 %, over the questions
-    at: str = ""  # RFC 3339, UTC; given by `add`
-    by: str | None = None
-
-    @classmethod
-    def parse(cls, data: bytes) -> Self:
-        """A record's bytes; raises BlobCorrupt."""
-        try:
-            value = json_text.parse_object(data, max_bytes=MAX_RECORD_BYTES)
-            if value.pop("schema") != SCHEMA:
-                raise ValueError("has a schema this release does not read")
-            intervals = {name: (float(low), float(high)) for name, (low, high) in value.pop("intervals").items()}
-            metrics = {name: float(number) for name, number in value.pop("metrics").items()}
-            return cls(digest=Digest.parse(value.pop("digest")), intervals=intervals, metrics=metrics, **value)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BlobCorrupt(f"an evaluation's record {error}") from error
+MAX_RECORDS: Final = 1000  # of one version
 
 
 @dataclass(frozen=True)
@@ -71,53 +41,41 @@ class Recorded:
 class Evaluations:
     """The records of one hub; safe to use from several processes."""
 
-    def __init__(self, directory: Path) -> None:
-        self._root = directory / "evaluations"
+    def __init__(self, records: Records) -> None:
+        self._records = records
 
     @classmethod
-    def of(cls, hub_url: str | None) -> Self:
-        """Those of the hub at `hub_url` (see `hub.place`); raises EvaluationsUnsupported, HubUnavailable."""
-        if "://" in named(hub_url) and named(hub_url).startswith(("grpc://", "grpcs://")):
-            raise EvaluationsUnsupported("a shared hub keeps no evaluations yet: record them where its directory is")
-        place = Place.parse(hub_url)
-        if place.directory is None:
-            raise EvaluationsUnsupported("a hub in PostgreSQL and S3 has no directory to keep evaluations in")
-        return cls(place.directory)
+    def at(cls, place: Place) -> Self:
+        """Those of the hub at a place; raises HubUnavailable."""
+        if place.directory is not None:
+            return cls(DirectoryRecords(place.directory / "evaluations"))
+        assert place.bucket is not None
+        from hub.blobs.bucket import Bucket  # the S3 client is large; hubs without one do not load it
+        from hub.s3_evaluations import S3Records
 
-    def add(self, version: Version, found: Evaluation) -> Evaluation:
-        """Keep a record of `version`, whole or not at all, with the time; raises HubUnavailable."""
+        return cls(S3Records(Bucket.parse(place.bucket)))
+
+    def add(self, version: Version | Record, found: Evaluation) -> Evaluation:
+        """Keep a record of `version`, whole or not at all, with the time; raises EvaluationRefused, HubUnavailable."""
         assert found.digest == version.digest
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-        kept = Evaluation(**{**vars(found), "at": stamp})
-        directory = self._root / version.digest.hex
-        # The file's name is its place in time, to the microsecond.
+        kept = replace(found, version=version.text, at=stamp)
+        data = kept.encode()
+        if len(self._records.names(version.digest)) >= MAX_RECORDS:
+            raise EvaluationRefused(f"{version.text} has {MAX_RECORDS} evaluations, and no version has more")
+        # The record's name is its place in time, to the microsecond.
         name = (
             f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}-{uuid.uuid4().hex[:8]}.json"
         )
-        data = json_text.canonical({"schema": SCHEMA, **asdict(kept)})
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            aside = directory / f".{name}"
-            with aside.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.rename(directory / name)
-        except OSError as error:
-            raise HubUnavailable(f"the evaluation cannot be kept: {os.strerror(error.errno or 0)}") from error
+        self._records.write(version.digest, name, data)
         return kept
 
-    def all_of(self, version: Version) -> list[Evaluation]:
+    def all_of(self, version: Version | Record) -> list[Evaluation]:
         """Every record of a version, oldest first; raises BlobCorrupt, HubUnavailable."""
-        try:
-            files = sorted((self._root / version.digest.hex).glob("[0-9]*.json"))
-            found = [Evaluation.parse(file.read_bytes()) for file in files]
-        except OSError as error:
-            raise HubUnavailable(f"the evaluations cannot be read: {os.strerror(error.errno or 0)}") from error
-        for each in found:
-            if each.digest != version.digest:
-                raise BlobCorrupt(f"an evaluation's record of {version.text} is about another version")
+        found = [Evaluation.parse(data) for _, data in self._records.read(version.digest)]
+        if any(each.digest != version.digest for each in found):
+            raise BlobCorrupt(f"an evaluation's record of {version.text} is about another version")
         return found
 
     def recorded(self, version: Version, current: Version | None) -> Recorded:
@@ -128,48 +86,66 @@ class Evaluations:
         for each in self.all_of(current) if current is not None else ():
             asked = newest.get(each.task)
             if asked is not None and (each.data, each.base) == (asked.data, asked.base):
-                had |= _named(each)
+                had |= each.named_metrics()
             else:
-                others |= _named(each).keys()
-        scores = {name: number for each in newest.values() for name, number in _named(each).items()}
+                others |= each.named_metrics().keys()
+        scores = {name: number for each in newest.values() for name, number in each.named_metrics().items()}
         return Recorded(scores, had, frozenset(others - had.keys()))
 
     def digests(self) -> list[Digest]:
         """Of the versions that have records; raises HubUnavailable."""
-        try:
-            return [
-                Digest.of_hex(entry.name) for entry in sorted(self._root.glob("[0-9a-f]*")) if len(entry.name) == 64
-            ]
-        except OSError as error:
-            raise HubUnavailable(f"the evaluations cannot be read: {os.strerror(error.errno or 0)}") from error
+        return self._records.digests()
 
     def discard(self, digest: Digest, *, dry_run: bool = False) -> int:
         """Delete the records of a version that is forgotten; their bytes. Raises HubUnavailable."""
-        directory = self._root / digest.hex
-        try:
-            size = sum(file.stat().st_size for file in directory.iterdir())
-            if not dry_run:
-                shutil.rmtree(directory)
-        except OSError as error:
-            raise HubUnavailable(f"the evaluations cannot be swept: {os.strerror(error.errno or 0)}") from error
+        size = self._records.size(digest)
+        if not dry_run:
+            self._records.remove(digest)
         return size
 
     def problems(self) -> list[Problem]:
         """Records that cannot be read, or are about another version than they lie with."""
+        return [problem for digest in self.digests() for problem in self._problems_of(digest)]
+
+    def _problems_of(self, digest: Digest) -> list[Problem]:
+        short, place = f"sha256:{digest.hex[:16]}…", f"evaluations/{digest.hex[:16]}…"
         found = []
-        for digest in self.digests():
-            for file in sorted((self._root / digest.hex).glob("[0-9]*.json")):
-                try:
-                    about = Evaluation.parse(file.read_bytes())
-                    if about.digest == digest:
-                        continue
-                    what = f"an evaluation's record of {about.version} is about another version"
-                except (BlobCorrupt, OSError) as error:
-                    what = str(error)
-                name = f"evaluations/{digest.hex[:16]}…/{file.name}"
-                found.append(Problem(f"sha256:{digest.hex[:16]}…", name, BlobCorrupt.reason, what))
+        try:
+            records = self._records.read(digest)
+        except StorageUnreachable:
+            raise
+        except HubUnavailable as error:
+            return [Problem(short, place, BlobCorrupt.reason, str(error))]
+        for name, data in records:
+            try:
+                about = Evaluation.parse(data)
+                if about.digest == digest:
+                    continue
+                what = f"an evaluation's record of {about.version} is about another version"
+            except BlobCorrupt as error:
+                what = str(error)
+            found.append(Problem(short, f"{place}/{name}", BlobCorrupt.reason, what))
         return found
 
 
-def _named(one: Evaluation) -> dict[str, float]:
-    return {f"{one.task}.{metric}": number for metric, number in one.metrics.items()}
+class KeptEvaluations:
+    """The part of `hub.hub.Hub` that is about evaluations."""
+
+    _catalog: Catalog
+    _evaluations: Evaluations | None
+
+    def add_evaluation(self, found: Evaluation) -> Evaluation:
+        """Keep scores of the version that they are about, with the time and this hub's actor; the record as it is kept.
+
+        Raises EvaluationRefused, AdapterNotFound, EvaluationsUnsupported where the hub was opened without evaluations.
+        """
+        self._catalog.check_writable()
+        record = self._catalog.get(Digest.parse(found.digest))
+        if self._evaluations is None:
+            raise EvaluationsUnsupported("evaluations are recorded where the hub is there, not offline")
+        return self._evaluations.add(record, replace(found, by=self._catalog.actor or None))
+
+    def evaluations(self, digest: Digest | str) -> list[Evaluation]:
+        """What was recorded of the version with this digest, oldest first; raises BlobCorrupt, AdapterNotFound."""
+        record = self._catalog.get(Digest.parse(digest))
+        return self._evaluations.all_of(record) if self._evaluations is not None else []

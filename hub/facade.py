@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from hub.arrivals import Adopted, AliasArrival, Arrival, LayOut
+from hub.evaluation import Evaluation
 from hub.gate import Gate, Promotion
 from hub.gate_evaluation import Scores
 from hub.lineage import Lineage
@@ -70,6 +71,12 @@ class HubFacade(Protocol):
 
     def signatures(self, digest: Digest | str) -> tuple[bytes, ...]:
         """The signatures of the version with this digest, as they were added; whoever trusts a key checks them."""
+
+    def add_evaluation(self, found: Evaluation) -> Evaluation:
+        """Keep scores of the version that they are about, with the time and the actor; the record as it is kept."""
+
+    def evaluations(self, digest: Digest | str) -> list[Evaluation]:
+        """What was recorded of the version with this digest, oldest first; raises BlobCorrupt, AdapterNotFound."""
 
     def adopt(
         self,

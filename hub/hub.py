@@ -17,7 +17,7 @@ from hub.base import base_identity
 from hub.base_identity import BaseIdentity
 from hub.blobs import BlobStore
 from hub.errors import AdapterNotFound, AliasMoved, BlobCorrupt
-from hub.evaluations import Evaluations
+from hub.evaluations import Evaluations, KeptEvaluations
 from hub.fingerprint import known_shapes
 from hub.gate import Gate, Promotion
 from hub.gate_evaluation import Scores
@@ -42,18 +42,24 @@ if TYPE_CHECKING:
 __all__ = ["AliasState", "Event", "Hub", "Lease", "Problem", "PushResult", "Swept", "Version"]
 
 
-class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
+class Hub(signature_store.KeptSignatures, KeptEvaluations, adopting.AdoptedVersions):
     """A hub, opened. Methods are safe to call from several threads; any of them may raise HubUnavailable.
 
     Where a method takes `ref`, an AdapterRef or its text will do; text raises RefInvalid where it is none.
     """
 
-    def __init__(self, blobs: BlobStore, entries: catalog.Catalog, directory: Path | None = None) -> None:
-        """`directory`: the hub's own, where it has one, with evaluations and a profile."""
+    def __init__(
+        self,
+        blobs: BlobStore,
+        entries: catalog.Catalog,
+        directory: Path | None = None,
+        evaluations: Evaluations | None = None,
+    ) -> None:
+        """`directory`: the hub's own, where it has one, with a profile; `evaluations` None: there are none."""
         self._blobs = blobs
         self._catalog = entries
         self._directory = directory
-        self._evaluations = Evaluations(directory) if directory is not None else None
+        self._evaluations = evaluations
         # What pushes must keep to, see `hub.profile`; it need not be there, and is read every time.
         self.profile_file = directory / PROFILE_FILE if directory is not None else None
         # A version's record never changes.
@@ -65,7 +71,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
 
         None means the environment's LORAPLEX_HUB, else this user's data directory. Raises HubUnavailable.
         """
-        return cls(*location.open_parts(url), location.Place.parse(url).directory)
+        return cls(*location.open_parts(url), *_beside(url))
 
     @classmethod
     def open_existing(cls, url: str | None = None) -> Self:
@@ -73,11 +79,11 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
 
         Raises HubNotFound where there is none, HubUnavailable.
         """
-        return cls(*location.open_existing(url), location.Place.parse(url).directory)
+        return cls(*location.open_existing(url), *_beside(url))
 
     def acting_as(self, actor: str | None) -> Hub:
         """This hub; what is written through the result is written by `actor`. Close only one of the two."""
-        other = Hub(self._blobs, self._catalog.acting_as(actor), self._directory)
+        other = Hub(self._blobs, self._catalog.acting_as(actor), self._directory, self._evaluations)
         other.profile_file = self.profile_file
         return other
 
@@ -272,7 +278,7 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
     def promote(self, ref: AdapterRef | str, alias: str, gate: Gate, scores: Scores | None = None) -> Promotion:
         """Point `alias` at the version `ref` names, provided its metrics meet `gate`.
 
-        They are those it was pushed with, those of its evaluations ("task.metric"; in a hub's directory), and `scores`.
+        They are those it was pushed with, those of its evaluations ("task.metric"), and `scores`.
 
         Comparisons with what the alias holds are made with what it holds at the moment it moves: where it moved
         meanwhile, also while `scores` were measured, AliasMoved. Raises GateRefused, naming every number that failed,
@@ -388,6 +394,12 @@ class Hub(signature_store.KeptSignatures, adopting.AdoptedVersions):
     def _version(self, record: catalog.Record) -> Version:
         manifest = self._manifest(record)
         return Version(record.full_name, record.number, record.digest, manifest, manifest.created)
+
+
+def _beside(url: str | None) -> tuple[Path | None, Evaluations]:
+    """The directory of the hub at `url`, where it has one, and its evaluations."""
+    place = location.Place.parse(url)
+    return place.directory, Evaluations.at(place)
 
 
 def _exact(version: Version) -> AdapterRef:

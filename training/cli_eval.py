@@ -104,11 +104,10 @@ def evaluate(
     if compare is not None and len(models) == 1:
         raise click.UsageError(f"there is nothing to compare {compare} with")
     if record:
-        from hub.evaluations import Evaluations
-        from training.recording import versions_among
+        from training import recording
 
-        in_hub = versions_among(models, BASE)
-        Evaluations.of(hub_url)  # refuses now what it would refuse after all the work
+        in_hub = recording.versions_among(models, BASE)
+        recording.check_kept(in_hub, hub_url)
     chosen, dataset = task_named(task), read_jsonl(data)
     if limit is not None:
         dataset = Dataset(dataset.examples[:limit], dataset.digest)
@@ -131,14 +130,6 @@ def evaluate(
     differences = _differences(comparison, texts, compare, seed) if compare is not None else {}
     if answers is not None:
         _write_answers(answers, dataset, comparison)
-    if record:
-        from training import recording
-
-        recorded = recording.record(
-            in_hub, {model: adapters.uses[model].digest for model in in_hub}, results, hub_url, task=task,
-            data={"digest": dataset.digest, "examples": len(dataset)}, base={"name": named, "quantization": quantize},
-        )  # fmt: skip
-        click.echo(f"recorded: {', '.join(recorded)}", err=True)
     if as_json:
         print_json(
             {
@@ -179,6 +170,12 @@ def evaluate(
         _show_cut_off(compared)
         if compare is not None:
             _show_differences(compare, chosen, differences)
+    if record:  # last, so that a refusal loses nothing
+        recorded = recording.record(
+            in_hub, {model: adapters.uses[model].digest for model in in_hub}, results, hub_url, task=task,
+            data={"digest": dataset.digest, "examples": len(dataset)}, base={"name": named, "quantization": quantize},
+        )  # fmt: skip
+        click.echo(f"recorded: {', '.join(recorded)}", err=True)
 
 
 def _read_text(path: Path) -> str:

@@ -4,7 +4,7 @@
     namespace = a namespace, "." (adapters without one) or "*" (all)
 
     read     resolve, pull, list, search, log, watch, verify one version, lease for at most an hour
-    push     push new versions (":latest" follows), pin and unpin
+    push     push new versions (":latest" follows), add evaluations, pin and unpin
     promote  move every other alias: tag, untag, promote, rollback, push with an alias
     admin    everything in the namespace, also rm and restore; for "*" gc, fsck and tokens too
 

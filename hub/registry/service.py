@@ -9,6 +9,7 @@ from __future__ import annotations
 from hub.registry.access import Observer, ServiceLimits
 from hub.registry.adopt_call import AdoptCall
 from hub.registry.changing import ChangingCalls
+from hub.registry.evaluation_calls import EvaluationCalls
 from hub.registry.following import FollowingCalls
 from hub.registry.pushing import PushingCalls
 from hub.registry.reading import ReadingCalls
@@ -18,5 +19,7 @@ from hub.registry.token_calls import TokenCalls
 __all__ = ["Observer", "RegistryService", "ServiceLimits"]
 
 
-class RegistryService(SignatureCalls, AdoptCall, ReadingCalls, PushingCalls, ChangingCalls, FollowingCalls, TokenCalls):
+class RegistryService(
+    SignatureCalls, EvaluationCalls, AdoptCall, ReadingCalls, PushingCalls, ChangingCalls, FollowingCalls, TokenCalls
+):
     """One hub for many callers: every call of `loraplex.v1.Registry`; see `Access`."""

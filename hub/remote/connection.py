@@ -12,7 +12,7 @@ import grpc
 
 from hub.errors import HubUnavailable
 from hub.remote.address import Address
-from hub.remote.status import error_of, is_away
+from hub.remote.status import error_of, is_away, is_unknown
 from protos.loraplex.v1 import registry_pb2_grpc
 
 CALL_SECONDS: Final = 15.0  # a short call's deadline
@@ -145,8 +145,14 @@ class ServerAway(HubUnavailable):
     """No answer came from the shared server; what is cached can be used, and trying again may help."""
 
 
+class CallUnknown(HubUnavailable):
+    """What answers has no such call: a server of an older release, or no hub's at all."""
+
+
 def _raised(error: grpc.RpcError) -> Exception:
     raised = error_of(error)
+    if is_unknown(error):
+        return CallUnknown(str(raised))
     if not is_away(error):
         return raised
     return ServerAway(raised.public, raised.detail) if isinstance(raised, HubUnavailable) else ServerAway(str(raised))

@@ -13,13 +13,14 @@ from hub.remote.connection import Connection
 from hub.remote.content import RemoteContent
 from hub.remote.following import RemoteFollowing
 from hub.remote.remote_adopting import RemoteAdopting
+from hub.remote.remote_evaluations import RemoteEvaluations
 from hub.remote.remote_signatures import RemoteSignatures
 
 if TYPE_CHECKING:
     from hub.facade import HubFacade
 
 
-class RemoteHub(RemoteSignatures, RemoteAdopting, RemoteContent, RemoteChanges, RemoteFollowing):
+class RemoteHub(RemoteSignatures, RemoteEvaluations, RemoteAdopting, RemoteContent, RemoteChanges, RemoteFollowing):
     """A shared hub, opened; methods are safe to call from several threads and raise what `hub.hub.Hub`'s do.
 
     Beside those: Unauthenticated, Forbidden, ServerBusy. While the server is away `resolve`, `get`, `read_file`,

@@ -45,6 +45,8 @@ STATUSES: Final[Mapping[type[Exception], grpc.StatusCode]] = {
     errors.SignatureUntrusted: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SignatureInvalid: grpc.StatusCode.FAILED_PRECONDITION,
     errors.BundleRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.EvaluationRefused: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.EvaluationsUnsupported: grpc.StatusCode.UNIMPLEMENTED,
     errors.VersionClash: grpc.StatusCode.ALREADY_EXISTS,
     errors.HubUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
@@ -106,6 +108,15 @@ def error_of(error: grpc.RpcError) -> errors.HubError:
 def is_away(error: grpc.RpcError) -> bool:
     """Whether no answer came, or that the server drains or lacks its database: trying again may help."""
     return isinstance(error, grpc.Call) and error.code() in _AWAY and reason_of(error) in _AWAY_REASONS
+
+
+def is_unknown(error: grpc.RpcError) -> bool:
+    """Whether what answered has no such call."""
+    return (
+        isinstance(error, grpc.Call)
+        and error.code() is grpc.StatusCode.UNIMPLEMENTED
+        and reason_of(error) not in _BY_REASON
+    )
 
 
 _AWAY: Final = (

@@ -110,6 +110,8 @@ def test_row_12_every_call_refuses_what_is_no_digest(world: World) -> None:
             "ReadFile": pb.ReadFileRequest(digest=text, filename="adapter_config.json"),
             "Sign": pb.SignRequest(digest=text, signature=b"{}"),
             "Signatures": pb.SignaturesRequest(digest=text),
+            "AddEvaluation": pb.AddEvaluationRequest(digest=text),
+            "ListEvaluations": pb.ListEvaluationsRequest(digest=text),
             "BeginPush": pb.BeginPushRequest(ref="team/x", files=[file]),
             "Publish": pb.PublishRequest(ref="team/x", files=[file]),
         }.items():
@@ -135,7 +137,7 @@ def test_row_11_another_tenants_adapter_sounds_as_one_that_is_not_there(world: W
     ):
         assert said(pair[0]) == said(pair[1])
     zeros = "sha256:" + "0" * 64
-    for call in (hub.get, hub.signatures):
+    for call in (hub.get, hub.signatures, hub.evaluations):
         mine, unknown = said(lambda call=call: call(there.digest)), said(lambda call=call: call(zeros))  # type: ignore[misc]
         assert mine[0] == unknown[0] == "ADAPTER_NOT_FOUND"
         assert mine[1].replace(there.digest, zeros) == unknown[1]

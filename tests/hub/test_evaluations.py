@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from hub.cli import group
-from hub.errors import BlobCorrupt, EvaluationsUnsupported
-from hub.evaluations import Evaluation, Evaluations
+from hub.errors import BlobCorrupt
+from hub.evaluation import Evaluation
+from hub.evaluations import Evaluations
 from hub.hub import Hub
+from hub.place import Place
 from hub.versions import Version
 from tests.hub.making import lora_tensors, write_adapter
 
@@ -24,6 +27,10 @@ def versions(tmp_path: Path) -> tuple[Version, Version]:
         first = hub.push(write_adapter(tmp_path / "a"), "team/x").version
         second = hub.push(write_adapter(tmp_path / "b", tensors=lora_tensors(seed=1)), "team/x").version
     return first, second
+
+
+def in_directory(tmp_path: Path) -> Evaluations:
+    return Evaluations.at(Place.parse(str(tmp_path / "hub")))
 
 
 def scored(version: Version, task: str = "sentiment", accuracy: float = 0.5) -> Evaluation:
@@ -37,7 +44,7 @@ def test_records_are_kept_in_order_and_the_newest_of_a_task_counts(
     tmp_path: Path, versions: tuple[Version, Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = versions
-    kept = Evaluations.of(str(tmp_path / "hub"))
+    kept = in_directory(tmp_path)
     assert kept.all_of(first) == [] and kept.recorded(first, None).candidate == {}
     now = [1_800_000_000.25]
     monkeypatch.setattr(time, "time", lambda: now[0])
@@ -47,15 +54,31 @@ def test_records_are_kept_in_order_and_the_newest_of_a_task_counts(
         now[0] += 0.000002
     now[0] += 1
     kept.add(first, scored(first, "own-label", 0.9))
-    again = Evaluations.of(f"file://{tmp_path / 'hub'}")
+    again = Evaluations.at(Place.parse(f"file://{tmp_path / 'hub'}"))
     assert [each.metrics["accuracy"] for each in again.all_of(first)] == [0.5, 0.7, 0.6, 0.9]
     assert again.recorded(first, None).candidate == {"sentiment.accuracy": 0.6, "own-label.accuracy": 0.9}
     assert again.all_of(second) == []
 
 
+def test_a_record_is_the_file_that_it_always_was(
+    tmp_path: Path, versions: tuple[Version, Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = versions
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.25)
+    in_directory(tmp_path).add(first, scored(first))
+    [file] = (tmp_path / "hub" / "evaluations" / first.digest.hex).iterdir()
+    assert re.fullmatch(r"20270115T080000\.250000-[0-9a-f]{8}\.json", file.name)
+    assert file.read_text() == (
+        '{"at":"2027-01-15T08:00:00Z","base":{"name":"t","quantization":"nf4"},"by":"somebody",'
+        '"data":{"digest":"sha256:1","examples":9},"digest":"' + first.digest + '",'
+        '"intervals":{"accuracy":[0.4,0.6]},"metrics":{"accuracy":0.5},"schema":"loraplex.evaluation/1",'
+        '"task":"sentiment","version":"team/x@1"}'
+    )
+
+
 def test_damaged_and_foreign_records_are_seen(tmp_path: Path, versions: tuple[Version, Version]) -> None:
     first, second = versions
-    kept = Evaluations.of(str(tmp_path / "hub"))
+    kept = in_directory(tmp_path)
     kept.add(first, scored(first))
     [file] = (tmp_path / "hub" / "evaluations" / first.digest.hex).iterdir()
     other = tmp_path / "hub" / "evaluations" / second.digest.hex
@@ -76,23 +99,17 @@ def test_damaged_and_foreign_records_are_seen(tmp_path: Path, versions: tuple[Ve
 
 def test_a_half_written_record_is_not_read(tmp_path: Path, versions: tuple[Version, Version]) -> None:
     first, _ = versions
-    kept = Evaluations.of(str(tmp_path / "hub"))
+    kept = in_directory(tmp_path)
     kept.add(first, scored(first))
     directory = tmp_path / "hub" / "evaluations" / first.digest.hex
     (directory / ".20270115T080000.000000-00000000.json").write_text("{")
     assert len(kept.all_of(first)) == 1
 
 
-@pytest.mark.parametrize("url", ["grpc://127.0.0.1:1", "grpcs://hub.example:443"])
-def test_a_shared_hub_keeps_none_and_says_so(url: str) -> None:
-    with pytest.raises(EvaluationsUnsupported):
-        Evaluations.of(url)
-
-
 def test_show_shows_them(tmp_path: Path, versions: tuple[Version, Version]) -> None:
     first, _ = versions
     hub = str(tmp_path / "hub")
-    Evaluations.of(hub).add(first, scored(first))
+    in_directory(tmp_path).add(first, scored(first))
     shown = CliRunner().invoke(group, ["show", "team/x@1", "--hub", hub], catch_exceptions=False).output
     assert "evaluation: sentiment" in shown and "accuracy" in shown
     told = json.loads(CliRunner().invoke(group, ["show", "team/x@1", "--hub", hub, "--json"]).output)
@@ -109,7 +126,7 @@ def test_a_sweep_takes_the_records_of_versions_that_it_forgot(
     tmp_path: Path, versions: tuple[Version, Version]
 ) -> None:
     first, second = versions
-    kept = Evaluations.of(str(tmp_path / "hub"))
+    kept = in_directory(tmp_path)
     for version in versions:
         kept.add(version, scored(version))
     with Hub.open(str(tmp_path / "hub")) as hub:
@@ -126,7 +143,7 @@ def test_a_sweep_takes_the_records_of_versions_that_it_forgot(
 
 def test_fsck_reads_the_records(tmp_path: Path, versions: tuple[Version, Version]) -> None:
     first, second = versions
-    kept = Evaluations.of(str(tmp_path / "hub"))
+    kept = in_directory(tmp_path)
     with Hub.open(str(tmp_path / "hub")) as hub:
         kept.add(first, scored(first))
         assert hub.fsck() == []
@@ -148,7 +165,7 @@ def test_a_gate_asks_for_what_evaluations_recorded(tmp_path: Path, versions: tup
     """By the verb: nothing recorded, too little, enough, and held to what the alias holds."""
     first, second = versions
     url = str(tmp_path / "hub")
-    kept = Evaluations.of(url)
+    kept = in_directory(tmp_path)
     (tmp_path / "gate.toml").write_text(
         'require = ["sentiment.accuracy >= 0.6"]\nno_lower = {"sentiment.accuracy" = 0.01}'
     )

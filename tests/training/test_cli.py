@@ -13,6 +13,9 @@ from click.testing import CliRunner, Result
 
 from hub.cli import group
 from hub.errors import RefInvalid
+from hub.hub import Hub
+from hub.registry.server import RegistryConfig, RegistryServer
+from hub.remote.cache import Cache
 from training.commands import COMMANDS
 from training.data import Example, read_jsonl, write_jsonl
 from training.errors import DataInvalid, DataTooSmall, OutputExists, OutputUnwritable, RecipeInvalid, UnknownRecipe
@@ -342,7 +345,7 @@ def test_a_full_fine_tune_becomes_a_version_a_base_and_a_lora(tiny_base: Path, l
 
 @pytest.mark.timeout(180)
 def test_scores_are_recorded_beside_the_version_that_was_scored(
-    tiny_base: Path, labelled: Path, tmp_path: Path
+    tiny_base: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from training.errors import NothingToRecord
 
@@ -359,6 +362,14 @@ def test_scores_are_recorded_beside_the_version_that_was_scored(
         "team/tiny:prod"
     ]
     run("eval", "base", str(tmp_path / "out"), *scores, "--record", *common, fails=NothingToRecord)
+    # Into a shared hub as well.
+    monkeypatch.setattr(Cache, "of", lambda address: Cache(tmp_path / "client"))
+    config = RegistryConfig(listen="127.0.0.1:0", uploads=tmp_path / "uploads")
+    with Hub.open(str(hub)) as store, RegistryServer(store, None, config) as server:
+        shared = ("--base", tiny_base, "--hub", f"grpc://{server.address}", "--threads", "1")
+        run("eval", "team/tiny:prod", *scores, "--record", *shared)
+        before, after = store.evaluations(store.resolve("team/tiny@1").digest)
+        assert (after.metrics, after.data, after.base) == (before.metrics, before.data, before.base)
 
 
 def test_wrong_use_of_the_newer_options_is_refused(labelled: Path, tmp_path: Path) -> None:

@@ -322,6 +322,38 @@ class SignaturesResponse(_message.Message):
     signatures: _containers.RepeatedScalarFieldContainer[bytes]
     def __init__(self, signatures: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
+class EvaluationRecord(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: bytes
+    def __init__(self, json: _Optional[bytes] = ...) -> None: ...
+
+class AddEvaluationRequest(_message.Message):
+    __slots__ = ("digest", "record")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    record: EvaluationRecord
+    def __init__(self, digest: _Optional[str] = ..., record: _Optional[_Union[EvaluationRecord, _Mapping]] = ...) -> None: ...
+
+class AddEvaluationResponse(_message.Message):
+    __slots__ = ("record",)
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    record: EvaluationRecord
+    def __init__(self, record: _Optional[_Union[EvaluationRecord, _Mapping]] = ...) -> None: ...
+
+class ListEvaluationsRequest(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    def __init__(self, digest: _Optional[str] = ...) -> None: ...
+
+class EvaluationsPart(_message.Message):
+    __slots__ = ("records",)
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    records: _containers.RepeatedCompositeFieldContainer[EvaluationRecord]
+    def __init__(self, records: _Optional[_Iterable[_Union[EvaluationRecord, _Mapping]]] = ...) -> None: ...
+
 class AdoptRequest(_message.Message):
     __slots__ = ("begin", "arrival")
     class Begin(_message.Message):

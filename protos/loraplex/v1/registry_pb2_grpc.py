@@ -102,6 +102,16 @@ class RegistryStub:
                 request_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.SignaturesRequest.SerializeToString,
                 response_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.SignaturesResponse.FromString,
                 _registered_method=True)
+        self.AddEvaluation = channel.unary_unary(
+                '/loraplex.v1.Registry/AddEvaluation',
+                request_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.AddEvaluationRequest.SerializeToString,
+                response_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.AddEvaluationResponse.FromString,
+                _registered_method=True)
+        self.ListEvaluations = channel.unary_stream(
+                '/loraplex.v1.Registry/ListEvaluations',
+                request_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.ListEvaluationsRequest.SerializeToString,
+                response_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.EvaluationsPart.FromString,
+                _registered_method=True)
         self.Adopt = channel.stream_unary(
                 '/loraplex.v1.Registry/Adopt',
                 request_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.AdoptRequest.SerializeToString,
@@ -275,6 +285,21 @@ class RegistryServicer:
 
     def Signatures(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddEvaluation(self, request, context):
+        """Keeps scores of a version that were found after it was pushed; the
+        server says when, and by whom.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEvaluations(self, request, context):
+        """All of a version's, oldest first.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -453,6 +478,16 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.Signatures,
                     request_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.SignaturesRequest.FromString,
                     response_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.SignaturesResponse.SerializeToString,
+            ),
+            'AddEvaluation': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddEvaluation,
+                    request_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.AddEvaluationRequest.FromString,
+                    response_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.AddEvaluationResponse.SerializeToString,
+            ),
+            'ListEvaluations': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListEvaluations,
+                    request_deserializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.ListEvaluationsRequest.FromString,
+                    response_serializer=protos_dot_loraplex_dot_v1_dot_registry__pb2.EvaluationsPart.SerializeToString,
             ),
             'Adopt': grpc.stream_unary_rpc_method_handler(
                     servicer.Adopt,
@@ -894,6 +929,60 @@ class Registry:
             '/loraplex.v1.Registry/Signatures',
             protos_dot_loraplex_dot_v1_dot_registry__pb2.SignaturesRequest.SerializeToString,
             protos_dot_loraplex_dot_v1_dot_registry__pb2.SignaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddEvaluation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.Registry/AddEvaluation',
+            protos_dot_loraplex_dot_v1_dot_registry__pb2.AddEvaluationRequest.SerializeToString,
+            protos_dot_loraplex_dot_v1_dot_registry__pb2.AddEvaluationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEvaluations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loraplex.v1.Registry/ListEvaluations',
+            protos_dot_loraplex_dot_v1_dot_registry__pb2.ListEvaluationsRequest.SerializeToString,
+            protos_dot_loraplex_dot_v1_dot_registry__pb2.EvaluationsPart.FromString,
             options,
             channel_credentials,
             insecure,
