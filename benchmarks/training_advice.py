@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -106,15 +106,16 @@ def hub(arguments: list[str], threads: int) -> tuple[str, int]:
         return said.read(), usage.ru_maxrss * 1024
 
 
+def advice(data: Path, common: list[str], threads: int) -> list[dict[str, Any]]:
+    """The options of `hub advise`."""
+    options: list[dict[str, Any]] = json.loads(hub(["advise", "--data", str(data), *common], threads)[0])["options"]
+    return options
+
+
 def measure(name: str, base: str, task: str, data: Path, precision: str, threads: int, work: Path) -> list[Run]:
     """Every method with and without checkpointing."""
     common = ["--base", base, "--recipe", RECIPE, "--precision", precision]
-
-    def advice() -> list[dict[str, Any]]:
-        options: list[dict[str, Any]] = json.loads(hub(["advise", "--data", str(data), *common], threads)[0])["options"]
-        return options
-
-    before, taken = advice(), []
+    before, taken = advice(data, common, threads), []
     for option in before:
         flags = ["--gradient-checkpointing"] if option["checkpointing"] else []
         rate = ["--learning-rate", "1e-5"]  # whatever is learned, nothing may diverge
@@ -130,8 +131,23 @@ def measure(name: str, base: str, task: str, data: Path, precision: str, threads
             name, task, precision, was["method"], was["checkpointing"], was["memory"], size,
             (was["seconds"], now["seconds"]), seconds,
         )
-        for was, now, (size, seconds) in zip(before, advice(), taken, strict=True)
+        for was, now, (size, seconds) in zip(before, advice(data, common, threads), taken, strict=True)
     ]  # fmt: skip
+
+
+def said_again(runs: list[Run], base: str, data: Path, threads: int) -> list[Run]:
+    """The same runs of one base with what is said of them now, twice: after the planner was changed."""
+    common = ["--base", base, "--recipe", RECIPE, "--precision", runs[0].precision]
+    first, second = advice(data, common, threads), advice(data, common, threads)
+    found = []
+    for run in runs:
+        [number] = [
+            n for n, option in enumerate(first)
+            if (option["method"], option["checkpointing"]) == (run.method, run.checkpointing)
+        ]  # fmt: skip
+        seconds = (first[number]["seconds"], second[number]["seconds"])
+        found.append(replace(run, said_bytes=first[number]["memory"], said_seconds=seconds))
+    return found
 
 
 def page(runs: list[Run], command: str) -> str:
@@ -177,8 +193,9 @@ def main() -> None:
     parser.add_argument("--precision", action="append", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", action="store_true", help=f"keep {RESULTS}.json and .md; runs there already stay")
+    parser.add_argument("--said-again", action="store_true", help="train nothing: ask for the kept runs' advice again")
     given = parser.parse_args()
-    runs = []
+    runs: list[Run] = []
     if given.write and RESULTS.with_suffix(".json").is_file():
         kept = json.loads(RESULTS.with_suffix(".json").read_text("utf-8"))
         runs = [Run(**{**run, "said_seconds": tuple(run["said_seconds"])}) for run in kept]
@@ -187,13 +204,16 @@ def main() -> None:
         hub(["data", "build", given.task, "--out", str(work / "data"), "--train", str(given.rows), "--eval", "2"], 0)
         for called in given.base or BASES:
             base = make_base(called, work / called)
+            if given.said_again:
+                own = [run for run in runs if run.base == called]
+                told = said_again(own, base, work / "data" / "train.jsonl", given.threads)
+                runs = [told.pop(0) if run.base == called else run for run in runs]
+                continue
             for precision in given.precision or ("auto",):
                 data = work / "data" / "train.jsonl"
                 runs += measure(called, base, given.task, data, precision, given.threads, work)
-                if given.write:
-                    RESULTS.with_suffix(".json").write_text(
-                        json.dumps([asdict(run) for run in runs], indent=1) + "\n", "utf-8"
-                    )
+    if given.write:
+        RESULTS.with_suffix(".json").write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n", "utf-8")
     command = shlex.join(["python", "-m", "benchmarks.training_advice", *sys.argv[1:]])
     text = page(runs, command)
     print(text)
