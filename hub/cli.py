@@ -19,7 +19,7 @@ _SECTIONS = ("Versions", "Sharing", "Training", "Serving")
 # What a machine says no with, whoever asks; any other OSError is a fault of ours.
 _REFUSALS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
-     errno.ENAMETOOLONG}
+     errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
 )  # fmt: skip
 _OS_ERROR = re.compile(r"\(os error ([0-9]{1,6})\)")
 
@@ -126,7 +126,11 @@ def _run() -> None:
         code = _errno(error)
         if code in _REFUSALS:
             _discard_output()
-            click.echo(f"error: this machine refused: {os.strerror(code)} (SYSTEM_REFUSED)", err=True)
+            from hub.cli_output import printable
+
+            file = error.filename if isinstance(error, OSError) else None
+            named = f" {printable(os.fsdecode(file))}" if isinstance(file, str | bytes | os.PathLike) else ""
+            click.echo(f"error: this machine refused{named}: {os.strerror(code)} (SYSTEM_REFUSED)", err=True)
             sys.exit(1)
         reason = None if isinstance(error, OSError) else getattr(error, "reason", None)
         if not isinstance(reason, str) or not reason.isupper():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -179,6 +180,35 @@ def test_what_the_machine_refuses_safetensors_is_said_as_any_other_refusal(
     name = "gone/x"  # a fault of ours
     with pytest.raises(SafetensorError, match="os error 2"):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    ("code", "named", "said"),
+    [
+        (errno.EACCES, "/data/x\x1b[31m", r"error: this machine refused /data/x\x1b[31m: Permission denied"),
+        (errno.ENOTDIR, Path("a.txt/x"), "error: this machine refused a.txt/x: Not a directory"),
+        (errno.ELOOP, b"loop", "error: this machine refused loop: Too many levels of symbolic links"),
+        (errno.EMFILE, 7, "error: this machine refused: Too many open files"),
+    ],
+)
+def test_what_the_machine_refuses_is_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    named: Any,
+    said: str,
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(code, os.strerror(code), named)
+
+    monkeypatch.setattr("hub.hub.Hub.search", refused)
+    monkeypatch.setattr(sys, "argv", ["hub", "list"])
+    with Hub.open(str(tmp_path / "default-hub")):
+        pass
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err == f"{said} (SYSTEM_REFUSED)\n"
 
 
 def test_the_story_of_upkeep(tmp_path: Path, run: Run, data: Callable[..., Any]) -> None:
