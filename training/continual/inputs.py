@@ -16,7 +16,7 @@ from training.text_loss import WINDOW_TOKENS, windows_of
 
 _PREFIX: Final = "base_model.model."
 _BATCH: Final = 8
-_WINDOWS: Final = 16  # of a text
+_WINDOWS: Final = 64  # of a text; more text keeps more of what is no task's, see docs/decisions/0052
 
 
 def input_moments(
@@ -29,7 +29,7 @@ def input_moments(
 ) -> dict[str, Tensor]:
     """Σ weight · E[x xᵀ] [in, in] float32 of the inputs of every matrix that `adapter` adapts, by module.
 
-    A group is (its weight, examples, or a text of which the first 16 windows of 256 tokens are read). Every token of a
+    A group is (its weight, examples, or a text of which the first 64 windows of 256 tokens are read). Every token of a
     group counts alike: prompts, answers, and the template's own. The model is the base as a recipe of `precision`
     trains on it (`quantized`: as QLoRA does) with the adapter on; sums are float32. Matrices that read the same input
     share a tensor. Empty where there are no groups. Examples of more than `LONGEST` tokens are left out; raises what

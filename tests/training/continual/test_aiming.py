@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -291,6 +292,21 @@ def test_moments_are_those_of_what_the_matrices_read(
     for module, exact in sums.items():
         assert torch.allclose(found[module], exact, atol=1e-4 * float(exact.abs().max()))
     assert input_moments(tiny_base, tmp_path, [], quantized=False) == {}
+
+
+def test_of_a_long_text_the_first_64_windows_are_read(tiny_base: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    write_factors(tmp_path, fresh(tiny_base, 0), "tiny-base")
+    words = "".join(random.Random(5).choices("abcdefgh ", k=70 * 256))  # as many tokens
+    count = len(AutoTokenizer.from_pretrained(str(tiny_base))(words, add_special_tokens=False).input_ids)
+    assert count > 64 * 256
+    read = [
+        input_moments(tiny_base, tmp_path, [(1.0, text)], quantized=False)
+        for text in (words, words[: 64 * 256], words[: 16 * 256])
+    ]
+    for module, whole in read[0].items():
+        assert torch.equal(whole, read[1][module]) and not torch.equal(whole, read[2][module])
 
 
 def test_moments_of_a_quantized_base_are_what_qlora_trains_on(
