@@ -2,11 +2,12 @@
 
 Both are run as a person runs them, on the same file with the same recipe. Memory is the whole process's largest
 resident set; time is the processor's in the optimizer loop. The advice is asked for before and after each base's runs,
-and the mean of the two times is taken, for a machine's speed drifts. Beside SmolLM2-135M two models with random
+and the mean of the two times is taken, for a machine's speed drifts; `--said-again` asks twice for the advice on kept
+runs, after the planner was changed. Beside SmolLM2-135M two models with random
 weights: half a billion parameters with Qwen2's shape (a vocabulary of 151,936, biases), and four wide layers of Llama's
 kind. What was learned does not matter here; the planner's numbers were fitted on SmolLM2-135M alone.
 
-    python -m benchmarks.training_advice --threads 1 [--write] [--base smollm2-135m …] [--rows 32]
+    python -m benchmarks.training_advice --threads 1 --rows 160 [--base smollm2-135m …] [--write] [--said-again]
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Run:
 
     base: str
     task: str
+    rows: int  # examples, of which some are held out
+    threads: int
     precision: str
     method: str
     checkpointing: bool
@@ -52,6 +55,7 @@ class Run:
     bytes: int
     said_seconds: tuple[float, float]  # before and after
     seconds: float
+    said_again: bool = False  # both times after, by a later planner
 
     @property
     def memory_error(self) -> float:
@@ -79,15 +83,14 @@ def make_base(name: str, directory: Path) -> str:
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16()
     model.save_pretrained(directory)
-    for file in locate_base("smollm2-135m").directory.glob("*token*"):
-        shutil.copy(file, directory)
-    for file in locate_base("smollm2-135m").directory.glob("chat_template*"):
+    real = locate_base("smollm2-135m").directory
+    for file in (*real.glob("*token*"), *real.glob("chat_template*")):
         shutil.copy(file, directory)
     return str(directory)
 
 
-def hub(arguments: list[str], threads: int) -> tuple[str, int]:
-    """What the command said, and the largest resident set of its process in bytes."""
+def said_and_held(arguments: list[str], threads: int) -> tuple[str, int]:
+    """What `hub …` said, and the largest resident set of its process in bytes."""
     code = "from hub.cli import main; main()"
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     threaded = [] if arguments[0] == "data" else ["--threads", str(threads)]
@@ -108,64 +111,72 @@ def hub(arguments: list[str], threads: int) -> tuple[str, int]:
 
 def advice(data: Path, common: list[str], threads: int) -> list[dict[str, Any]]:
     """The options of `hub advise`."""
-    options: list[dict[str, Any]] = json.loads(hub(["advise", "--data", str(data), *common], threads)[0])["options"]
+    said, _ = said_and_held(["advise", "--data", str(data), *common], threads)
+    options: list[dict[str, Any]] = json.loads(said)["options"]
     return options
 
 
-def measure(name: str, base: str, task: str, data: Path, precision: str, threads: int, work: Path) -> list[Run]:
+def measure(name: str, base: str, data: Path, given: argparse.Namespace, work: Path) -> list[Run]:
     """Every method with and without checkpointing."""
-    common = ["--base", base, "--recipe", RECIPE, "--precision", precision]
-    before, taken = advice(data, common, threads), []
+    common = ["--base", base, "--recipe", RECIPE, "--precision", given.precision]
+    before, taken = advice(data, common, given.threads), []
     for option in before:
         flags = ["--gradient-checkpointing"] if option["checkpointing"] else []
         rate = ["--learning-rate", "1e-5"]  # whatever is learned, nothing may diverge
         out = work / "out"
-        said, size = hub(
-            ["train", str(data), "--out", str(out), "--method", option["method"], *flags, *rate, *common], threads
+        said, size = said_and_held(
+            ["train", str(data), "--out", str(out), "--method", option["method"], *flags, *rate, *common],
+            given.threads,
         )
         shutil.rmtree(out)
         taken.append((size, json.loads(said)["metrics"]["cpu_seconds"]))
-        print(f"{name} {task} {option['method']} {flags}: {size / 1e9:.2f} GB", file=sys.stderr, flush=True)
+        print(f"{name} {option['method']} {flags}: {size / 1e9:.2f} GB", file=sys.stderr, flush=True)
     return [
         Run(
-            name, task, precision, was["method"], was["checkpointing"], was["memory"], size,
-            (was["seconds"], now["seconds"]), seconds,
+            name, given.task, given.rows, given.threads, given.precision, was["method"], was["checkpointing"],
+            was["memory"], size, (was["seconds"], now["seconds"]), seconds,
         )
-        for was, now, (size, seconds) in zip(before, advice(data, common, threads), taken, strict=True)
+        for was, now, (size, seconds) in zip(before, advice(data, common, given.threads), taken, strict=True)
     ]  # fmt: skip
 
 
-def said_again(runs: list[Run], base: str, data: Path, threads: int) -> list[Run]:
-    """The same runs of one base with what is said of them now, twice: after the planner was changed."""
+def said_again(runs: list[Run], base: str, data: Path) -> list[Run]:
+    """The same runs, of one base and one precision, with what is said of them now, twice."""
     common = ["--base", base, "--recipe", RECIPE, "--precision", runs[0].precision]
-    first, second = advice(data, common, threads), advice(data, common, threads)
-    found = []
+    first, second = (advice(data, common, runs[0].threads) for _ in range(2))
+    found = {(a["method"], a["checkpointing"]): (a["memory"], (a["seconds"], b["seconds"]))
+             for a, b in zip(first, second, strict=True)}  # fmt: skip
+    return [
+        replace(run, said_bytes=memory, said_seconds=seconds, said_again=True)
+        for run in runs
+        for memory, seconds in [found[run.method, run.checkpointing]]
+    ]
+
+
+def commands(runs: list[Run]) -> list[str]:
+    """Those that the runs are from, and what was asked again."""
+    made: dict[str, None] = {}
     for run in runs:
-        [number] = [
-            n for n, option in enumerate(first)
-            if (option["method"], option["checkpointing"]) == (run.method, run.checkpointing)
-        ]  # fmt: skip
-        seconds = (first[number]["seconds"], second[number]["seconds"])
-        found.append(replace(run, said_bytes=first[number]["memory"], said_seconds=seconds))
-    return found
+        asked = f"--threads {run.threads} --task {run.task} --rows {run.rows} --precision {run.precision}"
+        again = ", then the same with `--said-again`" if run.said_again else ""
+        made[f"`python -m benchmarks.training_advice --base {run.base} {asked} --write`{again}"] = None
+    return list(made)
 
 
-def page(runs: list[Run], command: str) -> str:
+def page(runs: list[Run]) -> str:
     """The result file."""
-    worst = {
-        what: max(abs(getattr(run, f"{what}_error")) for run in runs) for what in ("memory", "time")
-    }  # fmt: skip
-    near = {
-        what: sum(abs(getattr(run, f"{what}_error")) <= 0.15 for run in runs) for what in ("memory", "time")
-    }  # fmt: skip
+    errors = {what: [abs(getattr(run, f"{what}_error")) for run in runs] for what in ("memory", "time")}
+    worst = {what: max(each) for what, each in errors.items()}
+    near = {what: sum(error <= 0.15 for error in each) for what, each in errors.items()}
     return "\n".join(
         [
             "# hub advise against hub train",
             "",
-            f"`{command}`",
+            *(f"- {command}" for command in commands(runs)),
             "",
             "Memory: the whole process's largest resident set. Time: the processor's in the optimizer loop; said is",
-            "the mean of an advice before and one after all runs of a base, which are in brackets.",
+            "the mean of an advice before and one after all runs of a base, in brackets; with `--said-again` both were",
+            "asked for later, of a changed planner.",
             "",
             f"Of {len(runs)} runs {near['memory']} are within 15 % of the memory said and {near['time']} of the time;",
             f"the worst is {worst['memory']:.0%} off in memory and {worst['time']:.0%} in time.",
@@ -189,36 +200,45 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--base", action="append", choices=BASES)
     parser.add_argument("--task", default="aws-summary")
-    parser.add_argument("--rows", type=int, default=32, help="examples, of which some are held out")
-    parser.add_argument("--precision", action="append", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--rows", type=int, default=160, help="examples, of which some are held out")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", action="store_true", help=f"keep {RESULTS}.json and .md; runs there already stay")
+    parser.add_argument("--write", action="store_true", help=f"keep {RESULTS}.json and .md; other runs there stay")
     parser.add_argument("--said-again", action="store_true", help="train nothing: ask for the kept runs' advice again")
     given = parser.parse_args()
-    runs: list[Run] = []
-    if given.write and RESULTS.with_suffix(".json").is_file():
-        kept = json.loads(RESULTS.with_suffix(".json").read_text("utf-8"))
-        runs = [Run(**{**run, "said_seconds": tuple(run["said_seconds"])}) for run in kept]
+    kept = read() if given.write or given.said_again else []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        hub(["data", "build", given.task, "--out", str(work / "data"), "--train", str(given.rows), "--eval", "2"], 0)
+        data = work / "data" / "train.jsonl"
+        built = ["data", "build", given.task, "--out", str(data.parent), "--train", str(given.rows), "--eval", "2"]
+        said_and_held(built, given.threads)
         for called in given.base or BASES:
             base = make_base(called, work / called)
+            own = [run for run in kept if like(run, called, given)]
             if given.said_again:
-                own = [run for run in runs if run.base == called]
-                told = said_again(own, base, work / "data" / "train.jsonl", given.threads)
-                runs = [told.pop(0) if run.base == called else run for run in runs]
-                continue
-            for precision in given.precision or ("auto",):
-                data = work / "data" / "train.jsonl"
-                runs += measure(called, base, given.task, data, precision, given.threads, work)
+                found = said_again(own, base, data) if own else []
+            else:
+                found = measure(called, base, data, given, work)
+            kept = [*(run for run in kept if not like(run, called, given)), *found]
+    kept.sort(key=lambda run: BASES.index(run.base))
+    print(page(kept))
     if given.write:
-        RESULTS.with_suffix(".json").write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n", "utf-8")
-    command = shlex.join(["python", "-m", "benchmarks.training_advice", *sys.argv[1:]])
-    text = page(runs, command)
-    print(text)
-    if given.write:
-        RESULTS.with_suffix(".md").write_text(text, "utf-8")
+        RESULTS.with_suffix(".json").write_text(json.dumps([asdict(run) for run in kept], indent=1) + "\n", "utf-8")
+        RESULTS.with_suffix(".md").write_text(page(kept), "utf-8")
+
+
+def read() -> list[Run]:
+    """The runs that are kept, if any."""
+    if not RESULTS.with_suffix(".json").is_file():
+        return []
+    kept = json.loads(RESULTS.with_suffix(".json").read_text("utf-8"))
+    return [Run(**{**run, "said_seconds": tuple(run["said_seconds"])}) for run in kept]
+
+
+def like(run: Run, base: str, given: argparse.Namespace) -> bool:
+    """Whether it is one of those that the command asks for."""
+    asked = (base, given.task, given.rows, given.threads, given.precision)
+    return (run.base, run.task, run.rows, run.threads, run.precision) == asked
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def seconds_of(rehearsal: Rehearsal, data: Data, recipe: Recipe, method: str, ma
 def slowed(method: str, machine: Machine) -> float:
     """How many times longer an operation takes where weights are unpacked for every product.
 
-    On a CPU as measured (in float32 benchmarks/results/training_processes_float32.md, in bfloat16 the 12 cells of
+    On a CPU as measured (in float32 benchmarks/results/training_processes_float32.md, in bfloat16 the 18 cells of
     QLoRA in experiment 5 against LoRA's 12), on a GPU as article 002 gives it.
     """
     if method != "qlora":

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from hub.cli import group
+from tests.training.launching import HUB_IN_TWO_PROCESSES
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -38,13 +40,10 @@ def test_a_run_of_two_processes_killed_ends_as_if_it_had_not_been(
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     asked = ["--base", str(tiny_base), "--method", "qlora", "--batch", "2", "--epochs", "6"]  # of four steps each
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launch += [str(Path(sys.executable).with_name("hub"))]
-    kill_at_step_12(launch, arguments(chat_file, cut, asked))
+    kill_at_step_12(HUB_IN_TWO_PROCESSES, arguments(chat_file, cut, asked))
     assert not cut.exists() and not (tmp_path / "cut.checkpoints" / "checkpoint-20").exists()  # within an epoch
     for out, resume in ((whole, []), (cut, ["--resume"])):
-        command = [*launch, *arguments(chat_file, out, asked), *resume]
+        command = [*HUB_IN_TWO_PROCESSES, *arguments(chat_file, out, asked), *resume]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stderr
     check_equal(whole, cut)
@@ -58,7 +57,7 @@ def arguments(data: Path, out: Path, asked: list[str]) -> list[str]:
     return ["train", str(data), "--out", str(out), *fixed.split(), *asked, "--curves", f"{out}.json"]
 
 
-def kill_at_step_12(launch: list[str], run: list[str]) -> None:
+def kill_at_step_12(launch: Sequence[str], run: list[str]) -> None:
     """All processes of the run at once, which leaves checkpoints and no more."""
     with subprocess.Popen(
         [*launch, *run], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hub.cli import group
+from tests.training.launching import HUB_IN_TWO_PROCESSES
 from training.processes import Processes, as_forward, threads_here
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -33,11 +33,8 @@ def test_two_processes_are_one_with_twice_the_accumulation(tiny_base: Path, chat
     one, two = tmp_path / "one", tmp_path / "two"
     alone = CliRunner().invoke(group, arguments(tiny_base, chat_file, one, 2), catch_exceptions=False)
     assert alone.exit_code == 0, alone.output
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    hub = str(Path(sys.executable).with_name("hub"))
     launched = subprocess.run(
-        [*launch, hub, *arguments(tiny_base, chat_file, two, 1)], capture_output=True, text=True, timeout=150
+        [*HUB_IN_TWO_PROCESSES, *arguments(tiny_base, chat_file, two, 1)], capture_output=True, text=True, timeout=150
     )
     assert launched.returncode == 0, launched.stderr
     assert json.loads(launched.stdout)["out"] == str(two)  # the first one spoke, and it alone
